@@ -1,0 +1,59 @@
+"""The border: loads the native module, guards its ABI and registers the handlers with XLA."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import jax
+
+TARGET = "sparseflax_conv_v1"  # our compatibility promise to exported programs
+
+
+def runtime_api() -> tuple[int, int]:
+    """(major, minor) of the FFI that the installed jaxlib speaks, read from the headers beside it."""
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
+    return tuple(int(m[1]) if m else 0 for m in found)  # type: ignore[return-value]
+
+
+def refusal(built: tuple[int, int], running: tuple[int, int]) -> str | None:
+    """Why a module built against FFI `built` must not be registered with a runtime that speaks `running`; None if it may.
+
+    A runtime accepts its own and older minor versions. Registering a newer one would not fail alone: it takes the
+    whole CPU backend down with it.
+    """
+    if built[0] == running[0] and built[1] <= running[1]:
+        return None
+    return (f"sparseflax's native module was built for XLA FFI {built[0]}.{built[1]}, the installed jaxlib speaks "
+            f"{running[0]}.{running[1]}: sparse_conv runs as a dense convolution. Upgrade jaxlib or rebuild sparseflax "
+            "against it (pip install --force-reinstall --no-deps sparseflax)")
+
+
+def _load():
+    try:
+        from sparseflax import _native
+    except ImportError as error:
+        return None, (f"sparseflax's native module is missing ({error}): sparse_conv runs as a dense convolution. "
+                      "In a clone install with `pip install -e .`")
+    return _native, refusal(_native.api_version(), runtime_api())
+
+
+native, reason = _load()  # the module, or None; why the handlers are not registered, or None
+available = reason is None
+if native is not None and available:
+    jax.ffi.register_ffi_target(
+        TARGET, {"instantiate": native.conv_instantiate(), "execute": native.conv_execute()}, platform="cpu")
+else:
+    warnings.warn(str(reason), RuntimeWarning, stacklevel=2)
+
+
+def kernels() -> list[str]:
+    """Names of the instruction sets whose kernels this machine can run, best first ("portable" is always the last)."""
+    return list(native.kernels()) if native is not None and available else []
+
+
+def isa() -> str:
+    """The instruction set whose kernels run by default here; "xla" when the native module is not available."""
+    return (kernels() or ["xla"])[0]

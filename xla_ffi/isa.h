@@ -1,0 +1,10 @@
+// What every instruction-set file starts from. The standard headers come first: a target region must not reach them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "sparse_conv.h"
+
+#define SF_INLINE inline __attribute__((always_inline))
+#define SF_COUNT(a) static_cast<int>(sizeof(a) / sizeof((a)[0]))

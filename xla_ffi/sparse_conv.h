@@ -1,0 +1,157 @@
+// The contract between the parts of the kernel.
+//
+//   y[n,i,j,k] = act( sum_{r,s,c} x[n, i*sh + r*dh - pt, j*sw + s*dw - pl, c] * w[r,s,c,k] + bias[k] + residual[n,i,j,k] )
+//
+// over the kept weights only, NHWC float32. Lanes are tiles: the L lanes of a vector are bn images x by x bx sub-images,
+// and a register tile of y x x accumulators holds the same y x x output positions of every lane. A shift of the kernel
+// is then a shift by whole, aligned vectors. The input positions that a tile needs are packed into a panel
+//
+//   panel[c][slot][lane],   slot(y, x; r, s) = plane(r*dh % sh, s*dw % sw) + (y + r*dh/sh) * pitch + x + s*dw/sw
+//
+// so that stride, dilation, padding, groups and odd sizes are absorbed by tables and the loop nest sees none of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace sparseflax {
+
+constexpr int kMaxLanes = 16;
+constexpr int kMaxTile = 28;      // accumulators of the largest register tile
+constexpr int kOffsetUnit = 8;    // bytes per unit of a 16-bit panel offset: panels of up to 512 KB
+constexpr int kListPadding = 8;   // offsets that a microkernel may read past the end of a list
+
+// What one convolution is. Everything a buffer does not say; checked by Check().
+struct Shape {
+  int64_t n, ih, iw, oh, ow;                           // images
+  int64_t kh, kw, icg, oc, groups, block;              // weights: icg input channels per group, `block` per channel block
+  int64_t sh, sw, top, bottom, left, right, dh, dw;    // window
+  int64_t ic() const { return icg * groups; }
+  int64_t ocg() const { return oc / groups; }
+  int64_t blocks() const { return (icg + block - 1) / block; }
+  int64_t taps() const { return block * kh * kw; }
+  std::string Check() const;                           // empty, or what is wrong
+};
+
+// acc[k][j] (+)= sum_{m in [starts[k], starts[k+1])} values[m] * panel[offsets[m] + shift(j)],   k < channels, j < y*x
+//   panel, acc   64-byte aligned; shift(j) = (j / x) * pitch + (j % x) vectors
+//   offsets      in units of kOffsetUnit bytes; up to kListPadding of them are read past the end
+//   values       never read past the end
+//   bias         acc starts from bias[k] (first block) or, if null, from its own contents
+struct Visit {
+  const uint16_t* offsets;
+  const float* values;
+  const uint32_t* starts;
+  int64_t channels;
+  const char* panel;
+  int64_t pitch;  // bytes
+  float* acc;
+  const float* bias;
+};
+
+// panel[c][slots[v]][l] = rows[l][table[v][l] + c], or 0 where table[v][l] < 0;   v < count, c < channels, l < lanes
+//   rows  reads floats rows[l][table .. table + channels) only
+// Returns whether a non-finite value was seen.
+struct Pack {
+  const float* const* rows;
+  const int32_t* table;
+  const int32_t* slots;
+  int64_t count, channels;
+  int64_t channel_bytes;  // of one channel of the panel
+  char* panel;
+};
+
+// out[l][table[j][l] + k] = act( acc[k][j][l] + residual[l][table[j][l] + k] )   where out[l] != null and table[j][l] >= 0
+struct Store {
+  const float* acc;
+  int64_t tile, channels;
+  const int32_t* table;
+  float* const* out;
+  const float* const* residual;  // or null
+  int activation;                // 0 none, 1 relu, 2 relu6
+};
+
+struct Kernel {
+  int y, x;  // register tile
+  void (*visit)(const Visit&);
+};
+
+struct Isa {
+  std::string_view name;
+  int lanes;
+  bool (*runs_here)();
+  bool (*pack)(const Pack&);
+  void (*store)(const Store&);
+  const Kernel* kernels;
+  int kernel_count;
+};
+
+// All instruction sets of this build that run on this machine, best first; the last is "portable".
+const std::vector<const Isa*>& Isas();
+
+// Where a tile's lanes and accumulators lie, and what that costs. See schedule.cc.
+struct Schedule {
+  const Isa* isa = nullptr;
+  const Kernel* kernel = nullptr;
+  int64_t bn = 1, by = 1, bx = 1;     // images x sub-images: bn * by * bx = lanes
+  int64_t lane_groups = 1;            // ceil(n / bn)
+  int64_t rh = 0, rw = 0;             // outputs of a lane's region
+  int64_t ty = 0, tx = 0;             // tiles of a region
+  int64_t pitch = 0, slots = 0;       // panel: vectors per row, per channel
+  int64_t packed = 0;                 // slots that are filled
+  double cycles = 0;                  // the estimate it was chosen by
+  int64_t tiles() const { return lane_groups * ty * tx; }
+};
+Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const Isa& isa);
+std::vector<Schedule> Candidates(const Shape& shape, int64_t nnz, const Isa& isa);
+
+// Runs f(i) for all i < n, on as many threads as it has.
+struct Executor {
+  virtual int64_t threads() const = 0;
+  virtual void For(int64_t n, const std::function<void(int64_t)>& f) = 0;
+  virtual ~Executor() = default;
+};
+
+struct Buffers {
+  const float* x;
+  const float* values;
+  const float* bias;      // (oc)
+  const float* residual;  // like y, or null
+  float* y;
+};
+
+struct Plan;  // the pattern expanded for one image size, batch and tile
+
+// One sparse convolution: the pattern, decoded and checked once, and its plans. Thread-safe.
+class Conv {
+ public:
+  // `shape` without image sizes; `gaps` as sparseflax/packing.py documents. Null and `error` if they do not fit.
+  static std::unique_ptr<Conv> Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error);
+  ~Conv();
+
+  // Returns an empty string, or what does not fit.
+  std::string Run(int64_t n, int64_t ih, int64_t iw, int64_t oh, int64_t ow, const Buffers& buffers, int activation,
+                  Executor& executor, const Schedule* forced = nullptr);
+  int64_t nnz() const { return nnz_; }
+  const Shape& shape() const { return shape_; }
+
+ private:
+  Conv() = default;
+  std::shared_ptr<const Plan> GetPlan(const Shape& shape, const Schedule* forced);
+  Shape shape_{};
+  std::vector<uint8_t> gaps_;
+  int64_t nnz_ = 0;
+  const Isa* isa_ = nullptr;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<const Plan>> plans_;
+};
+
+int64_t L1Bytes();  // data cache of one core
+
+}  // namespace sparseflax
