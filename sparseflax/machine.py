@@ -1,0 +1,256 @@
+"""What the machine is: the few numbers of a CPU that decide whether sparsity pays, measured or from the literature."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SYSFS = Path("/sys/devices/system/cpu")
+CPUINFO = Path("/proc/cpuinfo")
+LANES = {"avx512": 16, "avx2": 8, "neon": 4, "portable": 4}  # float32 per vector register
+
+# A kept weight costs the kernel a float32 and a 16-bit offset: 6 bytes where a dense weight has 4.
+BETA = 1.5
+# Where the kernel cannot be timed: what Park et al. measured with AVX2.
+ESTIMATED_ALPHA = 3.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A CPU as the cost model sees it.
+
+    Attributes:
+      name: of the processor.
+      isa: instruction set of the sparse kernel.
+      lanes: float32 per vector register.
+      cores: physical cores in use.
+      threads: threads that share one convolution.
+      l1_bytes, l2_bytes, l3_bytes: data caches as one core sees them; 0 where there is none.
+      peak: dense float32 flop/s that `threads` threads reach in a matrix product.
+      bandwidth: bytes/s they stream to and from memory.
+      alpha: time per kept weight over time per dense weight, when arithmetic is the limit.
+      beta: bytes read per kept weight over bytes per dense weight.
+      source: where the numbers come from.
+
+    Raises:
+      ValueError: a rate or a factor that is not positive.
+    """
+
+    name: str
+    isa: str
+    lanes: int
+    cores: int
+    threads: int
+    l1_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+    peak: float
+    bandwidth: float
+    alpha: float
+    beta: float
+    source: str
+
+    def __post_init__(self):
+        rates = ("lanes", "cores", "threads", "peak", "bandwidth", "alpha", "beta")
+        wrong = {name: getattr(self, name) for name in rates if not 0 < getattr(self, name) < float("inf")}
+        if wrong:
+            raise ValueError(f"machine {self.name!r} has {wrong}: these have to be positive and finite")
+
+    def __str__(self) -> str:
+        return (f"{self.name} ({self.isa}, {self.cores} cores, {self.threads} threads, {self.peak / 1e9:.0f} GFLOP/s, "
+                f"{self.bandwidth / 1e9:.0f} GB/s, alpha {self.alpha:.2f}, beta {self.beta:.2f}; {self.source})")
+
+
+# The machines of Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning" (ICLR 2017): peak is
+# MKL's SGEMM, bandwidth is STREAM, alpha is SGEMM's rate over the sparse kernel's on kept weights, beta = 2 stands for
+# a 4-byte column index beside each 4-byte value. Caches from Intel's specifications.
+ATOM_C2750 = Machine(
+    name="Intel Atom C2750", isa="sse4.2", lanes=4, cores=8, threads=8, l1_bytes=24 << 10, l2_bytes=1 << 20, l3_bytes=0,
+    peak=62e9, bandwidth=15e9, alpha=1.2, beta=2.0, source="Park et al. 2017")
+# The paper's peak and bandwidth exceed one 18-core socket, so both of a two-socket machine are meant.
+XEON_E5_2697V4 = Machine(
+    name="2x Intel Xeon E5-2697 v4", isa="avx2", lanes=8, cores=36, threads=72, l1_bytes=32 << 10, l2_bytes=256 << 10,
+    l3_bytes=45 << 20, peak=2150e9, bandwidth=122e9, alpha=3.0, beta=2.0, source="Park et al. 2017")
+# The paper gives no alpha for this one, but 13.9 effective TFLOP/s at density 0.09. Arithmetic is the limit there, so
+# alpha = 4.54 / (0.09 * 13.9) = 3.6.
+XEON_PHI_7250 = Machine(
+    name="Intel Xeon Phi 7250", isa="avx512", lanes=16, cores=68, threads=272, l1_bytes=32 << 10,
+    l2_bytes=1 << 20, l3_bytes=0, peak=4540e9, bandwidth=480e9, alpha=3.6, beta=2.0,
+    source="Park et al. 2017, alpha derived from its speedup")
+
+
+def detect_machine(threads: int | None = None, seconds: float = 2.0, isa: str | None = None) -> Machine:
+    """This machine, measured once per process in about `seconds` (medians; compiling and allocating come on top).
+
+    peak from a float32 matrix product, bandwidth from a pass over an array larger than the last cache, alpha from one
+    3x3 layer at density 0.1, sparse and XLA's dense convolution in turn. Without the native module alpha is estimated,
+    and `source` says so.
+
+    Args:
+      threads: those the caller counts on; None takes what JAX's CPU client uses.
+      seconds: time for measuring.
+      isa: instruction set of the sparse kernel, one of LANES; None takes the one that runs.
+
+    Raises:
+      ValueError: unknown isa, `seconds` not positive, or `threads` is not what this process uses.
+    """
+    running = client_threads()
+    if threads not in (None, running):
+        raise ValueError(f"threads={threads}, but JAX's CPU client has {running} in this process and only they can be "
+                         f"measured: start Python with NPROC={threads} set")
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds}, wanted a positive time for measuring")
+    isa = isa or _isa()
+    if isa not in LANES:
+        raise ValueError(f"isa={isa!r}, wanted one of {list(LANES)} or None for the one that runs")
+    return _measure(running, float(seconds), isa)
+
+
+def client_threads() -> int:
+    """Threads in the intra-op pool of JAX's CPU client: PJRT_NPROC, else NPROC, else the CPUs this process may use."""
+    for variable in ("PJRT_NPROC", "NPROC"):
+        if os.environ.get(variable, "").strip().isdigit():
+            return max(1, int(os.environ[variable]))
+    return len(_cpus())
+
+
+@functools.lru_cache
+def _measure(threads: int, seconds: float, isa: str) -> Machine:
+    l1, l2, l3, caches = _caches()
+    cores = _cores()
+    # Eager even when a caller is being traced, and on the CPU even when another device is the default.
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
+        peak = _peak(seconds / 4)
+        bandwidth = _bandwidth(seconds / 4, cache_bytes=max(l3, l2 * cores))
+        alpha = _alpha(seconds / 2, isa)
+    source = f"measured, {caches}, alpha {'measured' if alpha else 'estimated: the native kernel does not run here'}"
+    return Machine(
+        name=_name(), isa=isa, lanes=LANES[isa], cores=cores, threads=threads, l1_bytes=l1, l2_bytes=l2, l3_bytes=l3,
+        peak=peak, bandwidth=bandwidth, alpha=alpha or ESTIMATED_ALPHA, beta=BETA, source=source)
+
+
+def _peak(seconds: float) -> float:
+    """flop/s of a product of two 1024 x 1024 float32 matrices."""
+    size = 1024
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.dot)
+    (median,) = _medians([lambda: product(a, a)], seconds)
+    return 2 * size**3 / median
+
+
+def _bandwidth(seconds: float, cache_bytes: int) -> float:
+    """bytes/s read and written by a pass over an array of four times the cache, in place.
+
+    In place, since a new output would time the kernel's page faults: 1.3 against 50 GB/s on a virtual machine.
+    """
+    size = min(max(4 * cache_bytes, 64 << 20), 256 << 20) // 4
+    x = jnp.ones(size, jnp.float32)
+    step = jax.jit(lambda x: x * 0.5 + 0.5, donate_argnums=0)
+
+    def stream():
+        nonlocal x
+        x = step(x)
+        return x
+
+    (median,) = _medians([stream], seconds)
+    return 2 * 4 * size / median
+
+
+def _alpha(seconds: float, isa: str) -> float | None:
+    """Time per kept over time per dense weight of a 128x28x28 -> 128 3x3 layer; None where the kernel cannot run."""
+    from sparseflax import ffi  # here, so that describing a machine does not need the native module
+    from sparseflax.conv import sparse_conv
+    from sparseflax.packing import pack
+
+    if isa not in ffi.kernels():
+        return None
+    density, draw = 0.1, np.random.default_rng(0)
+    kernel = draw.standard_normal((3, 3, 128, 128), np.float32)
+    kernel *= draw.random(kernel.shape) < density
+    x, packed, dense = jnp.ones((1, 28, 28, 128), jnp.float32), pack(kernel), jnp.asarray(kernel)
+    sparse = jax.jit(lambda x, packed: sparse_conv(x, packed, kernel=isa))
+    xla = jax.jit(lambda x, dense: jax.lax.conv_general_dilated(
+        x, dense, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    sparse_seconds, dense_seconds = _medians([lambda: sparse(x, packed), lambda: xla(x, dense)], seconds)
+    return sparse_seconds / (packed.density * dense_seconds)
+
+
+def _medians(calls: list[Callable[[], jax.Array]], seconds: float) -> list[float]:
+    """Median seconds of each call, timed in turn so that a noisy moment hits all of them; three rounds at least."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call().block_until_ready()  # compiles
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 3:
+        for call, durations in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call().block_until_ready()
+            durations.append(time.perf_counter() - start)
+    return [statistics.median(durations) for durations in times]
+
+
+def _isa() -> str:
+    """What the native module runs; without it, the best that the processor could run."""
+    from sparseflax import ffi
+
+    if ffi.kernels():
+        return ffi.isa()
+    flags = _cpuinfo("flags").split()
+    if "avx512f" in flags:
+        return "avx512"
+    if "avx2" in flags and "fma" in flags:
+        return "avx2"
+    return "neon" if platform.machine() in ("aarch64", "arm64") else "portable"
+
+
+def _caches() -> tuple[int, int, int, str]:
+    """(L1 data, L2, L3) bytes as the first core sees them, and whether they were read or assumed."""
+    found = {}
+    for index in sorted((SYSFS / "cpu0" / "cache").glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction":
+                found[int(level)] = int(size.rstrip("KM")) << (20 if size.endswith("M") else 10)
+        except (OSError, ValueError):
+            continue
+    if 1 in found:
+        return found[1], found.get(2, 0), found.get(3, 0), "caches read"
+    return 32 << 10, 512 << 10, 8 << 20, "caches assumed"
+
+
+def _cores() -> int:
+    """Physical cores among the CPUs this process may use; the CPUs themselves where the topology is not told."""
+    cpus = _cpus()
+    try:
+        parts = ("physical_package_id", "core_id")
+        return len({tuple((SYSFS / f"cpu{cpu}" / "topology" / part).read_text() for part in parts) for cpu in cpus})
+    except OSError:
+        return len(cpus)
+
+
+def _cpus() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")

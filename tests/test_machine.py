@@ -1,0 +1,144 @@
+"""What is read, what is measured (with a clock of our own: no timings here), what is refused."""
+
+import itertools
+import math
+import os
+import types
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from sparseflax import ffi, machine
+from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250, Machine, client_threads, detect_machine
+from sparseflax.packing import pack
+
+
+def test_presets_agree_with_the_papers_rates():
+    assert XEON_E5_2697V4.alpha == pytest.approx(2150 / 760, rel=0.07)  # it rounds 2.83 to 3
+    assert ATOM_C2750.alpha == pytest.approx(62 / 51, rel=0.02)
+    assert XEON_PHI_7250.alpha == pytest.approx(4.54 / (0.09 * 13.9), rel=0.01)
+    for preset in (ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250):
+        assert preset.beta == 2
+        assert "Park et al. 2017" in str(preset)
+
+
+@pytest.mark.parametrize("change", [{"peak": 0.0}, {"bandwidth": math.nan}, {"alpha": -1.0}, {"beta": math.inf}])
+def test_impossible_machine(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"machine 'Intel Atom C2750' has {{'{name}': .*positive and finite"):
+        replace(ATOM_C2750, **change)
+
+
+def test_detect_machine_measures_once():
+    found = detect_machine(seconds=0.02)
+    assert isinstance(found, Machine) and found.threads == client_threads()
+    assert detect_machine(threads=found.threads, seconds=0.02) is found
+    assert all(type(value) is float and math.isfinite(value) for value in (found.peak, found.bandwidth, found.alpha))
+    assert found.source.startswith("measured")
+    assert ("alpha measured" in found.source) == bool(ffi.kernels())
+    assert (found.isa == ffi.isa()) == bool(ffi.kernels())
+
+
+def test_detect_machine_while_something_is_traced():
+    machine._measure.cache_clear()
+
+    @jax.jit
+    def traced(x):
+        return x * detect_machine(seconds=0.02).peak
+
+    assert np.isfinite(traced(1.0))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"threads": 4097}, "threads=4097, but JAX's CPU client has .* start Python with NPROC=4097"),
+    ({"isa": "mmx"}, "isa='mmx', wanted one of .*'avx512'"),
+    ({"seconds": 0}, "seconds=0, wanted a positive time"),
+])
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        detect_machine(**arguments)
+
+
+def test_threads_of_the_client(monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    monkeypatch.delenv("NPROC", raising=False)
+    assert client_threads() == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    monkeypatch.setenv("NPROC", "3")
+    assert client_threads() == 3
+    monkeypatch.setenv("PJRT_NPROC", "5")
+    assert client_threads() == 5
+    monkeypatch.setenv("PJRT_NPROC", "many")
+    assert client_threads() == 3
+
+
+def write_caches(folder, *caches):
+    for i, (level, kind, size) in enumerate(caches):
+        index = folder / "cpu0" / "cache" / f"index{i}"
+        index.mkdir(parents=True)
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (index / name).write_text(f"{text}\n")
+
+
+def test_caches_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "SYSFS", tmp_path)
+    assert machine._caches() == (32 << 10, 512 << 10, 8 << 20, "caches assumed")
+    write_caches(
+        tmp_path, (1, "Data", "48K"), (1, "Instruction", "32K"), (2, "Unified", "1280K"), (3, "Unified", "36M"))
+    assert machine._caches() == (48 << 10, 1280 << 10, 36 << 20, "caches read")
+    (tmp_path / "cpu0" / "cache" / "index3" / "size").unlink()
+    assert machine._caches() == (48 << 10, 1280 << 10, 0, "caches read")
+
+
+def test_hyperthreads_are_one_core(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "SYSFS", tmp_path)
+    monkeypatch.setattr(machine, "_cpus", lambda: {0, 1, 2})
+    assert machine._cores() == 3  # no topology
+    for cpu, core in ((0, 0), (1, 1), (2, 0)):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "core_id").write_text(f"{core}\n")
+        (tmp_path / f"cpu{cpu}" / "topology" / "physical_package_id").write_text("0\n")
+    assert machine._cores() == 2
+
+
+@pytest.mark.parametrize("flags, isa", [
+    ("sse2 avx avx2 fma avx512f", "avx512"), ("sse2 avx avx2 fma", "avx2"), ("sse2 avx avx2", "portable")])
+def test_isa_without_the_native_module(monkeypatch, tmp_path, flags, isa):
+    monkeypatch.setattr(ffi, "kernels", lambda: [])
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert machine._isa() == "portable"
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n")
+    assert machine._isa() == isa
+    assert machine._name() == "Some CPU"
+
+
+def test_medians_of_calls_in_turn(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock.now)
+
+    def taking(*durations):
+        left = itertools.cycle(durations)
+
+        def wait():
+            clock.now += next(left)
+
+        return lambda: types.SimpleNamespace(block_until_ready=wait)
+
+    # The first call only compiles; then rounds until the time is up, here the least number, three.
+    assert machine._medians([taking(100.0, 1.0, 9.0, 2.0), taking(100.0, 5.0, 4.0, 0.5)], 1.0) == [2.0, 4.0]
+
+
+def test_rates_from_the_timed_work(monkeypatch):
+    monkeypatch.setattr(machine, "_medians", lambda calls, seconds: [0.5, 2.0][:len(calls)])
+    assert machine._peak(1.0) == 2 * 1024**3 / 0.5
+    for cache, array in ((0, 64 << 20), (32 << 20, 128 << 20), (1 << 30, 256 << 20)):
+        assert machine._bandwidth(1.0, cache) == 2 * array / 0.5
+    monkeypatch.setattr(ffi, "kernels", lambda: ["avx2"])
+    packed = []
+    monkeypatch.setattr("sparseflax.packing.pack", lambda kernel: packed.append(pack(kernel)) or packed[0])
+    alpha = machine._alpha(1.0, "avx2")
+    assert 0.09 < packed[0].density < 0.11
+    assert alpha == pytest.approx(0.5 / (packed[0].density * 2.0))
+    assert machine._alpha(1.0, "neon") is None
