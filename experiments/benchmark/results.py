@@ -1,0 +1,70 @@
+"""What was measured, one JSON line for each layer, batch, density and number of threads: only ever appended."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+LAYERS = Path(__file__).parent.parent / "results" / "layers.jsonl"
+
+
+def provenance(packages: Iterable[str]) -> Line:
+    """Where, when and with what a line was measured."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in sorted(packages)},
+    }
+
+
+def append(path: Path, line: Line) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[Line]:
+    """All lines, oldest first.
+
+    Raises:
+      ValueError: a line that is not JSON.
+    """
+    lines = []
+    for at, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {at} is not JSON ({error}): remove it, the others stay good") from None
+    return lines
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

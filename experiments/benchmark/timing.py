@@ -1,0 +1,116 @@
+"""How a time is taken: contenders in turn, so that a noisy spell of the machine hits all of them.
+
+A turn is a few untimed calls, then timed ones: caches and branch predictors are warm with the contender's own data, as
+they are in every library's own benchmark, and threads that another library left spinning have gone to sleep.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BURST = 0.01  # seconds of timed calls in a turn
+ROUNDS = 5  # at least
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+      seconds: median.
+      spread: distance of the quartiles / median.
+      calls: number of calls timed.
+    """
+
+    seconds: float
+    spread: float
+    calls: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> Timing:
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+        return cls(float(median), float((high - low) / median), len(times))
+
+
+def alternate(calls: dict[str, Callable[[], Any]], seconds: float, threads: int,
+              peak: Callable[[], float] | None = None) -> tuple[dict[str, Timing], float | None]:
+    """Times every call in turn, round after round, for about `seconds` together.
+
+    Args:
+      calls: return when their work is done.
+      seconds: for all of them; five rounds are made in any case.
+      threads: that they run on.
+      peak: measures the flop/s of one thread; asked once a round.
+
+    Returns:
+      ({name: Timing}, median of `peak` times `threads`, or None).
+    """
+    settle = 0.001 if threads == 1 else 0.01  # libgomp's threads spin for some milliseconds after their work
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    peaks = []
+    end, rounds = time.perf_counter() + seconds, 0
+    gc.collect()
+    gc.disable()
+    try:
+        while rounds < ROUNDS or time.perf_counter() < end:
+            for name, call in calls.items():
+                _burst(call, settle)
+                times[name] += _burst(call, BURST)
+            if peak:
+                peaks.append(peak())
+            rounds += 1
+    finally:
+        gc.enable()
+    return {name: Timing.of(t) for name, t in times.items()}, statistics.median(peaks) * threads if peaks else None
+
+
+def _burst(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each call in about `seconds`, of one at least; what they return is freed outside the time."""
+    times, start = [], time.perf_counter()
+    while not times or times[-1] and time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - begin)
+        del result
+    return times
+
+
+def use_threads(threads: int) -> None:
+    """Confines this process, and every library it loads later, to `threads` threads on as many cores.
+
+    XLA sizes its pool by NPROC when the first array is made, OpenMP reads its variable when it is loaded; the libraries'
+    own settings are left to their baselines.
+
+    Raises:
+      ValueError: there are not so many CPUs.
+    """
+    cpus = _cpus_by_core(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if not 1 <= threads <= len(cpus):
+        raise ValueError(f"threads={threads}, wanted 1 to {len(cpus)}, the CPUs this process may use")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus[:threads])
+    for variable in ("NPROC", "OMP_NUM_THREADS"):
+        os.environ[variable] = str(threads)
+
+
+def _cpus_by_core(cpus: Iterable[int]) -> list[int]:
+    """One CPU of each physical core first, then their siblings."""
+    seen: dict[str, int] = {}
+    order = []
+    for cpu in sorted(cpus):
+        try:
+            core = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            core = str(cpu)
+        seen[core] = seen.get(core, -1) + 1
+        order.append((seen[core], cpu))
+    return [cpu for _, cpu in sorted(order)]
