@@ -1,0 +1,98 @@
+"""What a guide is: which layers to prune, how far, when to stop, when to give a layer its dense weights back, and why.
+
+A method asks nothing else of a guide, so the same method runs with the performance model behind it (`guided`) or without
+(`constant`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparseflax.shapes import ConvShape
+
+
+@dataclass(frozen=True)
+class LayerGuide:
+    """What the guide says of one layer.
+
+    Attributes:
+      density: to prune to, kept / all; 1.0 = the layer stays dense.
+      reason: for it, in words.
+      lower, upper: the useful range of densities. Pruning on below `lower` saves no time worth having: stop there. A layer
+        that stays above `upper` was pruned in vain: give it its dense weights back.
+      shape: of the layer, if it has a performance model.
+      dense_seconds, seconds: predicted time dense and at `density`; nan without a performance model.
+    """
+
+    density: float
+    reason: str
+    lower: float = 0.0
+    upper: float = 1.0
+    shape: ConvShape | None = None
+    dense_seconds: float = math.nan
+    seconds: float = math.nan
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Which layers to prune, how far and why; prints as a table.
+
+    Attributes:
+      layers: {layer: LayerGuide} in the network's order.
+      other_seconds: time of everything that is not one of the layers.
+    """
+
+    layers: Mapping[str, LayerGuide]
+    other_seconds: float = 0.0
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """{layer: density} of the layers to prune."""
+        return {name: layer.density for name, layer in self.layers.items() if layer.density < 1}
+
+    @property
+    def dense_seconds(self) -> float:
+        """Predicted time of the dense network."""
+        return self.other_seconds + sum(layer.dense_seconds for layer in self.layers.values())
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time at the guide's densities."""
+        return self.other_seconds + sum(layer.seconds for layer in self.layers.values())
+
+    @property
+    def speedup(self) -> float:
+        """Predicted time dense over predicted time at the guide's densities."""
+        return self.dense_seconds / self.seconds
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "density", "dense us", "us", "why")]
+        for name, layer in self.layers.items():
+            shape = "" if layer.shape is None else str(layer.shape)
+            rows.append((name, shape, f"{layer.density:.3f}", _us(layer.dense_seconds), _us(layer.seconds), layer.reason))
+        if self.other_seconds:
+            rows.append(("(other)", "", "", _us(self.other_seconds), _us(self.other_seconds), "not a layer of the guide"))
+        if not math.isnan(self.seconds):
+            rows.append(("total", "", "", _us(self.dense_seconds), _us(self.seconds), f"{self.speedup:.2f}x as fast as dense"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+        cells = ([a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)] for row in rows)
+        return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def _us(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{seconds * 1e6:.1f}"
+
+
+def constant(densities: Mapping[str, float]) -> Guidance:
+    """The guide that knows no performance model: prune each layer to the density given.
+
+    Raises:
+      ValueError: for a density outside (0, 1].
+    """
+    for layer, density in densities.items():
+        if not 0 < density <= 1:
+            raise ValueError(f"density of layer {layer!r} must be in (0, 1], got {density}")
+    return Guidance({layer: LayerGuide(density, "as given") for layer, density in densities.items()})

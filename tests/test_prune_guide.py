@@ -1,0 +1,176 @@
+"""The guide: the speedup asked for is met, at the least damage, by the paper's rules; and it says why, or why not."""
+
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseflax import prune
+from sparseflax.cost import conv_seconds, dense_seconds, useful_range
+from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
+from sparseflax.shapes import ConvShape
+
+MACHINES = [ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250]
+
+
+def conv(ic, size, oc, k, n=1):
+    return ConvShape(n, size, size, ic, oc, k, k, padding=((k // 2, k // 2),) * 2)
+
+
+# A little VGG with two 1x1 layers, the first of which no machine with the Xeon's balance can speed up.
+NETWORK = {
+    "stem": conv(3, 56, 64, 3),
+    "thin": conv(64, 56, 64, 1),
+    "early": conv(64, 56, 128, 3),
+    "middle": conv(128, 28, 256, 3),
+    "reduce": conv(256, 14, 256, 1),
+    "late": conv(256, 14, 256, 3),
+    "head": ConvShape(1, 1, 1, 256, 10, 1, 1),
+}
+
+
+def damage(shape, density):
+    return 1 / (shape.kh * shape.kw * shape.ic / shape.groups * density)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("speedup", [1.1, 1.5, 2.0, 2.5])
+def test_meets_the_speedup_and_balances_the_layers(machine, speedup):
+    other = 1e-6
+    guide = prune.guided(NETWORK, machine, speedup=speedup, exclude=["stem"], other_seconds=other)
+    seconds, dense, worth = other, other, []
+    for name, shape in NETWORK.items():
+        layer, useful = guide.layers[name], useful_range(shape, machine)
+        dense += float(dense_seconds(shape, machine))
+        if name not in guide.densities:
+            seconds += float(dense_seconds(shape, machine))
+            assert layer.density == 1 and layer.reason.startswith("dense: ")
+            continue
+        seconds += float(conv_seconds(shape, layer.density, machine))
+        assert useful.lower * 0.999 <= layer.density < useful.upper
+        if layer.density > 1.01 * max(useful.lower, 0.01):
+            slope = jax.grad(lambda d, shape=shape: conv_seconds(shape, d, machine))(layer.density)
+            worth.append(float(slope) * layer.density / damage(shape, layer.density))
+    assert "stem" not in guide.densities and guide.densities
+    # Between grid points time is taken as linear in the logarithm of density, which is never below the convex model.
+    assert speedup * (1 - 1e-5) <= dense / seconds <= speedup * 1.002
+    assert guide.speedup == pytest.approx(dense / seconds, rel=1e-5)
+    assert max(worth) <= min(worth) * 1.02  # the multiplier's one price, interpolated on the grid
+
+
+@pytest.mark.parametrize("speedup", [1.2, 1.6, 2.4])
+def test_against_all_choices_of_two_layers(speedup):
+    """Dense or any of 400 densities for each of two layers, on the Xeon: nothing fast enough does less damage."""
+    shapes = {"wide": conv(256, 14, 256, 3), "narrow": conv(64, 28, 96, 3)}
+    machine, options = XEON_E5_2697V4, []
+    for shape in shapes.values():
+        lower = max(0.01, float(useful_range(shape, machine).lower))
+        densities = np.exp(np.linspace(np.log(lower), -1e-3, 400)).astype(np.float32)
+        sparse = jax.vmap(lambda d, s=shape: conv_seconds(s, d, machine))(densities)
+        seconds = np.array([float(dense_seconds(shape, machine)), *np.asarray(sparse)])
+        options.append((seconds, damage(shape, np.array([1.0, *densities]))))
+    (t0, damage0), (t1, damage1) = options
+    fast_enough = t0[:, None] + t1 <= (t0[0] + t1[0]) / speedup
+    least = np.where(fast_enough, damage0[:, None] + damage1, np.inf).min()
+    guide = prune.guided(shapes, machine, speedup=speedup)
+    found = sum(damage(shape, guide.layers[name].density) for name, shape in shapes.items())
+    assert found <= least * 1.005
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+@pytest.mark.parametrize("speedup", [1.2, 2.0, 3.0])
+def test_leaving_out_other_layers_is_no_better(machine, speedup):
+    def cost(guide):
+        return sum(damage(shape, guide.layers[name].density) - damage(shape, 1) for name, shape in NETWORK.items())
+
+    own = cost(prune.guided(NETWORK, machine, speedup=speedup))
+    convs = ("early", "middle", "reduce", "late")
+    for some in itertools.chain(*(itertools.combinations(convs, count) for count in range(1, len(convs)))):
+        try:
+            other = cost(prune.guided(NETWORK, machine, speedup=speedup, exclude=some))
+        except ValueError:
+            continue  # not fast enough without those
+        assert own <= other * 1.01, some
+
+
+def test_the_papers_rules():
+    guide = prune.guided(NETWORK, XEON_E5_2697V4, speedup=3, exclude={"stem"})
+    assert guide.layers["stem"].reason == "dense: excluded"
+    assert guide.layers["thin"].reason.startswith("dense: no speedup potential, at best 0.")
+    assert re.fullmatch(r"dense: given back, would be slower at density 0\.\d\d", guide.layers["reduce"].reason)
+    assert guide.densities["middle"] < guide.densities["early"]  # as long, but with more inputs per output
+
+
+def test_no_layer_goes_below_min_density():
+    shapes = {"late": NETWORK["late"]}
+    highest = re.search(r"the highest is ([\d.]+)", str(refusal(shapes, ATOM_C2750, 100, min_density=0.03)))
+    guide = prune.guided(shapes, ATOM_C2750, speedup=float(highest[1]), min_density=0.03)
+    assert guide.densities["late"] == pytest.approx(0.03, rel=1e-3)
+    assert guide.layers["late"].reason.endswith("stopped at min_density")
+
+
+def test_no_layer_goes_below_its_useful_range():
+    shapes = {"plain": conv(256, 14, 256, 3), "flat": conv(256, 14, 256, 1)}
+    highest = re.search(r"the highest is ([\d.]+)", str(refusal(shapes, XEON_E5_2697V4, 100)))
+    guide = prune.guided(shapes, XEON_E5_2697V4, speedup=float(highest[1]))
+    assert guide.densities["flat"] == pytest.approx(float(useful_range(shapes["flat"], XEON_E5_2697V4).lower), rel=0.05)
+    assert "the lower end of its useful range" in str(refusal(shapes, XEON_E5_2697V4, 100))
+
+
+def refusal(shapes, machine, speedup, **options):
+    with pytest.raises(ValueError) as error:
+        prune.guided(shapes, machine, speedup=speedup, **options)
+    return error.value
+
+
+LAYERS = st.builds(conv, *(st.sampled_from(sizes) for sizes in ([3, 16, 64, 256], [7, 14, 28], [16, 64, 256], [1, 3, 5])))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(LAYERS, min_size=5, max_size=5), st.sampled_from(MACHINES), st.floats(1.0, 6.0))
+def test_any_network_is_as_fast_as_asked_or_refused(layers, machine, speedup):
+    shapes = {f"layer{i}": layer for i, layer in enumerate(layers)}
+    try:
+        guide = prune.guided(shapes, machine, speedup=speedup)
+    except ValueError as error:
+        highest = float(re.search(r"cannot be reached: the highest is ([\d.]+)", str(error))[1])
+        assert highest <= speedup
+        guide, speedup = prune.guided(shapes, machine, speedup=highest), highest
+    assert guide.speedup >= speedup * (1 - 1e-4)
+    for name, density in guide.densities.items():
+        useful = useful_range(shapes[name], machine)
+        assert max(0.01, useful.lower) * 0.999 <= density < useful.upper
+    assert prune.guided(shapes, machine, speedup=speedup) == guide  # deterministic
+
+
+def test_prints_as_a_table():
+    guide = prune.guided(NETWORK, XEON_E5_2697V4, speedup=1.5, exclude=["stem"], other_seconds=5e-6)
+    lines = str(guide).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", *NETWORK, "(other)", "total"]
+    assert lines[0].split() == ["layer", "shape", "density", "dense", "us", "us", "why"]
+    assert lines[-1].endswith("1.50x as fast as dense")
+    assert str(prune.constant({"a": 0.1})).splitlines()[1].split() == ["a", "0.100", "as", "given"]
+
+
+def test_dense_is_no_speedup():
+    guide = prune.guided(NETWORK, ATOM_C2750, speedup=1)
+    assert guide.densities == {} and guide.speedup == 1
+    assert guide.layers["late"].reason == "dense: no speedup asked for"
+
+
+def test_refusals():
+    message = str(refusal(NETWORK, XEON_E5_2697V4, 50, exclude=["stem"], other_seconds=20e-6))
+    assert re.match(r"a speedup of 50 cannot be reached: the highest is \d\.\d\d, where the time goes to \w+ \d+% \(", message)
+    assert "thin 17% (dense: no speedup potential, at best 0.96x)" in message
+    assert re.search(r"everything else \d+%$", message)
+    assert str(refusal(NETWORK, ATOM_C2750, 0.5)) == "speedup must be at least 1 (the dense network) and finite, got 0.5"
+    assert str(refusal(NETWORK, ATOM_C2750, float("nan"))).endswith("got nan")
+    assert str(refusal(NETWORK, ATOM_C2750, 2, min_density=0)) == "min_density must be in (0, 1), got 0"
+    assert str(refusal(NETWORK, ATOM_C2750, 2, exclude=["conw"])).startswith("cannot exclude layers ['conw']: the network")
+    assert str(refusal({}, ATOM_C2750, 2)).startswith("there is no layer to prune")
+    with pytest.raises(ValueError, match=r"density of layer 'a' must be in \(0, 1\], got 1.5"):
+        prune.constant({"a": 1.5})
