@@ -143,7 +143,7 @@ def masks(state: Any) -> dict[str, jax.Array]:
 
 def densities(state: Any) -> dict[str, float]:
     """Kept / all of every pruned layer, from an optax state. Waits for the device: for reports, not for the step."""
-    return {layer: np.count_nonzero(mask) / mask.size for layer, mask in masks(state).items()}
+    return {layer: int(np.count_nonzero(mask)) / mask.size for layer, mask in masks(state).items()}
 
 
 def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:
