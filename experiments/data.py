@@ -39,9 +39,8 @@ def cluttered_digits(seed: int, train: int, test: int, fragments: int = 4, noise
       scikit-learn's copy of the UCI "Optical recognition of handwritten digits" test set; clutter as in Mnih et al.,
       "Recurrent models of visual attention", 2014.
     """
-    sources = load_digits()
-    images = (sources.images / 16).astype(np.float32)
-    labels = sources.target.astype(np.int32)
+    pixels, labels = load_digits(return_X_y=True)
+    images, labels = (pixels.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int32)
     order = np.random.default_rng((seed, 0)).permutation(len(images))
     for_test, for_train = order[:TEST_SOURCES], order[TEST_SOURCES:]
     train_images, train_labels = _canvases(

@@ -1,7 +1,5 @@
 """The cluttered digits: deterministic, drawn where they should be, and training apart from testing."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -26,16 +24,16 @@ def test_shapes_and_statistics():
 
 
 def test_training_and_testing_share_no_source_image(monkeypatch):
-    sources = data.load_digits()
-    everyone = np.arange(len(sources.images))
-    monkeypatch.setattr(data, "load_digits", lambda: SimpleNamespace(images=sources.images, target=everyone))
+    pixels, _ = data.load_digits(return_X_y=True)
+    everyone = np.arange(len(pixels))
+    monkeypatch.setattr(data, "load_digits", lambda return_X_y: (pixels, everyone))
     digits = data.cluttered_digits(0, 2000, 200, noise=0)
     used = np.unique(digits.train_labels)
     assert len(used) > 900 and not np.isin(digits.test_labels, used).any()
     # Ink in the sources seen in training, and nowhere else: none of it may appear in a test canvas, not even as clutter.
-    ink = np.zeros_like(sources.images)
+    ink = np.zeros_like(pixels)
     ink[used] = 16
-    monkeypatch.setattr(data, "load_digits", lambda: SimpleNamespace(images=ink, target=everyone))
+    monkeypatch.setattr(data, "load_digits", lambda return_X_y: (ink, everyone))
     digits = data.cluttered_digits(0, 2000, 200, noise=0)
     assert np.ptp(digits.test_images) == 0 and np.ptp(digits.train_images) > 1
 

@@ -1,0 +1,60 @@
+"""What a run is: one frozen dataclass, filled in by one module per run. The module's name is the run's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax import nnx
+
+from experiments.data import Dataset
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run, besides the machine."""
+
+    name: str
+    """Of the run; part of the names of its files."""
+    dataset: Callable[[int, int, int], Dataset]
+    """(seed, train_images, test_images) -> Dataset."""
+    network: Callable[..., nnx.Module]
+    """(widths, channels, classes, rngs=) -> model."""
+    widths: tuple[tuple[int, ...], ...]
+    """Channels of the network's convolutions or blocks, by stage."""
+    dense_steps: int
+    """Updates of dense training."""
+    prune_steps: int
+    """Updates of pruning and of recovering from it."""
+    ramp_steps: int
+    """Updates, of prune_steps, in which the densities fall to their targets."""
+    save_every: int
+    """Updates between two checkpoints; each also evaluates the network."""
+    seed: int = 0
+    """Decides the data, the initial weights and the order of the examples."""
+    train_images: int = 12_000
+    test_images: int = 2_000
+    batch: int = 32
+    """Examples per update."""
+    warmup_steps: int = 80
+    """Updates in which the learning rate rises from zero to its peak; a cosine then takes it to its end."""
+    peak_lr: float = 0.1
+    """Highest learning rate of dense training."""
+    end_lr: float = 1e-3
+    """Learning rate at the end of dense training."""
+    prune_peak_lr: float = 0.05
+    """Learning rate at the start of pruning; held until the ramp ends."""
+    prune_end_lr: float = 5e-4
+    """Learning rate at the end of pruning."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """Of all parameters, added to the gradient before momentum."""
+    speedup: float = 3.0
+    """Requested of the whole network, as the performance model predicts it for batch 1 on this machine."""
+    prune_every: int = 10
+    """Updates between two takings of the masks."""
+    timing_seconds: float = 2.0
+    """Time spent on measuring each pair of networks or layers."""
+    out: Path | None = None
+    """Folder of the run; runs/<name>-seed<seed> by default. The same command with the same folder goes on where it stopped."""
+    results: Path | None = None
+    """File of JSON lines to append the result to, such as experiments/results/digits.jsonl."""

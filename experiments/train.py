@@ -1,0 +1,133 @@
+"""How a network learns: a loop that goes on, bit for bit, where it was killed."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import checkpoint
+from experiments.data import Dataset, batch_indices
+from experiments.progress import progress
+
+
+class TrainState(NamedTuple):
+    """All that one step hands to the next: nested dicts of arrays, and the optimizer's state over the same tree."""
+
+    params: Any
+    statistics: Any
+    optimizer: Any
+
+
+class Trained(NamedTuple):
+    """What training leaves behind besides the model.
+
+    Attributes:
+      optimizer: the optax state, with the masks in it where something was pruned.
+      losses: mean training loss of every `save_every` steps, as (steps done, loss).
+      accuracies: test accuracy in [0, 1] at the same moments, as (steps done, accuracy).
+    """
+
+    optimizer: Any
+    losses: list[tuple[int, float]]
+    accuracies: list[tuple[int, float]]
+
+
+def fit(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    data: Dataset,
+    *,
+    title: str,
+    folder: Path,
+    seed: int,
+    batch: int,
+    steps: int,
+    first_step: int = 0,
+    save_every: int,
+) -> Trained:
+    """Train a model, in place, for `steps` updates; a run that was killed goes on from its newest checkpoint.
+
+    What comes out depends on the arguments only, not on how often the run was killed.
+
+    Args:
+      model: of parameters and batch statistics; logits from images (n, h, w, c).
+      optimizer: whatever prunes, last in its chain.
+      data: images and labels.
+      title: for the progress bar and errors.
+      folder: for the checkpoints of this training and no other.
+      seed: decides the order of the examples, with `first_step`.
+      batch: examples per update.
+      steps: updates to make.
+      first_step: updates made by trainings before this one; the examples go on from there.
+      save_every: updates between two checkpoints.
+
+    Raises:
+      FloatingPointError: the loss is not finite, or a parameter after the update; the last good checkpoint stays.
+      ValueError: a damaged checkpoint.
+    """
+    model.train()
+    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, statistics = nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+    state = TrainState(params, statistics, optimizer.init(params))
+    done, losses, accuracies = 0, [], []
+    if found := checkpoint.restore(folder, state):
+        done, state, note = found
+        losses, accuracies = ([tuple(point) for point in note[curve]] for curve in ("losses", "accuracies"))
+    recent = []
+    with progress(title, steps, done) as advance:
+        while done < steps:
+            chosen = batch_indices(seed, first_step + done, batch, len(data.train_labels))
+            loss, norm, state = _step(graphdef, optimizer, state, data.train_images[chosen], data.train_labels[chosen])
+            done, loss, norm = done + 1, float(loss), float(norm)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(_diverged(title, done, loss, norm, folder))
+            recent.append(loss)
+            advance(done, f"loss {loss:.3f}")
+            if done % save_every == 0 or done == steps:
+                losses.append((done, float(np.mean(recent))))
+                recent = []
+                nnx.update(model, state.params, state.statistics)
+                accuracies.append((done, accuracy(model, data.test_images, data.test_labels)))
+                checkpoint.save(folder, done, state, {"losses": losses, "accuracies": accuracies})
+    nnx.update(model, state.params, state.statistics)
+    model.eval()
+    return Trained(state.optimizer, losses, accuracies)
+
+
+def accuracy(model: nnx.Module, images: np.ndarray, labels: np.ndarray, batch: int = 250) -> float:
+    """Share of the images (n, h, w, c) whose largest logit is their label's (n,); the model is left in evaluation mode."""
+    model.eval()
+    right = [np.asarray(_predict(model, images[i : i + batch])) == labels[i : i + batch] for i in range(0, len(images), batch)]
+    return float(np.mean(np.concatenate(right)))
+
+
+@nnx.jit
+def _predict(model, images):
+    return model(images).argmax(axis=-1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(graphdef, optimizer, state, images, labels):
+    """(loss, norm of the parameters after the update, next state)."""
+
+    def loss_of(params):
+        model = nnx.merge(graphdef, params, state.statistics)
+        loss = optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+        return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    (loss, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return loss, optax.tree.norm(params), TrainState(params, statistics, optimizer_state)
+
+
+def _diverged(title: str, step: int, loss: float, norm: float, folder: Path) -> str:
+    good = sorted(folder.glob("[0-9]*.json"))
+    last = f"the last good checkpoint, of step {int(good[-1].stem)}, stays in {folder}" if good else "none was written yet"
+    return (f"{title} diverged at step {step}: loss {loss}, norm of the updated parameters {norm}, wanted finite numbers; "
+            f"{last}. Choose a lower peak_lr, or prune_peak_lr, and another out.")
