@@ -1,5 +1,6 @@
 """Prune a Flax CNN so that it becomes faster on the CPU it will run on, and run it that fast inside `jax.jit`."""
 
+# `sparseflax.plan` is the function, not its module; `from sparseflax.plan import ...` finds the module all the same.
 from sparseflax import linen as linen
 from sparseflax import nnx as nnx
 from sparseflax import prune as prune
@@ -14,5 +15,9 @@ from sparseflax.machine import detect_machine as detect_machine
 from sparseflax.packing import PackedKernel as PackedKernel
 from sparseflax.packing import Pattern as Pattern
 from sparseflax.packing import pack as pack
+from sparseflax.plan import LayerPlan as LayerPlan
+from sparseflax.plan import Plan as Plan
+from sparseflax.plan import pack_model as pack_model
+from sparseflax.plan import plan as plan
 from sparseflax.shapes import ConvShape as ConvShape
 from sparseflax.shapes import conv_shapes as conv_shapes

@@ -13,6 +13,7 @@ from flax import nnx
 import sparseflax
 from sparseflax.layer import unsupported
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 EPS = float(jnp.finfo(jnp.float32).eps) / 2
 FLAX = nnx.Rngs(0)
 
