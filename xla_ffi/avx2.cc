@@ -26,6 +26,8 @@ struct V {
   static SF_INLINE void Store(float* p, Reg a) { _mm256_store_ps(p, a); }
   static SF_INLINE void StoreU(float* p, Reg a) { _mm256_storeu_ps(p, a); }
   static SF_INLINE void StorePart(float* p, Reg a, int m) { _mm256_maskstore_ps(p, First(m), a); }
+  static SF_INLINE void Stream(float* p, Reg a) { _mm256_stream_ps(p, a); }
+  static SF_INLINE void Fence() { _mm_sfence(); }
   static SF_INLINE Reg Set1(float a) { return _mm256_set1_ps(a); }
   static SF_INLINE Reg Fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static SF_INLINE Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
@@ -61,10 +63,12 @@ struct V {
 #include "microkernel.inc"
 
 bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+double FmaCycles() { return 0.51; }
 }  // namespace avx2
 
 extern const Isa kAvx2;
-const Isa kAvx2 = {"avx2", 8, avx2::RunsHere, avx2::PackPanel, avx2::StoreTile, avx2::kKernels, SF_COUNT(avx2::kKernels)};
+const Isa kAvx2 = {"avx2", 8, avx2::FmaCycles, avx2::PeakFlops, avx2::RunsHere, avx2::PackPanel, avx2::StoreTile,
+    avx2::kKernels, SF_COUNT(avx2::kKernels)};
 
 }  // namespace sparseflax
 #if defined(__clang__)

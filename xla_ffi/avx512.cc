@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
@@ -24,6 +25,8 @@ struct V {
   static SF_INLINE void Store(float* p, Reg a) { _mm512_store_ps(p, a); }
   static SF_INLINE void StoreU(float* p, Reg a) { _mm512_storeu_ps(p, a); }
   static SF_INLINE void StorePart(float* p, Reg a, int m) { _mm512_mask_storeu_ps(p, First(m), a); }
+  static SF_INLINE void Stream(float* p, Reg a) { _mm512_stream_ps(p, a); }
+  static SF_INLINE void Fence() { _mm_sfence(); }
   static SF_INLINE Reg Set1(float a) { return _mm512_set1_ps(a); }
   static SF_INLINE Reg Fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static SF_INLINE Reg Add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
@@ -67,10 +70,22 @@ bool RunsHere() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
+
+// Zen 4 (family 0x19) runs 512-bit operations in two halves: 1.11 cycles measured, 0.51 for 256 bits.
+double FmaCycles() {
+  static const bool halves = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != 0x68747541) return false;  // "Auth"enticAMD
+    __get_cpuid(1, &a, &b, &c, &d);
+    return ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
+  }();
+  return halves ? 1.11 : 0.5;
+}
 }  // namespace avx512
 
 extern const Isa kAvx512;
-const Isa kAvx512 = {"avx512", 16, avx512::RunsHere, avx512::PackPanel, avx512::StoreTile, avx512::kKernels, SF_COUNT(avx512::kKernels)};
+const Isa kAvx512 = {"avx512", 16, avx512::FmaCycles, avx512::PeakFlops, avx512::RunsHere, avx512::PackPanel, avx512::StoreTile,
+    avx512::kKernels, SF_COUNT(avx512::kKernels)};
 
 }  // namespace sparseflax
 #if defined(__clang__)

@@ -77,11 +77,11 @@ ffi::ErrorOr<std::unique_ptr<State>> Instantiate(ffi::Span<const uint8_t> gaps, 
                                                  std::string_view kernel) {
   if (layout.size() != 6 || window.size() != 8 || epilogue.size() != 3) return ffi::Unexpected(Invalid("malformed attributes"));
   if (epilogue[0] < 0 || epilogue[0] > 2) return ffi::Unexpected(Invalid("unknown activation"));
-  const Isa* isa = kernel.empty() ? Isas().front() : nullptr;
+  const Isa* isa = nullptr;
   for (const Isa* candidate : Isas()) {
     if (candidate->name == kernel) isa = candidate;
   }
-  if (isa == nullptr) return ffi::Unexpected(Invalid("kernel '" + std::string(kernel) + "' does not run on this machine"));
+  if (isa == nullptr && !kernel.empty()) return ffi::Unexpected(Invalid("kernel '" + std::string(kernel) + "' does not run on this machine"));
   Shape s{};
   s.kh = layout[0], s.kw = layout[1], s.icg = layout[2], s.oc = layout[3], s.groups = layout[4], s.block = layout[5];
   s.sh = window[0], s.sw = window[1], s.top = window[2], s.bottom = window[3], s.left = window[4], s.right = window[5];

@@ -1,6 +1,8 @@
 // What every instruction-set file starts from. The standard headers come first: a target region must not reach them.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 

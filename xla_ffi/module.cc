@@ -24,4 +24,10 @@ NB_MODULE(_native, m) {
     for (const Isa* isa : Isas()) names.emplace_back(isa->name);
     return names;
   });
+  m.def("fma_gflops", [](const std::string& isa) {
+    for (const Isa* each : Isas()) {
+      if (each->name == isa) return each->peak_flops() / 1e9;
+    }
+    throw nb::value_error("unknown kernel name");
+  }, nb::arg("isa"), "GFLOP/s of FMAs in registers, one thread, measured now.");
 }

@@ -25,6 +25,8 @@ struct V {
     vst1q_f32(t, a);
     for (int i = 0; i < m; ++i) p[i] = t[i];
   }
+  static SF_INLINE void Stream(float* p, Reg a) { StoreU(p, a); }
+  static SF_INLINE void Fence() {}
   static SF_INLINE Reg Set1(float a) { return vdupq_n_f32(a); }
   static SF_INLINE Reg Fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static SF_INLINE Reg Add(Reg a, Reg b) { return vaddq_f32(a, b); }
@@ -45,10 +47,12 @@ struct V {
 #include "microkernel.inc"
 
 bool RunsHere() { return true; }
+double FmaCycles() { return 0.5; }
 }  // namespace neon
 
 extern const Isa kNeon;
-const Isa kNeon = {"neon", 4, neon::RunsHere, neon::PackPanel, neon::StoreTile, neon::kKernels, SF_COUNT(neon::kKernels)};
+const Isa kNeon = {"neon", 4, neon::FmaCycles, neon::PeakFlops, neon::RunsHere, neon::PackPanel, neon::StoreTile,
+    neon::kKernels, SF_COUNT(neon::kKernels)};
 
 }  // namespace sparseflax
 #endif

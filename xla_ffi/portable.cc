@@ -18,6 +18,8 @@ struct V {
   static SF_INLINE void Store(float* p, Reg a) { *reinterpret_cast<Reg*>(p) = a; }
   static SF_INLINE void StoreU(float* p, Reg a) { StorePart(p, a, 4); }
   static SF_INLINE void StorePart(float* p, Reg a, int m) { std::memcpy(p, &a, sizeof(float) * static_cast<size_t>(m)); }
+  static SF_INLINE void Stream(float* p, Reg a) { StoreU(p, a); }
+  static SF_INLINE void Fence() {}
   static SF_INLINE Reg Set1(float a) { return Reg{a, a, a, a}; }
   static SF_INLINE Reg Fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static SF_INLINE Reg Add(Reg a, Reg b) { return a + b; }
@@ -46,9 +48,11 @@ struct V {
 #include "microkernel.inc"
 
 bool RunsHere() { return true; }
+double FmaCycles() { return 1; }
 }  // namespace portable
 
 extern const Isa kPortable;
-const Isa kPortable = {"portable", 4, portable::RunsHere, portable::PackPanel, portable::StoreTile, portable::kKernels, SF_COUNT(portable::kKernels)};
+const Isa kPortable = {"portable", 4, portable::FmaCycles, portable::PeakFlops, portable::RunsHere, portable::PackPanel, portable::StoreTile,
+    portable::kKernels, SF_COUNT(portable::kKernels)};
 
 }  // namespace sparseflax

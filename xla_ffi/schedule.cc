@@ -46,23 +46,24 @@ int64_t Phases(int64_t taps, int64_t stride, int64_t dilation) {
   return count;
 }
 
-// Cycles of one core. The constants were fitted on timed layers (see README.md beside this file): an FMA per vector
-// and load port, the rest what a kept weight, a visit, an accumulator, a packed vector and a panel outside L1 add.
-double Cycles(const Shape& s, int64_t nnz, const Schedule& c, int64_t l1) {
-  const double tiles = static_cast<double>(c.tiles());
-  const double vectors = tiles * c.kernel->y * c.kernel->x;
-  const double visits = static_cast<double>(s.oc * s.blocks()) * tiles;
-  const double kept = static_cast<double>(nnz) * tiles;
+// Cycles of one core. f is the time of one FMA with a memory operand: an FMA per vector and kept weight, dearer
+// when the panel leaves L1; what a kept weight and a visit cost beside their vectors; loading and storing the accumulators
+// of a visit; transposing in (twice as dear when the input lies beyond L2) and out. Fitted by README.md's measurements.
+double Cycles(const Shape& s, int64_t nnz, const Schedule& c) {
+  const double f = c.isa->fma_cycles(), tiles = static_cast<double>(c.tiles()), kept = static_cast<double>(nnz);
+  const double vectors = tiles * c.kernel->y * c.kernel->x, oc = static_cast<double>(s.oc), rows = oc * static_cast<double>(s.blocks());
   const double panel = static_cast<double>(std::min(s.block, s.icg) * c.slots * c.isa->lanes * 4);
-  const double spill = std::max(0.0, panel - 0.85 * static_cast<double>(l1)) / static_cast<double>(l1);
-  return 1.0 * static_cast<double>(nnz) * vectors * (1 + 0.15 * spill) + 1.1 * kept + 3.0 * visits +
-         2.5 * static_cast<double>(s.oc * s.blocks()) * vectors + 5.0 * static_cast<double>(s.ic() * c.packed) * tiles;
+  const double spill = std::max(0.0, panel / static_cast<double>(CacheBytes(1)) - 1.1);
+  const double input = static_cast<double>(s.n * s.ih * s.iw * s.ic() * 4);
+  const double pack = (3 + 3 * f) * (input > (1 << 20) ? 2 : 1);
+  return kept * vectors * f * (1 + 0.18 * spill) + 0.5 * kept * tiles + rows * (4 * tiles + 1.2 * f * vectors) +
+         6 * f * oc * vectors + pack * static_cast<double>(s.ic() * c.packed) * tiles;
 }
 
 }  // namespace
 
-int64_t L1Bytes() {
-  static const int64_t bytes = [] {
+int64_t CacheBytes(int level) {
+  static const int64_t bytes[2] = {[] {
     int64_t size = 0;
 #if defined(__linux__) && defined(_SC_LEVEL1_DCACHE_SIZE)
     size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
@@ -70,9 +71,15 @@ int64_t L1Bytes() {
     size_t length = sizeof size;
     sysctlbyname("hw.l1dcachesize", &size, &length, nullptr, 0);
 #endif
-    return size > 0 ? size : 32768;
-  }();
-  return bytes;
+    return size > 0 ? size : int64_t{32} << 10;
+  }(), [] {
+    int64_t size = 0;
+#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return size > 0 ? size : int64_t{32} << 20;
+  }()};
+  return bytes[level == 1 ? 0 : 1];
 }
 
 std::vector<Schedule> Candidates(const Shape& s, int64_t nnz, const Isa& isa) {
@@ -87,20 +94,19 @@ std::vector<Schedule> Candidates(const Shape& s, int64_t nnz, const Isa& isa) {
       c.by = by;
       c.bx = isa.lanes / bn / by;
       c.lane_groups = CeilDiv(s.n, bn);
-      c.rh = CeilDiv(s.oh, c.by);
-      c.rw = CeilDiv(s.ow, c.bx);
+      const int64_t rows_per_lane = CeilDiv(s.oh, c.by), columns_per_lane = CeilDiv(s.ow, c.bx);
       for (int i = 0; i < isa.kernel_count; ++i) {
         c.kernel = &isa.kernels[i];
-        if (c.kernel->visit == nullptr || c.kernel->y > c.rh || c.kernel->x > c.rw) continue;
-        c.ty = CeilDiv(c.rh, c.kernel->y);
-        c.tx = CeilDiv(c.rw, c.kernel->x);
+        if (c.kernel->visit == nullptr || c.kernel->y > rows_per_lane || c.kernel->x > columns_per_lane) continue;
+        c.ty = CeilDiv(rows_per_lane, c.kernel->y);
+        c.tx = CeilDiv(columns_per_lane, c.kernel->x);
         const Reach rows = ReachOf(c.kernel->y, s.kh, s.sh, s.dh), columns = ReachOf(c.kernel->x, s.kw, s.sw, s.dw);
         c.pitch = columns.longest;
         c.slots = rows.sum * phases_x * c.pitch;
         c.packed = rows.sum * columns.sum;
         // The largest offset has to fit 16 bits in units of kOffsetUnit bytes.
         if (std::min(s.block, s.icg) * c.slots * isa.lanes * 4 > 65536 * kOffsetUnit) continue;
-        c.cycles = Cycles(s, nnz, c, L1Bytes());
+        c.cycles = Cycles(s, nnz, c);
         all.push_back(c);
       }
     }
@@ -108,13 +114,16 @@ std::vector<Schedule> Candidates(const Shape& s, int64_t nnz, const Isa& isa) {
   return all;
 }
 
-Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const Isa& isa) {
+Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const Isa* isa) {
   Schedule best;
   best.cycles = std::numeric_limits<double>::infinity();
-  for (const Schedule& c : Candidates(shape, nnz, isa)) {
-    if (c.cycles < best.cycles) best = c;
+  for (const Isa* each : Isas()) {
+    if (isa != nullptr && isa != each) continue;
+    for (const Schedule& c : Candidates(shape, nnz, *each)) {
+      if (c.cycles < best.cycles) best = c;
+    }
   }
-  return best;  // kernel == nullptr if no panel fits its offsets
+  return best;
 }
 
 }  // namespace sparseflax

@@ -14,7 +14,7 @@
 namespace sparseflax {
 
 #if defined(__x86_64__)
-extern const Isa kAvx512, kAvx2;
+extern const Isa kAvx512, kAvx512vl, kAvx2;
 #elif defined(__aarch64__)
 extern const Isa kNeon;
 #endif
@@ -24,7 +24,7 @@ const std::vector<const Isa*>& Isas() {
   static const std::vector<const Isa*> isas = [] {
     std::vector<const Isa*> found;
 #if defined(__x86_64__)
-    for (const Isa* isa : {&kAvx512, &kAvx2, &kPortable}) {
+    for (const Isa* isa : {&kAvx512, &kAvx512vl, &kAvx2, &kPortable}) {
 #elif defined(__aarch64__)
     for (const Isa* isa : {&kNeon, &kPortable}) {
 #else
@@ -187,8 +187,8 @@ void FillTables(Plan& p) {
                 p.slots.push_back(static_cast<int32_t>(base[static_cast<size_t>(r.phase * s.sw + q.phase)] + i * c.pitch + j));
               }
               for (int64_t l = 0; l < lanes; ++l) {
-                const int64_t y = (l / c.bx % c.by * c.rh + ty * ky + i) * s.sh + r.phase - s.top;
-                const int64_t x = (l % c.bx * c.rw + tx * kx + j) * s.sw + q.phase - s.left;
+                const int64_t y = ((ty * c.by + l / c.bx % c.by) * ky + i) * s.sh + r.phase - s.top;
+                const int64_t x = ((tx * c.bx + l % c.bx) * kx + j) * s.sw + q.phase - s.left;
                 const bool inside = y >= 0 && y < s.ih && x >= 0 && x < s.iw;
                 p.input.push_back(inside ? static_cast<int32_t>((y * s.iw + x) * s.ic()) : -1);
               }
@@ -199,10 +199,8 @@ void FillTables(Plan& p) {
       for (int64_t i = 0; i < ky; ++i) {
         for (int64_t j = 0; j < kx; ++j) {
           for (int64_t l = 0; l < lanes; ++l) {
-            const int64_t ry = ty * ky + i, rx = tx * kx + j;  // a lane's last tile may reach into the next lane's region
-            const int64_t y = l / c.bx % c.by * c.rh + ry, x = l % c.bx * c.rw + rx;
-            const bool inside = ry < c.rh && rx < c.rw && y < s.oh && x < s.ow;
-            p.output.push_back(inside ? static_cast<int32_t>((y * s.ow + x) * s.oc) : -1);
+            const int64_t y = (ty * c.by + l / c.bx % c.by) * ky + i, x = (tx * c.bx + l % c.bx) * kx + j;
+            p.output.push_back(y < s.oh && x < s.ow ? static_cast<int32_t>((y * s.ow + x) * s.oc) : -1);
           }
         }
       }
@@ -231,7 +229,7 @@ std::shared_ptr<const Plan> Conv::GetPlan(const Shape& shape, const Schedule* fo
     }
   }
   plan->forced = forced != nullptr;
-  plan->schedule = forced != nullptr ? *forced : ChooseSchedule(s, nnz_, *isa_);
+  plan->schedule = forced != nullptr ? *forced : ChooseSchedule(s, nnz_, isa_);
   if (plan->schedule.kernel == nullptr) return nullptr;
   FillTables(*plan);
   const size_t rows = static_cast<size_t>(s.groups * s.blocks()), ocg = static_cast<size_t>(s.ocg());
@@ -269,7 +267,7 @@ int64_t Plan::Split(int64_t g, int64_t part, int64_t parts) const {
   const int64_t total = first[ocg] + ocg * shape.blocks();
   int64_t k = 0;
   while (k < ocg && (first[k] + k * shape.blocks()) * parts < part * total) ++k;
-  return k;
+  return ocg >= 2 * parts * schedule.isa->lanes ? k / schedule.isa->lanes * schedule.isa->lanes : k;  // whole vectors to store
 }
 
 void Plan::Unit(const Buffers& b, int activation, int64_t g, int64_t lane_group, int64_t tile, int64_t k0, int64_t k1) const {
@@ -324,8 +322,11 @@ void Plan::Unit(const Buffers& b, int activation, int64_t g, int64_t lane_group,
     visit.bias = nullptr;
     c.kernel->visit(visit);
   }
+  // Streaming pays when the output would not stay in the last cache anyway.
+  const bool stream = s.n * s.oh * s.ow * s.oc * 4 > CacheBytes(3) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
+                      k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
   c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(tile * accumulators * lanes)], out,
-                b.residual != nullptr ? residual : nullptr, activation});
+                b.residual != nullptr ? residual : nullptr, activation, stream});
 }
 
 void Plan::Run(const Buffers& b, int activation, Executor& executor) const {

@@ -2,8 +2,8 @@
 //
 //   y[n,i,j,k] = act( sum_{r,s,c} x[n, i*sh + r*dh - pt, j*sw + s*dw - pl, c] * w[r,s,c,k] + bias[k] + residual[n,i,j,k] )
 //
-// over the kept weights only, NHWC float32. Lanes are tiles: the L lanes of a vector are bn images x by x bx sub-images,
-// and a register tile of y x x accumulators holds the same y x x output positions of every lane. A shift of the kernel
+// over the kept weights only, NHWC float32. Lanes are tiles: the L lanes of a vector are bn images x by x bx neighbouring
+// blocks of y x x outputs, and accumulator (i, j) of a register tile holds position (i, j) of every lane's block. A shift of the kernel
 // is then a shift by whole, aligned vectors. The input positions that a tile needs are packed into a panel
 //
 //   panel[c][slot][lane],   slot(y, x; r, s) = plane(r*dh % sh, s*dw % sw) + (y + r*dh/sh) * pitch + x + s*dw/sw
@@ -75,6 +75,7 @@ struct Store {
   float* const* out;
   const float* const* residual;  // or null
   int activation;                // 0 none, 1 relu, 2 relu6
+  bool stream;                   // past the caches; wants out and table aligned to whole vectors, channels % lanes == 0
 };
 
 struct Kernel {
@@ -85,6 +86,8 @@ struct Kernel {
 struct Isa {
   std::string_view name;
   int lanes;
+  double (*fma_cycles)();       // per FMA with a memory operand in L1, on this machine
+  double (*peak_flops)();       // measured now, one thread
   bool (*runs_here)();
   bool (*pack)(const Pack&);
   void (*store)(const Store&);
@@ -101,15 +104,15 @@ struct Schedule {
   const Kernel* kernel = nullptr;
   int64_t bn = 1, by = 1, bx = 1;     // images x sub-images: bn * by * bx = lanes
   int64_t lane_groups = 1;            // ceil(n / bn)
-  int64_t rh = 0, rw = 0;             // outputs of a lane's region
-  int64_t ty = 0, tx = 0;             // tiles of a region
+  int64_t ty = 0, tx = 0;             // tiles of an image: each covers by * y rows and bx * x columns
   int64_t pitch = 0, slots = 0;       // panel: vectors per row, per channel
   int64_t packed = 0;                 // slots that are filled
   double cycles = 0;                  // the estimate it was chosen by
   int64_t tiles() const { return lane_groups * ty * tx; }
 };
-Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const Isa& isa);
 std::vector<Schedule> Candidates(const Shape& shape, int64_t nnz, const Isa& isa);
+// The cheapest over `isa`, or over all of Isas() if it is null; its kernel is null if no panel fits its offsets.
+Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const Isa* isa);
 
 // Runs f(i) for all i < n, on as many threads as it has.
 struct Executor {
@@ -131,7 +134,8 @@ struct Plan;  // the pattern expanded for one image size, batch and tile
 // One sparse convolution: the pattern, decoded and checked once, and its plans. Thread-safe.
 class Conv {
  public:
-  // `shape` without image sizes; `gaps` as sparseflax/packing.py documents. Null and `error` if they do not fit.
+  // `shape` without image sizes; `gaps` as sparseflax/packing.py documents; `isa` null for the cheapest of all.
+  // Null and `error` if they do not fit.
   static std::unique_ptr<Conv> Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error);
   ~Conv();
 
@@ -152,6 +156,6 @@ class Conv {
   std::vector<std::shared_ptr<const Plan>> plans_;
 };
 
-int64_t L1Bytes();  // data cache of one core
+int64_t CacheBytes(int level);  // data cache of one core (1), the last shared one (3)
 
 }  // namespace sparseflax
