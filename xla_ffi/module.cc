@@ -9,6 +9,45 @@
 
 namespace nb = nanobind;
 
+namespace {
+
+// What the kernel would do for a convolution: the counts that a performance model is made of.
+nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<int64_t>& layout, const std::vector<int64_t>& window,
+                          int64_t nnz, const std::string& isa) {
+  using namespace sparseflax;
+  if (image.size() != 5 || layout.size() != 6 || window.size() != 8) {
+    throw nb::value_error("wanted image (n, ih, iw, oh, ow), layout (kh, kw, icg, oc, groups, block) and window (sh, sw, top, "
+                          "bottom, left, right, dh, dw)");
+  }
+  Shape s{image[0], image[1], image[2], image[3], image[4], layout[0], layout[1], layout[2], layout[3], layout[4], layout[5],
+          window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
+  const std::string error = s.Check();
+  if (!error.empty()) throw nb::value_error(error.c_str());
+  const Isa* forced = nullptr;
+  for (const Isa* each : Isas()) {
+    if (each->name == isa) forced = each;
+  }
+  if (forced == nullptr && !isa.empty()) throw nb::value_error("unknown kernel name");
+  s = s.Flat();
+  const Schedule c = ChooseSchedule(s, nnz, forced);
+  if (c.kernel == nullptr) throw nb::value_error("the kernel window is too large for a panel");
+  nb::dict d;
+  d["isa"] = std::string(c.isa->name);
+  d["lanes"] = c.isa->lanes;
+  d["fma_cycles"] = c.isa->fma_cycles();
+  d["tile"] = std::pair<int, int>(c.kernel->y, c.kernel->x);
+  d["lane_map"] = std::vector<int64_t>{c.bn, c.by, c.bx};
+  d["tiles"] = c.tiles();
+  d["vectors"] = c.tiles() * c.kernel->y * c.kernel->x;
+  d["blocks"] = s.blocks();
+  d["packed"] = c.packed;
+  d["panel_bytes"] = std::min(s.block, s.icg) * c.slots * c.isa->lanes * 4;
+  d["cycles"] = c.cycles;
+  return d;
+}
+
+}  // namespace
+
 namespace sparseflax {
 XLA_FFI_Error* ConvInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* ConvExecute(XLA_FFI_CallFrame* frame);
@@ -24,6 +63,8 @@ NB_MODULE(_native, m) {
     for (const Isa* isa : Isas()) names.emplace_back(isa->name);
     return names;
   });
+  m.def("schedule", DescribeSchedule, nb::arg("image"), nb::arg("layout"), nb::arg("window"), nb::arg("nnz"), nb::arg("isa") = "",
+        "What the kernel would do for a convolution of nnz kept weights: tile, lanes and the counts a performance model needs.");
   m.def("fma_gflops", [](const std::string& isa) {
     for (const Isa* each : Isas()) {
       if (each->name == isa) return each->peak_flops() / 1e9;

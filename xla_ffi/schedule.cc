@@ -82,6 +82,11 @@ int64_t CacheBytes(int level) {
   return bytes[level == 1 ? 0 : 1];
 }
 
+int64_t Schedule::Parts(int64_t groups, int64_t threads) const {
+  const int64_t whole = groups * tiles();
+  return threads == 1 || whole >= 4 * threads || whole % threads == 0 ? 1 : threads;
+}
+
 std::vector<Schedule> Candidates(const Shape& s, int64_t nnz, const Isa& isa) {
   std::vector<Schedule> all;
   const int64_t phases_x = Phases(s.kw, s.sw, s.dw);

@@ -119,6 +119,18 @@ std::string Shape::Check() const {
   return "";
 }
 
+Shape Shape::Flat() const {
+  const int64_t row = n * ih * iw;
+  if (kh != 1 || kw != 1 || sh != 1 || sw != 1 || ih != oh || iw != ow || top != 0 || left != 0 ||
+      row * std::max(ic(), oc) > std::numeric_limits<int32_t>::max()) {
+    return *this;
+  }
+  Shape flat = *this;
+  flat.n = flat.ih = flat.oh = 1;
+  flat.iw = flat.ow = row;
+  return flat;
+}
+
 std::unique_ptr<Conv> Conv::Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error) {
   *error = shape.Check();
   if (!error->empty()) return nullptr;
@@ -219,15 +231,8 @@ std::shared_ptr<const Plan> Conv::GetPlan(const Shape& shape, const Schedule* fo
   plan->n = shape.n;
   plan->ih = shape.ih;
   plan->iw = shape.iw;
-  plan->shape = shape;
-  Shape& s = plan->shape;
-  if (s.kh == 1 && s.kw == 1 && s.sh == 1 && s.sw == 1 && s.ih == s.oh && s.iw == s.ow && s.top == 0 && s.left == 0) {
-    const int64_t row = s.n * s.ih * s.iw;
-    if (row * std::max(s.ic(), s.oc) <= std::numeric_limits<int32_t>::max()) {
-      s.n = s.ih = s.oh = 1;
-      s.iw = s.ow = row;
-    }
-  }
+  plan->shape = shape.Flat();
+  const Shape& s = plan->shape;
   plan->forced = forced != nullptr;
   plan->schedule = forced != nullptr ? *forced : ChooseSchedule(s, nnz_, isa_);
   if (plan->schedule.kernel == nullptr) return nullptr;
@@ -332,18 +337,17 @@ void Plan::Unit(const Buffers& b, int activation, int64_t g, int64_t lane_group,
 void Plan::Run(const Buffers& b, int activation, Executor& executor) const {
   const Schedule& c = schedule;
   const int64_t threads = c.cycles < kInlineCycles ? 1 : executor.threads();
-  const int64_t spatial = c.ty * c.tx, tiles = shape.groups * c.lane_groups * spatial;
-  // Whole tiles where they share out evenly; else each is split by output channels too, and packed by each part.
-  const int64_t parts = threads == 1 || tiles >= 4 * threads || tiles % threads == 0 ? 1 : threads;
+  const int64_t parts = c.Parts(shape.groups, threads);
+  const int64_t spatial = c.ty * c.tx, units = shape.groups * c.tiles() * parts;
   const auto unit = [&](int64_t i) {
     const int64_t part = i % parts, tile = i / parts % spatial;
     const int64_t lane_group = i / parts / spatial % c.lane_groups, g = i / parts / spatial / c.lane_groups;
     Unit(b, activation, g, lane_group, tile, Split(g, part, parts), Split(g, part + 1, parts));
   };
   if (threads == 1) {
-    for (int64_t i = 0; i < tiles * parts; ++i) unit(i);
+    for (int64_t i = 0; i < units; ++i) unit(i);
   } else {
-    executor.For(tiles * parts, unit);
+    executor.For(units, unit);
   }
 }
 

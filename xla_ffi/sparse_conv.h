@@ -37,6 +37,7 @@ struct Shape {
   int64_t blocks() const { return (icg + block - 1) / block; }
   int64_t taps() const { return block * kh * kw; }
   std::string Check() const;                           // empty, or what is wrong
+  Shape Flat() const;                                  // a 1x1 convolution as one long row of pixels, any other as it is
 };
 
 // acc[k][j] (+)= sum_{m in [starts[k], starts[k+1])} values[m] * panel[offsets[m] + shift(j)],   k < channels, j < y*x
@@ -109,6 +110,8 @@ struct Schedule {
   int64_t packed = 0;                 // slots that are filled
   double cycles = 0;                  // the estimate it was chosen by
   int64_t tiles() const { return lane_groups * ty * tx; }
+  // How many threads share one tile, by output channels, each packing its own panel: 1 where whole tiles share out evenly.
+  int64_t Parts(int64_t groups, int64_t threads) const;
 };
 std::vector<Schedule> Candidates(const Shape& shape, int64_t nnz, const Isa& isa);
 // The cheapest over `isa`, or over all of Isas() if it is null; its kernel is null if no panel fits its offsets.
