@@ -88,6 +88,11 @@ bool Decode(const Shape& s, const uint8_t* gaps, int64_t size, F keep) {
 
 }  // namespace
 
+// One unit of work: output channels [k0, k1) of a group, for one tile of the images of a lane group.
+struct Place {
+  int64_t g, lane_group, tile, k0, k1;
+};
+
 // Everything that depends on the image size, the batch or the tile, computed once.
 struct Plan {
   Shape shape;            // image sizes filled in; 1x1 convolutions flattened to one long row
@@ -102,7 +107,10 @@ struct Plan {
   std::vector<int32_t> input;       // (ty * tx, packed, lanes)
   std::vector<int32_t> output;      // (ty * tx, y * x, lanes)
   void Run(const Buffers& b, int activation, Executor& executor) const;
-  void Unit(const Buffers& b, int activation, int64_t g, int64_t lane_group, int64_t tile, int64_t k0, int64_t k1) const;
+  Place PlaceOf(int64_t unit, int64_t parts) const;
+  void Rows(const Buffers& b, const Place& at, const float* rows[kMaxLanes]) const;
+  void Unit(const Buffers& b, int activation, const Place& at, const Place& next) const;
+  void VisitPruned(Visit visit, int64_t channels_here) const;
   int64_t Split(int64_t g, int64_t part, int64_t parts) const;
 };
 
@@ -275,11 +283,27 @@ int64_t Plan::Split(int64_t g, int64_t part, int64_t parts) const {
   return ocg >= 2 * parts * schedule.isa->lanes ? k / schedule.isa->lanes * schedule.isa->lanes : k;  // whole vectors to store
 }
 
-void Plan::Unit(const Buffers& b, int activation, int64_t g, int64_t lane_group, int64_t tile, int64_t k0, int64_t k1) const {
-  if (k0 >= k1) return;
+Place Plan::PlaceOf(int64_t unit, int64_t parts) const {
+  const int64_t part = unit % parts, spatial = schedule.ty * schedule.tx, rest = unit / parts;
+  const int64_t g = rest / spatial / schedule.lane_groups;
+  return {g, rest / spatial % schedule.lane_groups, rest % spatial, Split(g, part, parts), Split(g, part + 1, parts)};
+}
+
+// Where the input channels of a group begin for each lane; a lane without an image takes the last one.
+void Plan::Rows(const Buffers& b, const Place& at, const float* rows[kMaxLanes]) const {
+  const Shape& s = shape;
+  for (int64_t l = 0; l < schedule.isa->lanes; ++l) {
+    const int64_t image = std::min(at.lane_group * schedule.bn + l / (schedule.by * schedule.bx), s.n - 1);
+    rows[l] = b.x + image * s.ih * s.iw * s.ic() + at.g * s.icg;
+  }
+}
+
+void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& next) const {
+  const int64_t k0 = at.k0, channels = at.k1 - at.k0;
+  if (channels <= 0) return;
   const Shape& s = shape;
   const Schedule& c = schedule;
-  const int64_t lanes = c.isa->lanes, accumulators = c.kernel->y * c.kernel->x, channels = k1 - k0;
+  const int64_t lanes = c.isa->lanes, accumulators = c.kernel->y * c.kernel->x;
   const size_t panel_bytes = Align(static_cast<size_t>(std::min(s.block, s.icg) * c.slots * lanes * 4));
   const size_t acc_bytes = Align(static_cast<size_t>(channels * accumulators * lanes * 4));
   thread_local Arena arena;
@@ -287,62 +311,75 @@ void Plan::Unit(const Buffers& b, int activation, int64_t g, int64_t lane_group,
   float* const acc = reinterpret_cast<float*>(panel + panel_bytes);
 
   const float* rows[kMaxLanes];
+  const float* rows_ahead[kMaxLanes];
   const float* residual[kMaxLanes];
   float* out[kMaxLanes];
+  Rows(b, at, rows);
   for (int64_t l = 0; l < lanes; ++l) {
-    const int64_t image = lane_group * c.bn + l / (c.by * c.bx), last = std::min(image, s.n - 1);
-    const int64_t offset = last * s.oh * s.ow * s.oc + g * s.ocg() + k0;
-    rows[l] = b.x + last * s.ih * s.iw * s.ic() + g * s.icg;
-    out[l] = image < s.n ? b.y + offset : nullptr;  // a lane without an image recomputes the last one and stores nothing
+    const int64_t image = at.lane_group * c.bn + l / (c.by * c.bx);
+    const int64_t offset = std::min(image, s.n - 1) * s.oh * s.ow * s.oc + at.g * s.ocg() + k0;
+    out[l] = image < s.n ? b.y + offset : nullptr;
     residual[l] = b.residual != nullptr ? b.residual + offset : nullptr;
   }
   const int64_t packed = c.packed * lanes;
+  const int32_t* const table = &input[static_cast<size_t>(at.tile * packed)];
+  // An input that fits L2 is there already.
+  const bool fetch = s.n * s.ih * s.iw * s.ic() * 4 > (1 << 20);
   for (int64_t block = 0; block < s.blocks(); ++block) {
     const int64_t here = std::min(s.block, s.icg - block * s.block);
-    const float* from[kMaxLanes];
-    for (int64_t l = 0; l < lanes; ++l) from[l] = rows[l] + block * s.block;
-    const bool finite = !c.isa->pack({from, &input[static_cast<size_t>(tile * packed)], slots.data(), c.packed, here,
-                                      c.slots * lanes * 4, panel});
-    const uint32_t* first = &starts[static_cast<size_t>((g * s.blocks() + block) * (s.ocg() + 1) + k0)];
-    Visit visit = {offsets.data(), b.values, first, channels, panel, c.pitch * lanes * 4, acc,
-                   block == 0 ? b.bias + g * s.ocg() + k0 : nullptr};
-    c.kernel->visit(visit);
-    if (finite) continue;
-    // 0 * inf and 0 * nan are nan: visit what was pruned, with weights of zero. Rare, so the lists are made here.
-    std::vector<uint16_t> pruned;
-    std::vector<uint32_t> ends = {0};
-    for (int64_t k = 0; k < channels; ++k) {
-      std::vector<bool> kept(65536);
-      for (uint32_t m = first[k]; m < first[k + 1]; ++m) kept[offsets[m]] = true;
-      for (int64_t t = 0; t < here * s.kh * s.kw; ++t) {
-        if (!kept[tap_offset[static_cast<size_t>(t)]]) pruned.push_back(tap_offset[static_cast<size_t>(t)]);
-      }
-      ends.push_back(static_cast<uint32_t>(pruned.size()));
+    const bool finite = !c.isa->pack({rows, table, slots.data(), c.packed, here, c.slots * lanes * 4, panel});
+    for (int64_t l = 0; l < lanes; ++l) rows[l] += here;
+    Ahead ahead = {rows, table, 0, 0};
+    if (fetch && block + 1 < s.blocks()) {
+      ahead = {rows, table, c.packed, (std::min(s.block, s.icg - (block + 1) * s.block) + 15) / 16};
+    } else if (fetch && next.tile >= 0) {
+      Rows(b, next, rows_ahead);
+      ahead = {rows_ahead, &input[static_cast<size_t>(next.tile * packed)], c.packed, (std::min(s.block, s.icg) + 15) / 16};
     }
-    const std::vector<float> zeros(pruned.size() + 1);
-    pruned.resize(pruned.size() + kListPadding);
-    visit.offsets = pruned.data();
-    visit.values = zeros.data();
-    visit.starts = ends.data();
-    visit.bias = nullptr;
+    const uint32_t* first = &starts[static_cast<size_t>((at.g * s.blocks() + block) * (s.ocg() + 1) + k0)];
+    Visit visit = {offsets.data(), b.values, first, channels, panel, c.pitch * lanes * 4, acc,
+                   block == 0 ? b.bias + at.g * s.ocg() + k0 : nullptr, ahead};
     c.kernel->visit(visit);
+    if (!finite) VisitPruned(visit, here);
   }
   // Streaming pays when the output would not stay in the last cache anyway.
   const bool stream = s.n * s.oh * s.ow * s.oc * 4 > CacheBytes(3) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
-  c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(tile * accumulators * lanes)], out,
+  c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(at.tile * accumulators * lanes)], out,
                 b.residual != nullptr ? residual : nullptr, activation, stream});
+}
+
+// 0 * inf and 0 * nan are nan: visits what was pruned, with weights of zero. Rare, so the lists are made here.
+void Plan::VisitPruned(Visit visit, int64_t channels_here) const {
+  std::vector<uint16_t> pruned;
+  std::vector<uint32_t> ends = {0};
+  std::vector<bool> kept(65536);
+  for (int64_t k = 0; k < visit.channels; ++k) {
+    for (uint32_t m = visit.starts[k]; m < visit.starts[k + 1]; ++m) kept[offsets[m]] = true;
+    for (int64_t t = 0; t < channels_here * shape.kh * shape.kw; ++t) {
+      const uint16_t offset = tap_offset[static_cast<size_t>(t)];
+      if (!kept[offset]) pruned.push_back(offset);
+    }
+    for (uint32_t m = visit.starts[k]; m < visit.starts[k + 1]; ++m) kept[offsets[m]] = false;
+    ends.push_back(static_cast<uint32_t>(pruned.size()));
+  }
+  const std::vector<float> zeros(pruned.size() + 1);
+  pruned.resize(pruned.size() + kListPadding);
+  visit.offsets = pruned.data();
+  visit.values = zeros.data();
+  visit.starts = ends.data();
+  visit.bias = nullptr;
+  visit.ahead.count = 0;
+  schedule.kernel->visit(visit);
 }
 
 void Plan::Run(const Buffers& b, int activation, Executor& executor) const {
   const Schedule& c = schedule;
   const int64_t threads = c.cycles < kInlineCycles ? 1 : executor.threads();
-  const int64_t parts = c.Parts(shape.groups, threads);
-  const int64_t spatial = c.ty * c.tx, units = shape.groups * c.tiles() * parts;
+  const int64_t parts = c.Parts(shape.groups, threads), units = shape.groups * c.tiles() * parts;
   const auto unit = [&](int64_t i) {
-    const int64_t part = i % parts, tile = i / parts % spatial;
-    const int64_t lane_group = i / parts / spatial % c.lane_groups, g = i / parts / spatial / c.lane_groups;
-    Unit(b, activation, g, lane_group, tile, Split(g, part, parts), Split(g, part + 1, parts));
+    const int64_t next = i + threads;  // most likely this thread's
+    Unit(b, activation, PlaceOf(i, parts), next < units ? PlaceOf(next, parts) : Place{0, 0, -1, 0, 0});
   };
   if (threads == 1) {
     for (int64_t i = 0; i < units; ++i) unit(i);

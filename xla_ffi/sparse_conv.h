@@ -40,6 +40,14 @@ struct Shape {
   Shape Flat() const;                                  // a 1x1 convolution as one long row of pixels, any other as it is
 };
 
+// Input that will be packed next, fetched into L2 a few lines per output channel, while the FMAs leave the memory idle:
+// the 64-byte lines rows[l] + table[v][l] + 16 i, v < count, l < lanes, i < lines. Nothing if count is 0.
+struct Ahead {
+  const float* const* rows;
+  const int32_t* table;
+  int64_t count, lines;
+};
+
 // acc[k][j] (+)= sum_{m in [starts[k], starts[k+1])} values[m] * panel[offsets[m] + shift(j)],   k < channels, j < y*x
 //   panel, acc   64-byte aligned; shift(j) = (j / x) * pitch + (j % x) vectors
 //   offsets      in units of kOffsetUnit bytes; up to kListPadding of them are read past the end
@@ -54,6 +62,7 @@ struct Visit {
   int64_t pitch;  // bytes
   float* acc;
   const float* bias;
+  Ahead ahead;
 };
 
 // panel[c][slots[v]][l] = rows[l][table[v][l] + c], or 0 where table[v][l] < 0;   v < count, c < channels, l < lanes
