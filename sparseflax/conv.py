@@ -7,6 +7,8 @@ JAX on the unpacked kernel: slower, never wrong. The pattern is static, so other
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -78,8 +80,8 @@ def sparse_conv(
     """
     if not isinstance(packed, PackedKernel):
         raise TypeError(f"packed is a {type(packed).__name__}, wanted a PackedKernel: call sparseflax.pack(kernel) first")
-    operands = {"x": x, "values": packed.values, "bias": bias, "residual": residual}
-    operands = {name: jnp.asarray(a) for name, a in operands.items() if a is not None}
+    operands = {"x": x, "values": packed.values} | {k: a for k, a in (("bias", bias), ("residual", residual)) if a is not None}
+    operands = {name: jnp.asarray(a) for name, a in operands.items()}
     for name, a in operands.items():
         if a.dtype != jnp.float32:
             raise TypeError(f"{name} has dtype {a.dtype}, wanted float32: cast it with {name}.astype(jnp.float32)")
@@ -101,13 +103,11 @@ def sparse_conv(
     if kernel is not None and kernel not in ffi.kernels():
         raise ValueError(f"kernel={kernel!r} cannot run here, wanted one of {ffi.kernels()} or None for the best")
     window = make_window(x.shape[1:3], (kh, kw), strides, padding, kernel_dilation)
-    out = (x.shape[0], *window.output(x.shape[1], x.shape[2], kh, kw), oc)
+    out = _output_shape(x, pattern, window)
     if bias is not None and operands["bias"].shape != (oc,):
         raise ValueError(f"bias has shape {operands['bias'].shape}, wanted ({oc},), one per output channel")
     if residual is not None and operands["residual"].shape != out:
         raise ValueError(f"residual has shape {operands['residual'].shape}, wanted the output's shape {out}")
-    if 0 in out:
-        return jnp.zeros(out, x.dtype)
     return _bind(*operands.values(), pattern=pattern, window=window, activation=activation,
                  has_bias=bias is not None, has_residual=residual is not None, kernel=kernel)
 
@@ -122,31 +122,48 @@ def make_window(image: tuple[int, ...], kernel: tuple[int, int], strides, paddin
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
         pads = [tuple(p) for p in jax.lax.padtype_to_pads(image, reach, strides, padding)]
     else:
-        sides = (padding, padding) if isinstance(padding, (int, np.integer)) else tuple(padding)
-        pads = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in sides]
+        try:
+            pads = [_two(p) for p in (padding if isinstance(padding, Sequence) else (padding, padding))]
+        except TypeError:
+            pads = []
         if len(pads) != 2 or any(len(p) != 2 or min(p) < 0 for p in pads):
-            raise ValueError(f"padding={padding!r}, wanted two of (int or (low, high)), none negative")
-    (top, bottom), (left, right) = ((int(low), int(high)) for low, high in pads)
+            raise ValueError(f"padding={padding!r}, wanted an int or two of (int or (low, high)), none negative")
+    (top, bottom), (left, right) = pads
     return Window(strides, ((top, bottom), (left, right)), dilation)
 
 
+def _two(value) -> tuple[int, ...]:
+    """An int twice, or a sequence of ints; raises TypeError for anything that is not an exact int."""
+    return tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),) * 2
+
+
 def _pair(name: str, value) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
+    try:
+        high, wide = _two(value)
+    except (TypeError, ValueError):
+        high = wide = 0
+    if min(high, wide) < 1:
         raise ValueError(f"{name}={value!r}, wanted one or two positive ints")
-    return int(pair[0]), int(pair[1])
+    return high, wide
 
 
 conv_p = Primitive("sparse_conv")
 conv_p.def_impl(functools.partial(xla.apply_primitive, conv_p))
 
 
-def _bind(*operands, **params):
-    """Binds after making all operands vary over the same manual mesh axes.
+def _output_shape(x, pattern: Pattern, window: Window) -> tuple[int, ...]:
+    return (x.shape[0], *window.output(x.shape[1], x.shape[2], *pattern.shape[:2]), pattern.shape[3])
 
-    Under shard_map a replicated weight meets a sharded x; without the cast its gradient would lack the psum over
-    the mesh, silently.
+
+def _bind(*operands, **params):
+    """Binds after making all operands vary over the same manual mesh axes, as the output does that looks like x.
+
+    Under shard_map a sharded weight may meet replicated images: without the cast the output would pass for replicated
+    too, and the gradient of x would lack the sum over the mesh, silently. Empty images are left to XLA: the kernel wants
+    something to do.
     """
+    if 0 in (*operands[0].shape, *_output_shape(operands[0], params["pattern"], params["window"])):
+        return _reference(*operands, **params)
     varying = [frozenset(jax.typeof(a).manual_axis_type.varying) for a in operands]
     axes = frozenset().union(*varying)
     return conv_p.bind(*(jax.lax.pcast(a, tuple(axes - v), to="varying") if axes - v else a
@@ -171,11 +188,23 @@ def _reference(x, values, *rest, pattern: Pattern, window: Window, activation, h
 
 @conv_p.def_abstract_eval
 def _abstract(x, values, *rest, pattern: Pattern, window: Window, **_):
-    shape = (x.shape[0], *window.output(x.shape[1], x.shape[2], *pattern.shape[:2]), pattern.shape[3])
-    return x.update(shape=shape, weak_type=False)  # keeps the sharding and the manual axes
+    return x.update(shape=_output_shape(x, pattern, window), weak_type=False)  # keeps the sharding and the manual axes
+
+
+def addressable(pattern: Pattern, window: Window) -> bool:
+    """Whether 16-bit offsets of 8 bytes reach a whole panel of 16 lanes, even for a tile of one output.
+
+    They do not for windows beyond about 22 x 22, dilated ones included: such a convolution runs dense.
+    """
+    slots = (min(k, s) * (1 + (k - 1) * d // s)  # phases of the stride x inputs between the first and the last tap
+             for k, s, d in zip(pattern.shape[:2], window.strides, window.dilation, strict=True))
+    return pattern.block * math.prod(slots) * 16 * 4 <= 65536 * 8
 
 
 def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+    if not addressable(pattern, window):
+        return _lower_to_xla(ctx, *operands, pattern=pattern, window=window, activation=activation, has_bias=has_bias,
+                             has_residual=has_residual, kernel=kernel)
     (top, bottom), (left, right) = window.padding
     kh, kw, icg, oc = pattern.shape
     return jax.ffi.ffi_lowering(ffi.TARGET)(
@@ -185,7 +214,8 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, activation, 
         epilogue=np.asarray([ACTIVATIONS[activation], has_bias, has_residual], np.int64))
 
 
-mlir.register_lowering(conv_p, mlir.lower_fun(_reference, multiple_results=False))
+_lower_to_xla = mlir.lower_fun(_reference, multiple_results=False)
+mlir.register_lowering(conv_p, _lower_to_xla)
 if ffi.available:
     mlir.register_lowering(conv_p, _lower_to_ffi, platform="cpu")
 
@@ -243,13 +273,14 @@ def _batch(operands, dims, **params):
             return _bind(*(next(rest) if d is not None else a for a, d in zip(operands, dims, strict=True)), **params)
 
         return jax.lax.map(one, tuple(a for a, d in zip(mapped, dims, strict=True) if d is not None)), 0
-    merged = list(operands)
+    merged, n = list(operands), 0
     for i in images:
         a = operands[i]
         a = jnp.moveaxis(a, dims[i], 0) if dims[i] is not None else jnp.broadcast_to(a, (size, *a.shape))
-        merged[i] = a.reshape(-1, *a.shape[2:])
+        n = a.shape[1]
+        merged[i] = a.reshape(size * n, *a.shape[2:])
     y = _bind(*merged, **params)
-    return y.reshape(size, -1, *y.shape[1:]), 0
+    return y.reshape(size, n, *y.shape[1:]), 0
 
 
 batching.primitive_batchers[conv_p] = _batch

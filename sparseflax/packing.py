@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 SKIP = 255  # the gap byte that keeps nothing
+MAX_WEIGHTS = 1 << 40  # of a dense kernel: far beyond any real one, far below where positions overflow
 
 
 def channel_block(kh: int, kw: int) -> int:
@@ -43,6 +45,9 @@ class Pattern:
     groups: int
     block: int
     gaps: np.ndarray
+
+    def __post_init__(self):
+        self.gaps.setflags(write=False)  # the digest is computed once
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -145,17 +150,18 @@ class PackedKernel:
         if missing:
             raise ValueError(f"packed arrays lack {missing}, got {sorted(arrays)}: save what PackedKernel.to_arrays() returns")
         values, gaps = np.asarray(arrays["values"]), np.asarray(arrays["gaps"])
-        layout = [int(v) for v in np.asarray(arrays["layout"]).ravel()]
-        if values.dtype != np.float32 or gaps.dtype != np.uint8 or len(layout) != 6 or min(layout) < 1:
-            raise ValueError(f"packed arrays should be float32 values, uint8 gaps and 6 positive layout numbers, got {values.dtype}, "
-                             f"{gaps.dtype} and {layout}: save what PackedKernel.to_arrays() returns")
-        kh, kw, icg, oc, groups, block = layout
-        if oc % groups:
-            raise ValueError(f"packed layout has {oc} output channels in {groups} groups: pack the dense kernel again")
-        pattern = Pattern((kh, kw, icg, oc), groups, block, gaps.ravel())
+        layout = np.asarray(arrays["layout"]).ravel()
+        if values.dtype != np.float32 or gaps.dtype != np.uint8 or layout.dtype.kind not in "iu" or layout.size != 6:
+            raise ValueError("packed arrays should be float32 values, uint8 gaps and 6 integers of layout, got "
+                             f"{values.dtype}, {gaps.dtype} and {layout}: save what PackedKernel.to_arrays() returns")
+        kh, kw, icg, oc, groups, block = map(int, layout)
+        if min(kh, kw, icg, oc, groups, block) < 1 or kh * kw * icg * oc > MAX_WEIGHTS or oc % groups or block > icg:
+            raise ValueError(f"packed layout {layout.tolist()} (kh, kw, ic / groups, oc, groups, block) is no kernel's: the "
+                             "file is damaged or was edited; pack the dense kernel again")
+        pattern = Pattern((kh, kw, icg, oc), groups, block, gaps.flatten())
         if values.shape != (pattern.nnz,):
-            raise ValueError(f"packed values have shape {values.shape}, the pattern keeps {pattern.nnz}: the file is cut or was "
-                             "edited; pack the dense kernel again")
+            raise ValueError(f"packed values have shape {values.shape}, the pattern keeps {pattern.nnz}: the file is cut or "
+                             "was edited; pack the dense kernel again")
         _ = pattern.index  # raises where a gap points outside
         return cls(jnp.asarray(values), pattern)
 
@@ -174,7 +180,7 @@ def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
       TypeError: `kernel` is traced or not float32.
       ValueError: wrong rank, empty or non-finite kernel, or groups that do not divide oc.
     """
-    if isinstance(kernel, jax.core.Tracer):
+    if isinstance(kernel, Tracer):
         raise TypeError("pack() got a traced kernel: the pattern is static, so pack outside jit and pass the PackedKernel in")
     dense = np.asarray(kernel)
     if dense.dtype != np.float32:

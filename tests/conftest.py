@@ -1,0 +1,21 @@
+"""JAX made strict for every test, on two virtual CPU devices, before anything computes."""
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+# The same examples on every run, whatever the machine's speed.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="module")
+def strict_dtypes():
+    """Forbids implicit dtype promotion. Not for every test: optax's Adam raises a float to its integer step count."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
