@@ -87,7 +87,7 @@ CORNERS = (
     layer(64, 28, 64, 3, groups=4),
 )
 
-# Images (ic, ih) and output channels of the pruned AlexNet's layers; all but conv3 have two groups in two files.
+# The pruned AlexNet: the weights of layers with two groups are in two files.
 ALEXNET = {
     "conv2": layer(96, 27, 256, 5, groups=2),
     "conv3": layer(256, 13, 384, 3),

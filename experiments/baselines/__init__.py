@@ -3,14 +3,14 @@
     needs                        the packages it is made of; it is absent where one is not installed
     rivals(problem, threads)     a list of `Rival`, empty where it has nothing for this layer
 
-All get float32 weights with their zeros in place, whatever layouts they like best, and prepare as long as they like:
-only `run` is timed.
+and `yardstick`, which runs in a process of its own. All get float32 weights with their zeros in place, in whatever
+layout they like best, and prepare as long as they like: only `run` is timed.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -35,13 +35,20 @@ class Rival:
     dense: bool = True
 
 
-def field() -> tuple[list[ModuleType], list[str]]:
-    """(rivals whose packages are installed, names of the others)."""
-    from experiments.baselines import onednn, xla
+def field(names: Sequence[str] = ()) -> tuple[list[ModuleType], list[str]]:
+    """(rivals whose packages are installed, names of the others), among `names` or all.
 
-    modules = [xla, onednn]
-    absent = [module for module in modules if not all(importlib.util.find_spec(need) for need in module.needs)]
-    return [module for module in modules if module not in absent], [module.__name__.rpartition(".")[2] for module in absent]
+    Raises:
+      ValueError: a name that is none of theirs.
+    """
+    from experiments.baselines import bcsr, onednn, onnxruntime, openvino, xla
+
+    rivals = {module.__name__.rpartition(".")[2]: module for module in (xla, onednn, onnxruntime, openvino, bcsr)}
+    if unknown := set(names) - set(rivals):
+        raise ValueError(f"no rival is called {sorted(unknown)}, wanted some of {list(rivals)}")
+    names = [name for name in rivals if not names or name in names]
+    absent = [name for name in names if not all(map(importlib.util.find_spec, rivals[name].needs))]
+    return [rivals[name] for name in names if name not in absent], absent
 
 
 def nhwc(nchw: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ The last is TorchScript's `optimize_for_inference`, the only public way to have 
 
 from __future__ import annotations
 
+import warnings
+
 from experiments.baselines import Rival, nchw, nhwc, oihw
 from experiments.layers import Problem
 
@@ -38,7 +40,8 @@ def rivals(problem: Problem, threads: int) -> list[Rival]:
         return Rival(name, run, lambda y: nhwc(y.numpy()))
 
     x, last = torch.from_numpy(nchw(problem.x)), {"memory_format": torch.channels_last}
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is; its successor needs a compiler to do the same
         fused = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(Conv().eval(), x)))
     return [rival("onednn nchw", Conv().forward, x), rival("onednn nhwc", Conv(**last).forward, x.contiguous(**last)),
             rival("onednn fused", fused, x)]

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-LAYERS = Path(__file__).parent.parent / "results" / "layers.jsonl"
+ROOT = Path(__file__).parents[2]
+LAYERS = ROOT / "experiments" / "results" / "layers.jsonl"
+KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory")  # two lines that agree in these measure the same
+MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another here
 
 
 def provenance(packages: Iterable[str]) -> Line:
@@ -48,6 +51,13 @@ def read(path: Path) -> list[Line]:
     return lines
 
 
+def newest(lines: Iterable[Line]) -> list[Line]:
+    """The last line of each layer, batch, density, number of threads and instruction set, on the CPU measured last."""
+    lines = list(lines)
+    last = {tuple(line[key] for key in KEY): line for line in lines if line["cpu"] == lines[-1]["cpu"]}
+    return list(last.values())
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
@@ -55,8 +65,9 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def _commit() -> str:
     try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changes = (subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+                           for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", *MEASURED)))
+        return commit.strip() + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -3,48 +3,161 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
 
-from experiments.benchmark.results import Line, geometric_mean
-from experiments.benchmark.run import OURS
+from experiments.benchmark.results import LAYERS, Line, geometric_mean, newest, read
 
-HEAD = ("layer", "n", "density", "us", "+-", "useful Gflop/s", "of peak", "effective Gflop/s", "fastest dense", "us", "speedup",
-        "over the yardstick")
+OURS = "sparseflax"
+HEAD = ("layer", "n", "density", "us", "spread", "useful Gflop/s", "of peak", "effective Gflop/s", "fastest dense", "us",
+        "spread", "speedup", "over yardstick")
+LONG = 200e-6  # seconds on one thread above which a second one should pay
 
 
-def fastest_dense(line: Line) -> tuple[str, float]:
-    """(name, seconds) of the fastest rival that does not use the zeros."""
-    dense = {name: t["seconds"] for name, t in line["times"].items() if t["dense"]}
-    name = min(dense, key=dense.__getitem__)
-    return name, dense[name]
+def fastest_dense(line: Line) -> str:
+    """Name of the fastest rival that does not use the zeros."""
+    dense = {name: time["seconds"] for name, time in line["times"].items() if time["dense"]}
+    return min(dense, key=dense.__getitem__)
+
+
+def seconds(line: Line) -> tuple[float, float]:
+    """(ours, the fastest dense rival's)."""
+    return line["times"][OURS]["seconds"], line["times"][fastest_dense(line)]["seconds"]
 
 
 def speedup(line: Line) -> float:
-    return fastest_dense(line)[1] / line["times"][OURS]["seconds"]
+    """The fastest dense rival's time over ours."""
+    ours, dense = seconds(line)
+    return dense / ours
 
 
 def share_of_peak(line: Line) -> float | None:
-    """Useful flop/s over those of FMAs from registers in the same run."""
-    return line["peak"] and line["flops"] * line["density"] / line["times"][OURS]["seconds"] / line["peak"]
+    """Useful flop/s over those of FMAs from registers in the same run; None where these were not measured."""
+    return line["peak"] and line["flops"] * line["density"] / seconds(line)[0] / line["peak"]
 
 
 def row(line: Line) -> tuple[str, ...]:
-    """The cells of HEAD."""
-    ours, (name, dense), share = line["times"][OURS], fastest_dense(line), share_of_peak(line)
+    """The cells under HEAD."""
+    ours, dense, share = line["times"][OURS], line["times"][fastest_dense(line)], share_of_peak(line)
     effective = line["flops"] / ours["seconds"]
-    yardstick = line.get("yardstick")
     return (line["layer"], str(line["n"]), f"{line['density']:.3g}", f"{1e6 * ours['seconds']:.0f}", f"{ours['spread']:.0%}",
-            f"{effective * line['density'] / 1e9:.0f}", f"{share:.0%}" if share else "", f"{effective / 1e9:.0f}", name,
-            f"{1e6 * dense:.0f}", f"{speedup(line):.2f}x", f"{yardstick['speedup']:.2f}x" if yardstick else "")
+            f"{effective * line['density'] / 1e9:.0f}", f"{share:.0%}" if share else "-", f"{effective / 1e9:.0f}",
+            fastest_dense(line), f"{1e6 * dense['seconds']:.0f}", f"{dense['spread']:.0%}", f"{speedup(line):.2f}x",
+            f"{line['yardstick']['speedup']:.2f}x" if "yardstick" in line else "-")
 
 
 def summaries(lines: Iterable[Line]) -> list[str]:
-    """Geometric means and worst layers, one sentence for each batch, density and number of threads."""
+    """One sentence for each batch, density and number of threads."""
     groups: dict[tuple, list[Line]] = {}
     for line in lines:
-        groups.setdefault((line["threads"], line["n"], round(line["density"], 1)), []).append(line)
-    return [f"n={n}, {threads} threads, density {density:g}, {len(group)} layers: {_summary(group)}"
-            for (threads, n, density), group in groups.items()]
+        groups.setdefault((line["n"], line["threads"], line["drawn"]), []).append(line)
+    return [f"n={n}, {threads} thread{'s' * (threads > 1)}, {f'density {drawn:g}' if drawn else 'trained weights'}, "
+            f"{len(group)} layer{'s' * (len(group) > 1)}: {_summary(group)}" for (n, threads, drawn), group in groups.items()]
 
 
 def _summary(group: Sequence[Line]) -> str:
-    return f"geometric mean {geometric_mean(map(speedup, group)):.2f}x, worst {min(map(speedup, group)):.2f}x the fastest dense"
+    def mean_and_worst(values: list[float]) -> str:
+        return f"geometric mean {geometric_mean(values):.2f}x, worst {min(values):.2f}x"
+
+    parts = [f"{mean_and_worst([speedup(line) for line in group])} the fastest dense"]
+    if group[0]["drawn"] is None:
+        ours, dense = map(sum, zip(*map(seconds, group), strict=True))
+        parts.append(f"sum of times {dense / ours:.2f}x")
+    if beside := [line["yardstick"]["speedup"] for line in group if "yardstick" in line]:
+        parts.append(f"{mean_and_worst(beside)} the yardstick")
+    if shares := [share for line in group if (share := share_of_peak(line))]:
+        parts.append(f"{geometric_mean(shares):.0%} of the FMA peak")
+    return "; ".join(parts)
+
+
+def cliffs(lines: Iterable[Line]) -> list[str]:
+    """Where fewer weights took longer than more of them, by more than the spread of both."""
+    groups: dict[tuple, list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line["layer"], line["n"], line["threads"], line["isa"]), []).append(line)
+    found = []
+    for (layer, n, *_), group in groups.items():
+        for fewer, more in pairwise(sorted(group, key=lambda line: line["density"])):
+            a, b = fewer["times"][OURS], more["times"][OURS]
+            if a["seconds"] * (1 - a["spread"] / 2) > b["seconds"] * (1 + b["spread"] / 2):
+                found.append(f"cliff: {layer}, n={n} takes {1e6 * a['seconds']:.0f} us at density {fewer['density']:.3g}, "
+                             f"{1e6 * b['seconds']:.0f} us at {more['density']:.3g}")
+    return found
+
+
+def layers_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int = 1, density: float = 0.1,
+                 isa: str | None = None) -> str:
+    """The newest results as a Markdown table, a row for each layer and four columns for each batch, and what they sum up to.
+
+    Args:
+      path: JSON lines of `python -m experiments.benchmark layers`.
+      layers: "benchmark", "corners" or "alexnet".
+      threads: that they were measured with.
+      density: that was drawn; trained weights ("alexnet") have their own.
+      isa: instruction set of our kernel; None for the one measured last.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it has no such lines, or a damaged one.
+    """
+    lines = _chosen(path, layers, threads, density, isa)
+    found = {(line["layer"], line["n"]): line for line in lines}
+    names, batches = dict.fromkeys(layer for layer, _ in found), sorted({n for _, n in found})
+    head = ["layer", *(cell for n in batches for cell in (f"n={n}, us", "of peak", "fastest dense, us", "speedup"))]
+    rows = [[name, *(cell for n in batches for cell in _cells(found.get((name, n))))] for name in names]
+    means = [geometric_mean(speedup(line) for line in lines if line["n"] == n) for n in batches]
+    rows.append(["**geometric mean**", *(cell for mean in means for cell in ("", "", "", f"**{mean:.2f}x**"))])
+    return "\n".join([_markdown(head, rows), "", caption(lines), "", *(f"- {text}" for text in summaries(lines))])
+
+
+def threads_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int = 2, density: float = 0.1,
+                  isa: str | None = None) -> str:
+    """How many times faster ours is on several threads than on one, as a Markdown table; arguments as in `layers_table`.
+
+    Layers that take one thread less than 200 us are shown and not counted.
+    """
+    one, several = ({(line["layer"], line["n"]): seconds(line)[0] for line in _chosen(path, layers, t, density, isa)}
+                    for t in (1, threads))
+    gains = {key: one[key] / several[key] for key in one if key in several}
+    names, batches = dict.fromkeys(layer for layer, _ in gains), sorted({n for _, n in gains})
+    head = ["layer", *(cell for n in batches for cell in (f"n={n}, us, 1 thread", f"{threads} threads", "gain"))]
+    rows = [[name, *(cell for n in batches for cell in (
+        (f"{1e6 * one[name, n]:.0f}", f"{1e6 * several[name, n]:.0f}", f"{gains[name, n]:.2f}x") if (name, n) in gains
+        else ("", "", "")))] for name in names]
+    long = {n: [gain for key, gain in gains.items() if key[1] == n and one[key] > LONG] for n in batches}
+    rows.append(["**geometric mean above 200 us**", *(cell for n in batches for cell in (
+        "", "", f"**{geometric_mean(long[n]):.2f}x**" if long[n] else ""))])
+    return _markdown(head, rows)
+
+
+def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | None) -> list[Line]:
+    lines = [line for line in newest(read(path)) if (line["set"], line["threads"]) == (layers, threads)
+             and line["drawn"] in (density, None) and isa in (line["isa"], None)]
+    if not lines:
+        raise ValueError(f"{path} holds none of the layers {layers!r} with {threads} threads at density {density:g}: measure "
+                         "them with `python -m experiments.benchmark layers` and --threads, --density, --corners or --matrices")
+    last = max(lines, key=lambda line: line["date"])
+    return [line for line in lines if (line["isa"], line["memory"]) == (last["isa"], last["memory"])]
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _cells(line: Line | None) -> tuple[str, str, str, str]:
+    if line is None:
+        return "", "", "", ""
+    share, (ours, dense) = share_of_peak(line), seconds(line)
+    return (f"{1e6 * ours:.0f}", f"{share:.0%}" if share else "", f"{1e6 * dense:.0f} ({fastest_dense(line)})",
+            f"{speedup(line):.2f}x")
+
+
+def caption(lines: Sequence[Line]) -> str:
+    """On what, when and against whom the lines were measured."""
+    last, threads = lines[-1], lines[-1]["threads"]
+    rivals = dict.fromkeys(name for line in lines for name in line["times"] if name != OURS)
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return (f"{last['cpu']}, {last['isa']}, {threads} thread{'s' * (threads > 1)}, float32, bias and ReLU fused. "
+            f"Rivals: {', '.join(rivals)} ({versions}). "
+            f"Measured {last['date'][:10]} at {', '.join(dict.fromkeys(line['commit'] for line in lines))}.")

@@ -1,11 +1,14 @@
 """How a time is taken: contenders in turn, so that a noisy spell of the machine hits all of them.
 
-A turn is a few untimed calls, then timed ones: caches and branch predictors are warm with the contender's own data, as
-they are in every library's own benchmark, and threads that another library left spinning have gone to sleep.
+A turn is a few untimed calls, then timed ones on the same arrays: caches are warm with the contender's own data as far as
+they hold it, as in every library's own benchmark, and threads that another library left spinning have gone to sleep.
+Outputs are allocated anew by whoever does so in a network too, but from memory that the process already has
+(`keep_memory`): otherwise outputs above 32 MB time the kernel's page faults, whoever computes them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import statistics
@@ -19,6 +22,7 @@ import numpy as np
 
 BURST = 0.01  # seconds of timed calls in a turn
 ROUNDS = 5  # at least
+KEEP = 2**31 - 1  # bytes of freed memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, threads: int,
 def _burst(call: Callable[[], Any], seconds: float) -> list[float]:
     """Seconds of each call in about `seconds`, of one at least; what they return is freed outside the time."""
     times, start = [], time.perf_counter()
-    while not times or times[-1] and time.perf_counter() - start < seconds:
+    while not times or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         result = call()
         times.append(time.perf_counter() - begin)
@@ -85,10 +89,10 @@ def _burst(call: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def use_threads(threads: int) -> None:
-    """Confines this process, and every library it loads later, to `threads` threads on as many cores.
+    """Confines this process, its children, and every library it loads later to `threads` threads on as many cores.
 
-    XLA sizes its pool by NPROC when the first array is made, OpenMP reads its variable when it is loaded; the libraries'
-    own settings are left to their baselines.
+    XLA sizes its pool by NPROC when the first array is made, OpenMP reads its variable when it is loaded; other libraries
+    are told by their baselines.
 
     Raises:
       ValueError: there are not so many CPUs.
@@ -98,8 +102,18 @@ def use_threads(threads: int) -> None:
         raise ValueError(f"threads={threads}, wanted 1 to {len(cpus)}, the CPUs this process may use")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpus[:threads])
-    for variable in ("NPROC", "OMP_NUM_THREADS"):
-        os.environ[variable] = str(threads)
+    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
+
+
+def keep_memory() -> bool:
+    """Makes malloc, here and in child processes, keep what is freed instead of unmapping it; False where it is not glibc's.
+
+    Has to be called before other threads are there: one arena serves all.
+    """
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(KEEP), "MALLOC_ARENA_MAX": "1"}
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
+    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, KEEP) and mallopt(arena_max, 1))
 
 
 def _cpus_by_core(cpus: Iterable[int]) -> list[int]:

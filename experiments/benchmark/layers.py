@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.baselines import Rival
+from experiments.baselines.yardstick import can_run, time_command
+from experiments.benchmark.table import OURS
 from experiments.benchmark.timing import alternate
 from experiments.layers import Problem
 from sparseflax import ffi, pack, sparse_conv
 
-OURS = "sparseflax"
+TURNS = 2  # with the yardstick
 
 
 def ours(problem: Problem, isa: str | None) -> Rival:
@@ -31,11 +34,23 @@ def ours(problem: Problem, isa: str | None) -> Rival:
     return Rival(OURS, lambda: conv(*operands).block_until_ready(), np.asarray, dense=False)
 
 
-def measure(problem: Problem, baselines: Iterable[ModuleType], threads: int, seconds: float, isa: str | None) -> dict[str, Any]:
-    """Times one layer and returns its line for the results, without provenance.
+def measure(problem: Problem, baselines: Iterable[ModuleType], *, threads: int, seconds: float, isa: str | None = None,
+            yardstick: str | None = None) -> dict[str, Any]:
+    """Times one layer.
+
+    Args:
+      problem: the layer.
+      baselines: modules of experiments.baselines.
+      threads: that the process was confined to.
+      seconds: for all contenders together.
+      isa: instruction set of our kernel, None for the best.
+      yardstick: command of a rival in another process, see baselines/yardstick.py.
+
+    Returns:
+      Its line of the results, without provenance. Seconds, flop/s.
 
     Raises:
-      AssertionError: an output disagrees.
+      RuntimeError: an output disagrees, or the yardstick fails.
     """
     contenders = [ours(problem, isa), *(rival for baseline in baselines for rival in baseline.rivals(problem, threads))]
     expected, tolerance = reference(problem)
@@ -43,11 +58,26 @@ def measure(problem: Problem, baselines: Iterable[ModuleType], threads: int, sec
         check(contender, expected, tolerance)
     timings, peak = alternate({c.name: c.run for c in contenders}, seconds, threads, _fma_peak(isa))
     shape, packed = problem.shape, pack(problem.kernel, problem.shape.groups)
-    return {
+    line = {
         "layer": problem.name, "n": shape.n, "threads": threads, "isa": isa or ffi.isa(), "density": problem.density,
         "flops": shape.flops, "bytes_per_weight": packed.nbytes / max(1, packed.nnz), "peak": peak,
         "times": {c.name: vars(timings[c.name]) | {"dense": c.dense} for c in contenders},
     }
+    if yardstick and can_run(problem):
+        line["yardstick"] = _beside(yardstick, contenders[0], problem, threads, seconds / 4)
+    return line
+
+
+def _beside(command: str, ours: Rival, problem: Problem, threads: int, seconds: float) -> dict[str, Any]:
+    """Ours and a command's time in turn: seconds of both, and the median of their quotients."""
+    mine, theirs, engine = [], [], ""
+    for _ in range(TURNS):
+        timings, _ = alternate({OURS: ours.run}, seconds, threads)
+        mine.append(timings[OURS].seconds)
+        engine, other = time_command(command, problem, threads, seconds)
+        theirs.append(other)
+    return {"engine": engine, "seconds": theirs, "ours": mine,
+            "speedup": statistics.median(b / a for a, b in zip(mine, theirs, strict=True))}
 
 
 def reference(problem: Problem) -> tuple[np.ndarray, float]:
@@ -72,13 +102,13 @@ def reference(problem: Problem) -> tuple[np.ndarray, float]:
 
 
 def check(contender: Rival, expected: np.ndarray, tolerance: float) -> None:
-    """Raises AssertionError where the contender's output is not `expected` within `tolerance`."""
+    """Raises RuntimeError where the contender's output is not `expected` within `tolerance`."""
     output = contender.output(contender.run())
     if output.shape != expected.shape:
-        raise AssertionError(f"{contender.name} returned {output.shape}, wanted {expected.shape}: it computes another layer")
+        raise RuntimeError(f"{contender.name} returned {output.shape}, wanted {expected.shape}: it computes another layer")
     error = float(np.abs(output - expected).max())
     if not error <= tolerance:
-        raise AssertionError(f"{contender.name} is off by {error:.2e}, wanted at most {tolerance:.2e}: its time means nothing")
+        raise RuntimeError(f"{contender.name} is off by {error:.2e}, wanted at most {tolerance:.2e}: its time means nothing")
 
 
 def _fma_peak(isa: str | None) -> Callable[[], float] | None:

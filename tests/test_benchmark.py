@@ -1,0 +1,201 @@
+"""The benchmark: rivals compute the layer that is timed, wrong ones are caught, results are written, read and summed up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+from experiments.baselines import Rival, bcsr, field, xla
+from experiments.baselines.yardstick import can_run, time_command
+from experiments.benchmark import results, table
+from experiments.benchmark.layers import check, measure, ours
+from experiments.benchmark.layers import reference as expected_of
+from experiments.benchmark.plot import plot_speed
+from experiments.benchmark.timing import Timing, alternate
+from experiments.layers import ALEXNET, BENCHMARK, alexnet_problem, choose, layer, name_of, random_problem
+from experiments.matrix_market import HEADER, read_matrix, write_matrix
+
+ROOT = Path(__file__).parents[1]
+TINY = layer(8, (5, 7), 6, 3).with_batch(2)
+
+
+@pytest.mark.parametrize("shape", [
+    TINY, layer(8, 6, 4, 3, stride=2, groups=2), layer(6, 7, 5, (1, 3), dilation=2), layer(8, (4, 5), 6, 1).with_batch(3),
+], ids=str)
+@pytest.mark.parametrize("baseline", field()[0], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_rivals_compute_the_layer(baseline, shape):
+    problem = random_problem(shape, 0.5)
+    window = {"strides": shape.strides, "padding": shape.padding, "dilation": shape.kernel_dilation, "groups": shape.groups}
+    exact = np.maximum(reference.conv(problem.x, problem.kernel, **window) + problem.bias, 0)
+    bound = reference.bound(problem.x, problem.kernel, problem.bias, **window)
+    expected, tolerance = expected_of(problem)
+    for rival in [ours(problem, None), *baseline.rivals(problem, 1)]:
+        output = rival.output(rival.run())
+        assert output.shape == exact.shape
+        assert (np.abs(output - exact) <= bound).all(), rival.name
+        check(rival, expected, tolerance)
+
+
+def test_a_rival_that_disagrees_is_an_error():
+    problem = random_problem(TINY, 0.5)
+    expected, tolerance = expected_of(problem)
+    smallest = np.abs(problem.kernel[problem.kernel != 0]).min()
+    assert tolerance < 0.1 * smallest  # or a lost weight would pass
+    wrong = expected.copy()
+    wrong[0, 0, 0, 0] += 2 * tolerance
+    with pytest.raises(RuntimeError, match="late is off by .* wanted at most"):
+        check(Rival("late", lambda: wrong, np.asarray), expected, tolerance)
+    with pytest.raises(RuntimeError, match="nan is off by nan"):
+        check(Rival("nan", lambda: wrong * np.nan, np.asarray), expected, tolerance)
+    with pytest.raises(RuntimeError, match="other returned .* computes another layer"):
+        check(Rival("other", lambda: wrong[:1], np.asarray), expected, tolerance)
+
+
+def test_contenders_take_turns():
+    order = []
+    timings, peak = alternate({name: lambda name=name: order.append(name) for name in "ab"}, 0.0, 1, peak=lambda: 3.0)
+    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert turns == ["a", "b"] * 5
+    assert peak == 3.0
+    assert 5 <= timings["a"].calls < order.count("a")  # some calls of every turn are not timed
+
+
+def test_a_timing_is_the_median_and_the_quartiles():
+    timing = Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (timing.seconds, timing.calls) == (3.0, 5)
+    assert timing.spread == pytest.approx(2 / 3)
+
+
+def test_a_line_of_the_results(tmp_path):
+    stub = tmp_path / "stub.py"
+    stub.write_text("import json, sys\nprint('a banner')\nprint(json.dumps({'engine': ' '.join(sys.argv[1:]), 'seconds': 1}))")
+    problem = random_problem(TINY, 0.25)
+    line = measure(problem, [xla], threads=1, seconds=0.0, yardstick=f"{sys.executable} {stub}")
+    assert line["density"] == problem.density
+    assert line["flops"] == 2 * 2 * 5 * 7 * 6 * 9 * 8
+    assert list(line["times"]) == ["sparseflax", "xla"]
+    assert {**line["times"]["xla"], "seconds": 0}.keys() == {"seconds", "spread", "calls", "dense"}
+    assert line["yardstick"]["engine"].startswith("--conv 8,5,7,6,3,3,1,1,1 --matrix ")
+    assert line["yardstick"]["engine"].endswith("--batch 2 --threads 1 --seconds 0.0")
+    assert 1 / line["yardstick"]["speedup"] == pytest.approx(np.median(line["yardstick"]["ours"]), rel=0.9)
+
+
+def test_a_yardstick_that_fails(tmp_path):
+    with pytest.raises(RuntimeError, match="exited with 3 and printed .* wanted a JSON line"):
+        time_command(f"{sys.executable} -c 'raise SystemExit(3)'", random_problem(TINY, 0.5), 1, 0.0)
+    assert not can_run(random_problem(layer(4, 9, 4, (1, 7)), 0.5))
+
+
+def test_the_command_appends_and_draws(tmp_path):
+    out, environment = tmp_path / "layers.jsonl", os.environ | {"COLUMNS": "200"}
+    command = [sys.executable, "-m", "experiments.benchmark"]
+    arguments = ["layers", "--layer", "64x28x28->10", "--corners", "--batch", "1", "--density", "0.1", "0.5",
+                 "--seconds", "0", "--rival", "xla", "--out", str(out)]
+    for _ in range(2):
+        ran = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert len(results.read(out)) == 4
+    assert len(results.newest(results.read(out))) == 2
+    assert "1 layer: geometric mean" in ran.stdout
+    line = results.read(out)[0]
+    assert {"cpu", "commit", "date", "python", "versions", "memory", "absent", "set", "drawn"} < line.keys()
+    assert line["threads"] == 1
+    assert "64x28x28->10 3x3 | " in table.layers_table(out, layers="corners")
+    picture = tmp_path / "speed.svg"
+    plot_speed(results.newest(results.read(out)), picture)
+    assert "</svg>" in picture.read_text()
+
+
+def line_of(name="a", n=1, threads=1, density=0.1, drawn: float | None = 0.1, ours=1e-3, dense=4e-3, **more):
+    seconds = {"sparseflax": ours, "slow": 9.0, "fast": dense, "sparse": 1e-9}
+    times = {name: {"seconds": s, "spread": 0.1, "dense": name in ("slow", "fast")} for name, s in seconds.items()}
+    return {"set": "benchmark", "layer": name, "n": n, "threads": threads, "isa": "avx2", "density": density, "drawn": drawn,
+            "memory": "kept", "flops": 1e9, "peak": 2e11, "times": times, "cpu": "c", "commit": "abc", "date": "2026-01-01",
+            "versions": {"jax": "1"}} | more
+
+
+def test_tables_sum_up_the_newest_lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for line in (line_of(ours=7.0), line_of(), line_of("b", ours=4e-3, dense=4e-3), line_of(threads=2, ours=5e-4),
+                 line_of("b", threads=2, ours=1e-3), line_of(cpu="c")):
+        results.append(path, line)
+    text = table.layers_table(path)
+    assert "| a | 1000 | 50% | 4000 (fast) | 4.00x |" in text  # 1e9 * 0.1 / 1e-3 useful flop/s of 2e11
+    assert "**2.00x**" in text
+    assert "geometric mean 2.00x, worst 1.00x the fastest dense; 25% of the FMA peak" in text
+    assert "c, avx2, 1 thread, " in text
+    assert "| **geometric mean above 200 us** |  |  | **2.83x** |" in table.threads_table(path)  # sqrt(2 * 4)
+    with pytest.raises(ValueError, match="holds none of the layers 'benchmark' with 3 threads"):
+        table.layers_table(path, threads=3)
+
+
+def test_trained_layers_are_summed():
+    lines = [line_of(drawn=None), line_of("b", drawn=None, ours=3e-3, dense=4e-3)]
+    assert "sum of times 2.00x" in table.summaries(lines)[0]
+
+
+def test_cliffs_are_found():
+    lines = [line_of(density=0.1), line_of(density=0.2, ours=0.8e-3), line_of(density=0.3, ours=0.79e-3)]
+    assert table.cliffs(lines) == ["cliff: a, n=1 takes 1000 us at density 0.1, 800 us at 0.2"]
+
+
+def test_rivals_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(xla, "needs", ("jax", "not_installed_anywhere"))
+    assert field(["xla", "bcsr"]) == ([bcsr], ["xla"])
+    with pytest.raises(ValueError, match=r"no rival is called \['mkl'\]"):
+        field(["mkl"])
+
+
+def test_damaged_results(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        results.read(path)
+
+
+def test_layers_are_those_of_the_paper():
+    assert [name_of(shape) for shape in BENCHMARK[:2]] == ["96x27x27->256 5x5 g2", "256x13x13->384 3x3"]
+    assert len(BENCHMARK) == 13
+    assert [shape.oh for shape in choose(BENCHMARK, ["s2"])] == [28]
+    with pytest.raises(ValueError, match="no layer's name contains '9x9'"):
+        choose(BENCHMARK, ["9x9"])
+
+
+def test_trained_weights_keep_their_places(tmp_path):
+    shape = ALEXNET["conv4"]
+    kernel = random_problem(shape, 0.01).kernel
+    matrices = kernel.transpose(3, 2, 0, 1).reshape(2, shape.oc // 2, -1)
+    for g, matrix in enumerate(matrices):
+        write_matrix(tmp_path / f"conv4_{g + 1}.mtx", matrix)
+    problem = alexnet_problem("conv4", tmp_path, 2)
+    np.testing.assert_array_equal(problem.kernel, kernel)
+    assert problem.x.shape == (2, 13, 13, 384)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "does not begin with"),
+    ("%%MatrixMarket matrix array real general\n2 2 0", "does not begin with"),
+    (f"{HEADER}\n% only a comment", "lacks its line of sizes"),
+    (f"{HEADER}\n3 2 0", "line 2: a 3 x 2 matrix, wanted 2 x 2"),
+    (f"{HEADER}\n2 2 2\n1 1 0.5", "2 entries promised, 1 found"),
+    (f"{HEADER}\n%\n2 2 1\n1 x 0.5", "line 4: '1 x 0.5'"),
+    (f"{HEADER}\n2 2 1\n1 2", "line 3: '1 2'"),
+    (f"{HEADER}\n2 2 1\n0 1 0.5", "line 3: row 0, column 1"),
+    (f"{HEADER}\n2 2 1\n1 3 0.5", "line 3: row 1, column 3"),
+    (f"{HEADER}\n2 2 1\n1 1 nan", "value nan"),
+])
+def test_damaged_matrices(tmp_path, text, message):
+    path = tmp_path / "a.mtx"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_matrix(path, (2, 2))
+
+
+def test_results_are_plain_json(tmp_path):
+    path = tmp_path / "new" / "lines.jsonl"
+    results.append(path, results.provenance(["jax"]))
+    assert json.loads(path.read_text())["versions"].keys() == {"jax"}
