@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -33,11 +34,11 @@ def refusal(built: tuple[int, int], running: tuple[int, int]) -> str | None:
 
 def _load():
     try:
-        from sparseflax import _native
+        native = importlib.import_module("sparseflax._native")
     except ImportError as error:
         return None, (f"sparseflax's native module is missing ({error}): sparse_conv runs as a dense convolution. "
                       "In a clone install with `pip install -e .`")
-    return _native, refusal(_native.api_version(), runtime_api())
+    return native, refusal(native.api_version(), runtime_api())
 
 
 native, reason = _load()  # the module, or None; why the handlers are not registered, or None
