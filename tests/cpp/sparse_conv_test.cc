@@ -1,0 +1,310 @@
+// Tests of the kernel below XLA and Python: every instruction set and register tile between guard pages, non-finite
+// inputs, damaged patterns, concurrent runs. The first argument is an instruction set or "all", the others are tests;
+// exits with 1 after the first failure.
+#include "sparse_conv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <set>
+#include <thread>
+#include <tuple>
+
+#include "guarded.h"
+#include "problem.h"
+
+using namespace sparseflax;
+
+namespace {
+
+std::string wanted_isa = "all";
+
+std::vector<const Isa*> TestedIsas() {
+  std::vector<const Isa*> isas;
+  for (const Isa* isa : Isas()) {
+    if (wanted_isa == "all" || wanted_isa == isa->name) isas.push_back(isa);
+  }
+  return isas;
+}
+
+[[noreturn]] void Fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED %s\n", what.c_str());
+  std::exit(1);
+}
+
+// Calls items last to first and claims to have three threads, so that work is split as it would be for them.
+struct Backwards final : Executor {
+  int64_t threads() const override { return 3; }
+  void For(int64_t n, const std::function<void(int64_t)>& f) override {
+    for (int64_t i = n; i-- > 0;) f(i);
+  }
+};
+
+struct Threads final : Executor {
+  int64_t threads() const override { return 3; }
+  void For(int64_t n, const std::function<void(int64_t)>& f) override {
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+      for (int64_t i; (i = next.fetch_add(1)) < n;) f(i);
+    };
+    std::thread a(work), b(work);
+    work();
+    a.join();
+    b.join();
+  }
+};
+
+std::unique_ptr<Conv> MakeConv(const Problem& p, const Isa* isa) {
+  std::string error;
+  auto conv = Conv::Make(p.shape, p.gaps.data(), static_cast<int64_t>(p.gaps.size()), isa, &error);
+  if (conv == nullptr) Fail(Describe(p.shape) + ": " + error);
+  if (conv->nnz() != static_cast<int64_t>(p.values.size())) Fail(Describe(p.shape) + ": wrong number of kept weights");
+  return conv;
+}
+
+std::string Describe(const Problem& p, const Isa& isa, const Schedule* forced) {
+  std::string text = std::string(isa.name) + " " + ::Describe(p.shape);
+  if (forced != nullptr) {
+    text += " tile " + std::to_string(forced->kernel->y) + "x" + std::to_string(forced->kernel->x) + " lanes " +
+            std::to_string(forced->bn) + "*" + std::to_string(forced->by) + "*" + std::to_string(forced->bx);
+  }
+  return text;
+}
+
+void Compare(const Problem& p, const float* y, const std::string& what) {
+  for (size_t i = 0; i < p.y.size(); ++i) {
+    const double got = y[i], want = p.y[i];
+    const bool same = std::isfinite(want) ? std::abs(got - want) <= p.bound[i]
+                      : std::isnan(want)  ? std::isnan(got)
+                                          : got == want;
+    if (!same) {
+      Fail(what + ": y[" + std::to_string(i) + "] is " + std::to_string(got) + ", wanted " + std::to_string(want) +
+           " within " + std::to_string(p.bound[i]));
+    }
+  }
+}
+
+std::string RunConv(const Problem& p, Conv& conv, const Buffers& buffers, Executor& executor, const Schedule* forced) {
+  const Shape& s = p.shape;
+  return conv.Run(s.n, s.ih, s.iw, s.oh, s.ow, buffers, p.activation, executor, forced);
+}
+
+// The buffers of a problem, each flush with a guard page.
+struct Memory {
+  Guarded x, values, bias, residual, y;
+  Memory(const Problem& p, Flush flush)
+      : x(p.x, flush), values(p.values, flush), bias(p.bias, flush), residual(p.residual, flush), y(p.y.size(), flush) {}
+  Buffers buffers() const {
+    return {x.data(), values.data(), bias.data(), residual.size() > 0 ? residual.data() : nullptr, y.data()};
+  }
+};
+
+void CheckRun(const Problem& p, Conv& conv, const Isa& isa, const Memory& memory, const Schedule* forced) {
+  const std::string what = Describe(p, isa, forced);
+  for (size_t i = 0; i < p.y.size(); ++i) memory.y.data()[i] = std::isnan(p.y[i]) ? 0 : std::numeric_limits<float>::quiet_NaN();
+  Backwards executor;
+  const std::string error = RunConv(p, conv, memory.buffers(), executor, forced);
+  if (!error.empty()) Fail(what + ": " + error);
+  Compare(p, memory.y.data(), what);
+}
+
+// The edges of tiles, lanes, blocks and windows. 1x1 kernels here have one row, which is how such a convolution runs.
+std::vector<Shape> EdgeShapes() {
+  return {
+      MakeShape(9, 16, 17, 5, 1, 17, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1),    // every tile fits; last block of one channel
+      MakeShape(1, 29, 37, 3, 2, 4, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1),     // one image: lanes are sub-images
+      MakeShape(1, 1, 133, 19, 1, 10, 1, 1, 16),                          // 1x1
+      MakeShape(3, 9, 11, 3, 2, 6, 5, 5, 2, 2, 2, 1, 1, 2, 1, 0, 3),      // stride, uneven padding, groups
+      MakeShape(2, 3, 31, 17, 1, 5, 1, 7, 16, 1, 1, 1, 2, 0, 0, 6, 6),    // 1x7, dilated
+      MakeShape(2, 31, 3, 16, 1, 5, 7, 1, 16, 3, 1, 2, 1, 6, 5, 0, 0),    // 7x1, stride beyond the dilation
+      MakeShape(1, 39, 43, 3, 1, 16, 11, 11, 3, 4, 4, 1, 1, 2, 2, 2, 2),  // 11x11 stride 4
+      MakeShape(17, 8, 8, 4, 1, 1, 3, 3, 4, 2, 1, 2, 2, 2, 2, 2, 2),      // one output channel, one image too many
+      MakeShape(1, 1, 1, 33, 1, 33, 3, 3, 16, 1, 1, 1, 1, 1, 1, 1, 1),    // one pixel
+      MakeShape(2, 2, 2, 3, 1, 3, 2, 3, 3, 1, 1, 1, 1, 5, 4, 6, 5),       // outputs that see padding only
+      MakeShape(2, 7, 9, 1, 6, 12, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1),      // depthwise
+      MakeShape(9, 6, 6, 130, 1, 2, 5, 5, 128, 1, 1, 1, 1, 2, 2, 2, 2),  // panels near and beyond 16-bit offsets
+  };
+}
+
+// Every register tile and every arrangement of lanes that some edge shape admits, at densities 0, 0.1, 0.5 and 1.
+void TestTiles() {
+  const double densities[] = {0.1, 1, 0.5, 0};
+  for (const Isa* isa : TestedIsas()) {
+    std::set<const Kernel*> tiles;
+    int64_t runs = 0;
+    uint64_t seed = 1;
+    for (const Shape& shape : EdgeShapes()) {
+      for (double density : densities) {
+        ++seed;
+        const Problem p = MakeProblem(shape, density, static_cast<int>(seed % 3), seed % 2 == 0, seed);
+        const auto conv = MakeConv(p, isa);
+        const Memory front(p, Flush::kFront), back(p, Flush::kBack);
+        CheckRun(p, *conv, *isa, front, nullptr);
+        CheckRun(p, *conv, *isa, back, nullptr);
+        // A few of the candidates: each tile and each arrangement of lanes once for this problem.
+        std::vector<Schedule> candidates = Candidates(shape, conv->nnz(), *isa);
+        std::shuffle(candidates.begin(), candidates.end(), std::mt19937_64(seed));
+        std::set<std::tuple<int64_t, int64_t, int64_t>> lanes;
+        std::set<const Kernel*> here;
+        for (Schedule& c : candidates) {
+          if (!(lanes.insert({c.bn, c.by, c.bx}).second | here.insert(c.kernel).second)) continue;
+          if (runs % 2 == 0) c.cycles = 1e9;  // worth threads
+          CheckRun(p, *conv, *isa, ++runs % 2 == 0 ? front : back, &c);
+        }
+        tiles.insert(here.begin(), here.end());
+      }
+    }
+    for (int i = 0; i < isa->kernel_count; ++i) {
+      const Kernel& kernel = isa->kernels[i];
+      if (kernel.visit != nullptr && tiles.count(&kernel) == 0) {
+        Fail(std::string(isa->name) + ": no edge shape admits the tile " + std::to_string(kernel.y) + "x" + std::to_string(kernel.x));
+      }
+    }
+    std::printf("%s: %zu tiles, %lld runs\n", std::string(isa->name).c_str(), tiles.size(), static_cast<long long>(runs));
+  }
+}
+
+// Batches of 1x1 convolutions, which are flattened into one row when the tile is chosen freely.
+void TestFlattened() {
+  for (const Isa* isa : TestedIsas()) {
+    for (int64_t n : {1, 3, 16}) {
+      const Problem p = MakeProblem(MakeShape(n, 5, 7, 21, 1, 19, 1, 1, 16), 0.2, 1, true, static_cast<uint64_t>(n));
+      const auto conv = MakeConv(p, isa);
+      CheckRun(p, *conv, *isa, Memory(p, Flush::kFront), nullptr);
+      CheckRun(p, *conv, *isa, Memory(p, Flush::kBack), nullptr);
+    }
+  }
+}
+
+// nan and inf reach every output whose window sees them, through pruned weights too, and no other.
+void TestNonFinite() {
+  const float bad[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+                       -std::numeric_limits<float>::infinity()};
+  for (const Isa* isa : TestedIsas()) {
+    size_t turn = 0;
+    for (const Shape& shape : EdgeShapes()) {
+      ++turn;  // pairs every density with every activation, over the shapes
+      for (double density : {0.0, 0.1, 1.0}) {
+        Problem p = MakeProblem(shape, density, static_cast<int>(++turn % 3), true, turn);
+        for (size_t i = 0; i < 3; ++i) p.x[p.x.size() * (2 * i + 1) / 6] = bad[(i + turn) % 3];
+        Solve(p);
+        CheckRun(p, *MakeConv(p, isa), *isa, Memory(p, Flush::kBack), nullptr);
+      }
+    }
+  }
+}
+
+// Damaged gap codes and sizes are refused, or by chance still point inside: never an access outside.
+void TestDamaged() {
+  const Shape shape = MakeShape(2, 6, 7, 10, 2, 6, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1);
+  const Problem p = MakeProblem(shape, 0.3, 0, false, 3);
+  std::mt19937_64 random(11);
+  int64_t refused = 0;
+  Backwards executor;
+  for (const Isa* isa : TestedIsas()) {
+    for (int i = 0; i < 200; ++i) {
+      Problem damaged = p;
+      for (uint64_t edits = 1 + random() % 3; edits > 0; --edits) {
+        damaged.gaps[random() % p.gaps.size()] = static_cast<uint8_t>(random() % 4 == 0 ? 255 : random() % 40);
+      }
+      if (i % 10 == 0) damaged.gaps.insert(damaged.gaps.end(), random() % 300, static_cast<uint8_t>(random()));
+      std::string error;
+      const auto conv = Conv::Make(shape, damaged.gaps.data(), static_cast<int64_t>(damaged.gaps.size()), isa, &error);
+      if ((conv == nullptr) == error.empty()) Fail("a refusal without a reason, or the reverse");
+      if (conv == nullptr) {
+        ++refused;
+        continue;
+      }
+      damaged.values.assign(static_cast<size_t>(conv->nnz()), 1.f);
+      const Memory memory(damaged, Flush::kBack);
+      error = RunConv(damaged, *conv, memory.buffers(), executor, nullptr);
+      if (!error.empty()) Fail("damaged but decodable: " + error);
+    }
+  }
+  if (refused == 0) Fail("no damaged pattern was refused");
+
+  // Channels 0 to 4 in one block of five, or in blocks of three with a place for a sixth.
+  const Shape one = MakeShape(1, 3, 3, 5, 1, 2, 1, 1, 5), two = MakeShape(1, 3, 3, 5, 1, 2, 1, 1, 3);
+  const std::tuple<Shape, std::vector<uint8_t>, bool> edges[] = {
+      {one, {9}, true},   {one, {10}, false},    {one, {8, 0}, true}, {one, {8, 0, 0}, false}, {one, {255}, true},
+      {one, {255, 0}, false}, {two, {10}, true}, {two, {11}, false},  {two, {6, 0}, true},     {two, {7, 0}, false}};
+  for (const auto& [at, gaps, valid] : edges) {
+    std::string error;
+    const auto conv = Conv::Make(at, gaps.data(), static_cast<int64_t>(gaps.size()), Isas()[0], &error);
+    if ((conv != nullptr) != valid) Fail("the pattern at an edge of its kernel was judged wrongly: " + error);
+  }
+}
+
+// Sizes that no convolution has, and images that do not fit the window.
+void TestSizes() {
+  const Shape shape = MakeShape(2, 6, 7, 10, 2, 6, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1);
+  const Problem p = MakeProblem(shape, 0.3, 0, false, 3);
+  std::string error;
+  int64_t Shape::*const sizes[] = {&Shape::kh, &Shape::kw, &Shape::icg, &Shape::oc, &Shape::groups, &Shape::block,
+                                   &Shape::sh, &Shape::sw, &Shape::dh,  &Shape::dw, &Shape::top,    &Shape::left};
+  for (auto size : sizes) {
+    for (int64_t value : {int64_t{-1}, std::numeric_limits<int64_t>::min()}) {
+      Shape s = shape;
+      s.*size = value;
+      if (Conv::Make(s, p.gaps.data(), 1, Isas()[0], &error) != nullptr || error.empty()) Fail("a negative size was accepted");
+    }
+    Shape s = shape;
+    s.*size = std::numeric_limits<int64_t>::max();
+    if (size != &Shape::top && size != &Shape::left && s.Check().empty()) Fail("an absurd size was accepted");
+  }
+
+  const Memory memory(p, Flush::kBack);
+  Backwards executor;
+  for (const Isa* isa : TestedIsas()) {
+    const auto conv = MakeConv(p, isa);
+    const Shape& s = shape;
+    const int64_t wrong[][5] = {{s.n, 0, s.iw, s.oh, s.ow},        {s.n, s.ih, -1, s.oh, s.ow},  {s.n, s.ih, s.iw, s.oh + 1, s.ow},
+                                {s.n, s.ih, s.iw, s.oh, s.ow - 1}, {s.n, 1 << 20, 1 << 20, 1 << 20, 1 << 20}};
+    for (const auto& d : wrong) {
+      if (conv->Run(d[0], d[1], d[2], d[3], d[4], memory.buffers(), 0, executor).empty()) Fail("wrong image sizes were accepted");
+    }
+  }
+}
+
+// One convolution run by four threads at once, each with threads of its own; the first runs race for the plan.
+void TestThreads() {
+  const Shape shape = MakeShape(2, 24, 25, 40, 1, 67, 3, 3, 16, 1, 1, 1, 1, 1, 1, 1, 1);
+  Shape smaller = shape;
+  smaller.n = 1;
+  const Problem problems[] = {MakeProblem(shape, 0.1, 1, true, 5), MakeProblem(smaller, 0.1, 1, true, 5)};
+  for (const Isa* isa : TestedIsas()) {
+    const auto conv = MakeConv(problems[0], isa);
+    std::vector<std::thread> callers;
+    for (size_t t = 0; t < 4; ++t) {
+      callers.emplace_back([&, t] {
+        const Problem& p = problems[t % 2];
+        for (int repeat = 0; repeat < 3; ++repeat) {
+          std::vector<float> y(p.y.size());
+          Threads executor;
+          const std::string error =
+              RunConv(p, *conv, {p.x.data(), p.values.data(), p.bias.data(), p.residual.data(), y.data()}, executor, nullptr);
+          if (!error.empty()) Fail(error);
+          Compare(p, y.data(), "concurrent " + Describe(p, *isa, nullptr));
+        }
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::pair<std::string, void (*)()> tests[] = {
+      {"tiles", TestTiles},     {"flattened", TestFlattened}, {"nonfinite", TestNonFinite},
+      {"damaged", TestDamaged}, {"sizes", TestSizes},         {"threads", TestThreads}};
+  if (argc < 3) Fail("usage: sparse_conv_test all|ISA TEST...");
+  wanted_isa = argv[1];
+  if (TestedIsas().empty()) Fail("no such instruction set here: " + wanted_isa);
+  for (int i = 2; i < argc; ++i) {
+    const auto* test = std::find_if(std::begin(tests), std::end(tests), [&](const auto& t) { return t.first == argv[i]; });
+    if (test == std::end(tests)) Fail(std::string("unknown test ") + argv[i]);
+    test->second();
+    std::printf("ok %s\n", argv[i]);
+  }
+  return 0;
+}

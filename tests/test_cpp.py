@@ -1,0 +1,120 @@
+"""The kernel below XLA and Python: its C++ tests under sanitizers and on an emulated aarch64, and its machine code."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+KERNEL = Path(__file__).parents[1] / "xla_ffi"
+TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
+X86, ARM = "g++", "aarch64-linux-gnu-g++"
+SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in ("handler.cc", "module.cc"))  # what needs no XLA, no Python
+TILES = [p for p in SOURCES if p.name not in ("sparse_conv.cc", "schedule.cc", "portable.cc")]  # with vectors of their own
+SERIAL = ["tiles", "flattened", "nonfinite", "damaged", "sizes"]
+RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
+
+# name: compiler, flags, sources; a file of another architecture compiles to nothing
+BUILDS = {
+    "address,undefined": (X86, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
+                                "-fno-sanitize-recover=all"], [*SOURCES, TEST]),
+    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST]),
+    "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST]),
+    "x86 release": (X86, RELEASE, TILES),
+}
+
+
+def run(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def need(name: str, *programs: str) -> None:
+    """Skips unless this machine can make a build and use it."""
+    compiler, flags, _ = BUILDS[name]
+    missing = [p for p in (compiler, *programs) if shutil.which(p) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    if compiler == X86 and platform.machine() != "x86_64":
+        pytest.skip("x86-64 only")
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """For each build the futures of its object files: everything compiles in the background while tests run."""
+    folder = tmp_path_factory.mktemp("objects")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        def build(name: str, compiler: str, flags: list[str], source: Path) -> Path:
+            target = folder / f"{name.replace(' ', '_')}_{source.stem}.o"
+            run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-c", source, "-o", target)
+            return target
+
+        yield {name: [pool.submit(build, name, compiler, flags, source) for source in sources]
+               for name, (compiler, flags, sources) in BUILDS.items() if shutil.which(compiler)}
+        pool.shutdown(cancel_futures=True)
+
+
+def link(name: str, objects, folder: Path) -> Path:
+    """The test program of a build; skips if its sanitizer does not link or start here."""
+    compiler, flags, _ = BUILDS[name]
+    if "-static" not in flags:
+        (folder / "empty.cc").write_text("int main() {}")
+        for command in ([compiler, *flags, folder / "empty.cc", "-o", folder / "empty"], [folder / "empty"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"the {name} sanitizer does not work here: {done.stderr[-200:]}")
+    run(compiler, *flags, "-pthread", *(o.result() for o in objects[name]), "-o", folder / "test")
+    return folder / "test"
+
+
+def test_address_and_undefined_behaviour(objects, tmp_path):
+    """Every instruction set of this machine x register tile x arrangement of lanes, between guard pages."""
+    need("address,undefined")
+    output = run(link("address,undefined", objects, tmp_path), "all", *SERIAL)
+    assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == SERIAL
+
+
+def test_data_races(objects, tmp_path):
+    need("thread")
+    assert run(link("thread", objects, tmp_path), "all", "threads") == "ok threads\n"
+
+
+def test_neon_under_emulation(objects, tmp_path):
+    need("neon", "qemu-aarch64")
+    output = run("qemu-aarch64", link("neon", objects, tmp_path), "neon", *SERIAL)
+    assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == SERIAL
+
+
+def microkernels(objdump: str, file: Path) -> dict[str, list[str]]:
+    """Instructions ("mnemonic operands") of every register tile: "VisitTile<y, x>"."""
+    found: dict[str, list[str]] = {}
+    code: list[str] = []
+    for line in run(objdump, "-d", "-C", "--no-show-raw-insn", file).splitlines():
+        if line.endswith(">:"):
+            tile = re.search(r"VisitTile<.*?>", line)
+            code = found.setdefault(tile[0], []) if tile else []
+        elif "\t" in line:
+            code.append(line.split("\t", 1)[1])
+    return found
+
+
+@pytest.mark.parametrize(("name", "fma", "stack"), [
+    ("x86 release", r"vfn?m\w+ps .*%[yz]mm", r"v.*[-, ](0x\w+)?\(%rsp|v.*-0x\w+\(%rbp"),
+])
+def test_no_accumulator_is_spilled(objects, name, fma, stack):
+    """A microkernel keeps its accumulators in registers: no vector goes to its stack frame or comes from there."""
+    objdump = BUILDS[name][0].replace("g++", "objdump")
+    need(name, objdump)
+    checked = 0
+    for source, compiled in zip(BUILDS[name][2], objects[name], strict=True):
+        for tile, code in microkernels(objdump, compiled.result()).items():
+            y, x = map(int, re.findall(r"\d+", tile)[:2])
+            assert sum(bool(re.match(fma, line)) for line in code) >= 4 * y * x, f"{source.stem} {tile}: no hot loop in here"
+            assert [line for line in code if re.match(stack, line)] == [], f"{source.stem} {tile}"
+            checked += 1
+    assert checked > 10
