@@ -87,8 +87,8 @@ class ResidualBlock(nnx.Module):
         self.conv1 = _conv(channels, width, 3, strides, rngs)
         self.norm1 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.conv2 = _conv(width, width, 3, 1, rngs)
-        # The last norm of a block starts at zero: every block is the identity at first, which trains faster.
-        self.norm2 = nnx.BatchNorm(width, momentum=0.9, scale_init=nnx.initializers.zeros_init(), rngs=rngs)
+        # Its scale starts at one: from zero, as often advised, so short a training stays on its first plateau for 300 updates.
+        self.norm2 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.project = channels != width or strides != 1
         if self.project:
             self.shortcut = _conv(channels, width, 1, strides, rngs)

@@ -31,7 +31,7 @@ class Config:
     """Updates between two checkpoints; each also evaluates the network."""
     seed: int = 0
     """Decides the data, the initial weights and the order of the examples."""
-    train_images: int = 12_000
+    train_images: int = 16_000
     test_images: int = 2_000
     batch: int = 32
     """Examples per update."""

@@ -10,7 +10,7 @@ from experiments.configs import digits
 config = replace(
     digits.config,
     name="smoke",
-    widths=((8,), (16,), (32,)),
+    widths=((16,), (32,)),
     dense_steps=12,
     prune_steps=12,
     ramp_steps=8,

@@ -1,0 +1,128 @@
+"""What became of a network: its bytes, its times beside the dense one's, and each layer's, predicted beside measured."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmark.timing import alternate
+from sparseflax import prune
+from sparseflax.cost import conv_seconds, dense_seconds, useful_range
+from sparseflax.machine import client_threads
+from sparseflax.nnx import SparseConv, SparseDense
+from sparseflax.plan import Plan, pack_model
+
+DENSE, FOLDED, PACKED = "dense", "dense, batch norm folded", "packed"
+# Two right programs differ in the order of their sums and in one rounding of each folded weight: their errors are of one
+# size. A wrong weight or pixel is thousands of times larger.
+ERROR_FACTOR = 16
+
+
+def fold_only(model: nnx.Module, plan: Plan) -> nnx.Module:
+    """The model with its batch norms folded and every layer dense: what XLA reaches without us."""
+    layers = tuple(dataclasses.replace(layer, choice="dense") for layer in plan.layers)
+    return pack_model(model, dataclasses.replace(plan, layers=layers))
+
+
+def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: float) -> dict[str, dict[str, float]]:
+    """Times networks, or layers, that compute the same in turn, each one jitted program with its weights as operands.
+
+    Args:
+      networks: {name: model in evaluation mode}; the first, of Flax's own layers, is the reference.
+      x: their input (n, ...).
+      seconds: for all of them.
+
+    Returns:
+      {name: {"seconds": median of one call, "spread": distance of its quartiles / median, "calls", "error": largest
+      error of an output / largest output, against the first network in float64}}
+
+    Raises:
+      AssertionError: a network's error is not that of rounding.
+    """
+    calls = {name: _program(model, x) for name, model in networks.items()}
+    first = next(iter(networks))
+    exact = _in_float64(networks[first], x)
+    errors = {name: float(np.abs(np.asarray(call()) - exact).max() / np.abs(exact).max()) for name, call in calls.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= ERROR_FACTOR * errors[first]}
+    if wrong:
+        raise AssertionError(f"the outputs of {wrong} are off by these shares of the largest, wanted at most {ERROR_FACTOR} "
+                             f"times the {errors[first]:.1e} of {first!r}: they compute something else, and no time counts")
+    timings, _ = alternate(calls, seconds, client_threads())
+    return {name: dataclasses.asdict(timing) | {"error": errors[name]} for name, timing in timings.items()}
+
+
+def time_layers(folded: nnx.Module, plan: Plan, batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Every layer of a plan alone, dense under XLA and sparse in turn, both with bias, beside what was predicted.
+
+    Args:
+      folded: the network with pruned weights, `fold_only` of the model that the plan was made for.
+      plan: what is predicted.
+      batch: images.
+      seconds: for each layer.
+
+    Returns:
+      One dict per layer, JSON-able: path, shape, density, choice, reason, useful (lower, upper), and seconds of "dense" and
+      "sparse" as (predicted, measured).
+    """
+    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(folded)}
+    draw = np.random.default_rng(0)
+    rows = []
+    for layer in plan.layers:
+        if layer.shape is None:
+            continue
+        shape, dense = layer.shape.with_batch(batch), modules[layer.path]
+        image = () if isinstance(dense, nnx.Linear) else (shape.ih, shape.iw)
+        x = draw.standard_normal((batch, *image, shape.ic), np.float32)
+        sparse = SparseDense.from_dense(dense) if isinstance(dense, nnx.Linear) else SparseConv.from_dense(dense)
+        times = time_networks({"dense": dense, "sparse": sparse}, x, seconds)
+        density = max(layer.density, 1 / shape.weights)
+        rows.append({
+            "path": layer.path, "shape": str(shape), "density": layer.density, "choice": layer.choice, "reason": layer.reason,
+            "useful": [float(bound) for bound in useful_range(shape, plan.machine)],
+            "dense": [float(dense_seconds(shape, plan.machine)), times["dense"]["seconds"]],
+            "sparse": [float(conv_seconds(shape, density, plan.machine)), times["sparse"]["seconds"]],
+        })
+    return rows
+
+
+def save_weights(model: nnx.Module, path: Path) -> dict[str, int]:
+    """Write all arrays of a model to an uncompressed .npz file and count bytes.
+
+    Returns:
+      {"disk": of the file, "memory": of the arrays, and of the 16-bit offset that a compiled program adds per kept weight}
+    """
+    arrays, offsets = {}, 0
+    for parts, module in nnx.iter_modules(model):
+        prefix = "/".join(map(str, parts))
+        if isinstance(module, SparseConv | SparseDense):
+            arrays |= {f"{prefix}/kernel/{name}": array for name, array in module.kernel.to_arrays().items()}
+            offsets += 2 * module.kernel.nnz
+        arrays |= {f"{prefix}/{name}": np.asarray(variable[...]) for name, variable in vars(module).items()
+                   if isinstance(variable, nnx.Variable) and name != "values"}
+    np.savez(path, **arrays)
+    return {"disk": path.stat().st_size, "memory": offsets + sum(array.nbytes for array in arrays.values())}
+
+
+def count_weights(model: nnx.Module) -> tuple[int, int]:
+    """(kept, all) weights of the kernels of a dense model."""
+    kernels = prune.kernels(nnx.state(model, nnx.Param)).values()
+    return sum(int(jnp.count_nonzero(kernel)) for kernel in kernels), sum(kernel.size for kernel in kernels)
+
+
+def _program(model: nnx.Module, x: np.ndarray) -> Callable[[], jax.Array]:
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    images = jnp.asarray(x)
+    return lambda: run(state, images).block_until_ready()
+
+
+def _in_float64(model: nnx.Module, x: np.ndarray) -> np.ndarray:
+    graphdef, state = nnx.split(model)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), nnx.to_pure_dict(state))
+        return np.asarray(jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(wide, jnp.asarray(x, jnp.float64)))

@@ -1,0 +1,244 @@
+"""What a run has shown, for people: an HTML page, a few lines for the terminal, and the README's table.
+
+    python -m experiments.report runs/digits-seed0/result.json     writes report.html beside it
+    python -m experiments.report --readme                          rewrites the README's table from the committed results
+"""
+
+import argparse
+import html
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import plots
+from experiments.benchmark import results
+from experiments.checkpoint import write_atomically
+from experiments.evaluate import DENSE, FOLDED, PACKED
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results" / "digits.jsonl"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+OFF = 1.5  # a prediction this many times wrong is worth a line
+
+Result = dict[str, Any]
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 62rem; margin: 2rem auto }}
+body {{ padding: 0 1rem }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
+.wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: .85rem; line-height: 1.3 }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; vertical-align: top }}
+th {{ border-bottom: 2px solid #111; white-space: normal }}
+th:first-child, td:first-child {{ text-align: left }}
+svg {{ max-width: 100%; height: auto }}
+p.note {{ color: #555; font-size: .9rem }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{headline}</p>
+{body}
+</body>
+</html>
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Render results.")
+    parser.add_argument("result", type=Path, nargs="*", help="result.json of a run; report.html is written beside it")
+    parser.add_argument("--readme", action="store_true", help=f"rewrite the table in {README.name}")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines the README's table is made from")
+    arguments = parser.parse_args()
+    for path in arguments.result:
+        write_atomically(path.with_name("report.html"), page(json.loads(path.read_text())))
+        print(path.with_name("report.html"))
+    if arguments.readme:
+        write_atomically(README, with_table(README.read_text(), table(results.read(arguments.results))))
+    elif not arguments.result:
+        parser.error("nothing to do: give a result.json or --readme")
+
+
+def page(result: Result) -> str:
+    """One self-contained HTML page about a run."""
+    parts = [
+        "<h2>Result</h2>", _table(("", *_NETWORKS), _overview(result)),
+        f"<p class=note>{html.escape(_conditions(result))} Medians of calls of whole networks with the same weights, each one "
+        "program under jax.jit, called in turn; ± is half the distance of the quartiles. Rounding error: of the logits, over "
+        "the largest, against float64.</p>",
+        "<h2>Where it loses</h2>", "<ul>", *(f"<li>{html.escape(line)}</li>" for line in losses(result)), "</ul>",
+        "<h2>Densities</h2>", plots.densities(result),
+        "<p class=note>Shaded: where pruning pays on this machine at batch 1, as the performance model says. Above it the "
+        "dense layer is faster; below it the sparse layer is bound by memory and gains nothing from fewer weights.</p>",
+    ]
+    for n, layers in result["layers"].items():
+        parts += [f"<h2>Layers at batch {n}: predicted and measured microseconds</h2>",
+                  _table(("layer", "shape", "density", "runs", "dense, predicted", "dense, measured", "sparse, predicted",
+                          "sparse, measured", "measured speedup"), map(_layer_row, layers))]
+    parts += [
+        "<h2>The performance model</h2>", plots.predictions(result),
+        "<p class=note>The layers that were pruned, each timed alone, with its bias.</p>",
+        "<h2>Training</h2>", plots.curves(result),
+        f"<p class=note>{html.escape(', '.join(f'{key} {value}' for key, value in result['settings'].items()))}</p>",
+    ]
+    return PAGE.format(title=html.escape(f"{result['name']}, seed {result['seed']}"), headline=html.escape(headline(result)),
+                       body="\n".join(parts))
+
+
+def summary(result: Result) -> str:
+    """A few lines for the terminal."""
+    rows = [("", *_NETWORKS), *_overview(result)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in
+                       enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    return "\n".join([*lines, *losses(result), headline(result)])
+
+
+def headline(result: Result) -> str:
+    """What came out, in a sentence."""
+    accuracy, size = result["accuracy"], result["bytes"]
+    points = 100 * (accuracy["packed"] - accuracy["dense"])
+    accurate = f"{abs(points):.2f} points {'less' if points < 0 else 'more'} accurate" if points else "as accurate"
+    return (f"Pruned to {100 * result['kept'] / result['weights']:.1f} % of its weights and packed, the network is "
+            f"{' and '.join(f'{speedup(result, n):.1f} times as fast at batch {n}' for n in result['times'])} as the faster of "
+            f"its dense forms under jax.jit, {size['dense']['disk'] / size['packed']['disk']:.1f} times smaller on disk, and "
+            f"{accurate}.")
+
+
+def speedup(result: Result, n: str) -> float:
+    """Time of the fastest dense network over that of the packed one, at batch n."""
+    times = result["times"][n]
+    return min(times[DENSE]["seconds"], times[FOLDED]["seconds"]) / times[PACKED]["seconds"]
+
+
+def losses(result: Result) -> list[str]:
+    """Where sparsity does not help, and where the performance model is wrong, in sentences."""
+    lines = []
+    points = 100 * (result["accuracy"]["dense"] - result["accuracy"]["packed"])
+    if points > 0:
+        lines.append(f"{points:.2f} points of test accuracy are lost ({result['test_images']} test images).")
+    for n in result["times"]:
+        if speedup(result, n) < 1:
+            lines.append(f"At batch {n} the packed network is slower than the dense one: {speedup(result, n):.2f}x.")
+    batches = list(result["layers"].items())
+    lines += [f"{layer['path']} stays dense: {layer['reason']}." for layer in batches[0][1] if layer["choice"] == "dense"]
+    for n, layers in batches:
+        packed = result["times"][n][PACKED]["seconds"]
+        for layer in layers:
+            gain = layer["dense"][1] / layer["sparse"][1]
+            if layer["choice"] == "sparse" and gain < 1:
+                lines.append(f"{layer['path']} runs sparse but is slower so at batch {n}: {gain:.2f}x.")
+            if layer["choice"] == "dense" and layer["dense"][1] - layer["sparse"][1] > 0.05 * packed:
+                lines.append(f"{layer['path']} runs dense but would be {gain:.1f}x as fast sparse at batch {n}.")
+        for kind in ("dense", "sparse"):
+            off = [layer[kind][1] / layer[kind][0] for layer in layers if layer["choice"] == "sparse"]
+            if off and not 1 / OFF <= statistics.median(off) <= OFF:
+                lines.append(f"At batch {n} the {kind} pruned layers take {statistics.median(off):.1f}x the predicted time "
+                             "(median).")
+        rest = 1 - sum(layer[layer["choice"]][1] for layer in layers) / packed
+        if rest > 0.25:
+            lines.append(f"At batch {n} {100 * rest:.0f} % of the packed network's time goes to what is no layer: pooling, "
+                         "ReLU, copies, calls.")
+    return lines
+
+
+def table(lines: Sequence[Result]) -> str:
+    """The README's table, in Markdown: the newest result of every run and seed.
+
+    Raises:
+      ValueError: there are no results, or they come from different CPUs or numbers of threads.
+    """
+    if not lines:
+        raise ValueError("there are no results to make a table of: run python -m experiments.run --results FILE first")
+    newest = {(line["name"], line["seed"]): line for line in lines}
+    machines = {(line["cpu"], line["threads"]) for line in newest.values()}
+    if len(machines) > 1:
+        raise ValueError(f"the results come from different machines, {sorted(machines)}: keep those of one")
+    rows = []
+    for line in newest.values():
+        cells = [f"{line['name']}, seed {line['seed']}",
+                 f"{100 * line['accuracy']['dense']:.1f} → {100 * line['accuracy']['packed']:.1f} %",
+                 f"{100 * line['kept'] / line['weights']:.1f} %",
+                 f"{_megabytes(line['bytes']['dense']['disk'])} → {_megabytes(line['bytes']['packed']['disk'])}"]
+        for n in line["times"]:
+            times = line["times"][n]
+            cells.append(f"{_ms(times[DENSE])} / {_ms(times[FOLDED])} → {_ms(times[PACKED])} ms, **{speedup(line, n):.1f}x**")
+        rows.append(cells)
+    batches = list(next(iter(newest.values()))["times"])
+    head = ["run", "test accuracy", "weights kept", "on disk", *(f"batch {n}" for n in batches)]
+    marks = [head, ["---"] * len(head), *rows]
+    text = ["| " + " | ".join(cells) + " |" for cells in marks]
+    last = list(newest.values())[-1]
+    return "\n".join([
+        f"{_conditions(last)} Times are dense as trained / dense with batch norm folded → packed; the speedup is over the "
+        "faster of the two dense ones.", "", *text, "", f"Where it loses (seed {last['seed']}):", "",
+        *(f"- {line}" for line in losses(last))])
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with its table between the two markers replaced.
+
+    Raises:
+      ValueError: not exactly one of each marker, in order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"the README needs one line {BEGIN} and after it one line {END}: the table goes between them")
+    return readme[: readme.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + readme[readme.index(END) :]
+
+
+_NETWORKS = DENSE, FOLDED, PACKED
+
+
+def _overview(result: Result) -> list[tuple[str, ...]]:
+    """Rows (label, dense, folded, packed)."""
+    accuracy, bytes_ = result["accuracy"], result["bytes"]
+    rows = [("test accuracy", f"{100 * accuracy['dense']:.2f} %", "", f"{100 * accuracy['packed']:.2f} %"),
+            ("weights kept", "100 %", "100 %", f"{100 * result['kept'] / result['weights']:.2f} %")]
+    rows += [(label, _megabytes(bytes_["dense"][key]), "", _megabytes(bytes_["packed"][key]))
+             for label, key in (("on disk", "disk"), ("in memory", "memory"))]
+    for n, times in result["times"].items():
+        cells = [times[name] for name in _NETWORKS]
+        rows += [(f"batch {n}, per image", *(f"{_ms(cell, int(n))} ms ± {50 * cell['spread']:.0f} %" for cell in cells)),
+                 (f"batch {n}, over dense", *(f"{times[DENSE]['seconds'] / cell['seconds']:.2f}x" for cell in cells)),
+                 (f"batch {n}, rounding error", *(f"{cell['error']:.0e}" for cell in cells))]
+    return rows
+
+
+def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
+    (dense_predicted, dense), (sparse_predicted, sparse) = layer["dense"], layer["sparse"]
+    micro = (f"{1e6 * seconds:.0f}" for seconds in (dense_predicted, dense, sparse_predicted, sparse))
+    return (layer["path"], layer["shape"], f"{layer['density']:.3f}", layer["choice"], *micro, f"{dense / sparse:.2f}x")
+
+
+def _conditions(result: Result) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return (f"Measured on {result['cpu']}, {result['threads']} threads, with {versions}, commit {result['commit']}, "
+            f"{result['date'][:10]}.")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "\n".join(["<div class=wide><table>", line(head, "th"), *(line(row, "td") for row in rows), "</table></div>"])
+
+
+def _ms(timing: dict[str, float], images: int = 1) -> str:
+    return f"{1e3 * timing['seconds'] / images:.3g}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    main()

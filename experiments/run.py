@@ -1,0 +1,156 @@
+"""The main job: train dense, prune under the guidance of the performance model, pack, measure, report.
+
+    python -m experiments.run [CONFIG] [--FIELD VALUE ...]
+
+CONFIG is a module of experiments/configs, by default digits; `--help` lists the fields. The command goes on where it
+stopped when it is given again, and writes result.json, report.html and the networks' weights into the run's folder.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optax
+import tyro
+from flax import nnx
+
+from experiments import checkpoint, configs, evaluate, report, train
+from experiments.benchmark import results
+from experiments.configs import Config
+from experiments.data import CLASSES, Dataset
+from sparseflax import prune
+from sparseflax.machine import Machine, client_threads, detect_machine
+from sparseflax.plan import pack_model, plan
+from sparseflax.shapes import conv_shapes
+
+BATCHES = 1, 16  # at which everything is timed
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    name = flags.pop(0) if flags and not flags[0].startswith("-") else "digits"
+    known = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+    if name not in known:
+        sys.exit(f"there is no configuration {name!r}, wanted one of {known}")
+    module = importlib.import_module(f"experiments.configs.{name}")
+    program = f"python -m experiments.run {name}"
+    run(tyro.cli(Config, default=module.config, args=flags, prog=program, description=module.__doc__))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything, from data to report; returns what result.json holds.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration, a checkpoint is damaged, or the requested speedup cannot
+        be reached on this machine.
+      FloatingPointError: training diverged.
+    """
+    start = time.perf_counter()
+    out = config.out or Path("runs") / f"{config.name}-seed{config.seed}"
+    claim(out, config)
+    print(f"{config.name}, seed {config.seed}, in {out}", flush=True)
+    data = config.dataset(config.seed, config.train_images, config.test_images)
+    machine = machine_of(out)
+    print(f"machine: {machine}", flush=True)
+    model = config.network(config.widths, data.train_images.shape[-1], CLASSES, rngs=nnx.Rngs(config.seed))
+    guidance = prune.guided(conv_shapes(model, data.test_images[:1]), machine, speedup=config.speedup)
+    print(guidance, flush=True)
+
+    dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
+    steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
+    pruned = fit(config, model, data, out, "pruning", pruning_optimizer(config, guidance), steps)
+
+    chosen = plan(model, data.test_images[:1], machine)
+    print(chosen, flush=True)
+    packed = pack_model(model, chosen)
+    folded = evaluate.fold_only(model, chosen)
+    networks = {evaluate.DENSE: model, evaluate.FOLDED: folded, evaluate.PACKED: packed}
+    sizes = {name: evaluate.save_weights(networks[name], out / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
+    kept, weights = evaluate.count_weights(model)
+    result = {
+        "name": config.name, "seed": config.seed, "threads": client_threads(), "machine": dataclasses.asdict(machine),
+        "accuracy": {
+            "dense": dense.accuracies[-1][1],
+            "pruned": pruned.accuracies[-1][1],
+            "packed": train.accuracy(packed, data.test_images, data.test_labels),
+        },
+        "test_images": config.test_images, "kept": kept, "weights": weights, "bytes": sizes,
+        "requested": config.speedup, "predicted": chosen.dense_seconds / chosen.seconds,
+        "times": {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES},
+        "layers": {str(n): evaluate.time_layers(folded, chosen, n, config.timing_seconds / 4) for n in BATCHES},
+        "curves": {"dense": dense._asdict(), "pruning": pruned._asdict()},
+        "settings": settings(config),
+        "minutes": (time.perf_counter() - start) / 60,
+    } | results.provenance(["flax", "jax", "jaxlib", "numpy", "optax"])
+    for curve in result["curves"].values():
+        del curve["optimizer"]
+    checkpoint.write_atomically(out / "result.json", json.dumps(result, indent=1))
+    checkpoint.write_atomically(out / "report.html", report.page(result))
+    if config.results:
+        results.append(config.results, result)
+    print(report.summary(result))
+    print(f"report: {out / 'report.html'}")
+    return result
+
+
+def fit(config: Config, model: nnx.Module, data: Dataset, out: Path, title: str, optimizer: optax.GradientTransformation,
+        steps: range) -> train.Trained:
+    """One of the two trainings, with its checkpoints in a folder of its own."""
+    return train.fit(model, optimizer, data, title=title, folder=out / title.replace(" ", "-"), seed=config.seed,
+                     batch=config.batch, steps=len(steps), first_step=steps.start, save_every=config.save_every)
+
+
+def dense_optimizer(config: Config) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum; the learning rate rises linearly to its peak and falls along a cosine to its end."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.peak_lr, config.warmup_steps, config.dense_steps, config.end_lr)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True))
+
+
+def pruning_optimizer(config: Config, guidance: prune.Guidance) -> optax.GradientTransformation:
+    """The same with pruning at the end; the learning rate falls along a cosine from its peak to its end."""
+    rate = optax.cosine_decay_schedule(config.prune_peak_lr, config.prune_steps, config.prune_end_lr / config.prune_peak_lr)
+    ramp = prune.ramp(0, config.ramp_steps, total=config.prune_steps)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True),
+                       prune.magnitude(guidance, ramp, every=config.prune_every))
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What decides the run's result, in plain values: all fields but where it goes and how long it is measured."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in ("out", "results", "timing_seconds"):
+        del fields[name]
+    return json.loads(json.dumps(fields, default=lambda function: f"{function.__module__}.{function.__qualname__}"))
+
+
+def claim(out: Path, config: Config) -> None:
+    """Make the run's folder, or find it made by the same configuration.
+
+    Raises:
+      ValueError: it holds another run.
+    """
+    path, wanted = out / "config.json", settings(config)
+    if not path.exists():
+        checkpoint.write_atomically(path, json.dumps(wanted, indent=1))
+        return
+    found = json.loads(path.read_text())
+    different = [f"{key} {found.get(key)!r} instead of {wanted.get(key)!r}"
+                 for key in found | wanted if found.get(key) != wanted.get(key)]
+    if different:
+        raise ValueError(f"{out} holds a run with {', '.join(different)}: give another --out, or delete the folder")
+
+
+def machine_of(out: Path) -> Machine:
+    """This machine, as measured when the run began: the guide has to stay the same when the run goes on."""
+    path = out / "machine.json"
+    if not path.exists():
+        checkpoint.write_atomically(path, json.dumps(dataclasses.asdict(detect_machine()), indent=1))
+    return Machine(**json.loads(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

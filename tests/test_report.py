@@ -1,0 +1,189 @@
+"""The main job from end to end, as small as it can be, and what it says about itself."""
+
+import copy
+import dataclasses
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import checkpoint, evaluate, report, run
+from experiments.benchmark import results
+from experiments.configs import digits, smoke
+from experiments.models import VGG
+from sparseflax.machine import Machine
+from sparseflax.nnx import SparseConv
+from sparseflax.packing import PackedKernel
+from sparseflax.plan import pack_model, plan
+
+# Known constants instead of a measurement: what is pruned must not depend on how busy this machine is.
+MACHINE = Machine(name="test", isa="portable", lanes=4, cores=2, threads=2, l1_bytes=32 << 10, l2_bytes=1 << 20, l3_bytes=0,
+                  peak=100e9, bandwidth=50e9, alpha=1.5, beta=1.5, source="assumed")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(config, result) of one smoke run; its folder is config.out."""
+    out = tmp_path_factory.mktemp("smoke")
+    config = dataclasses.replace(smoke.config, out=out, results=out / "all.jsonl")
+    checkpoint.write_atomically(out / "machine.json", json.dumps(dataclasses.asdict(MACHINE)))
+    return config, run.run(config)
+
+
+@pytest.fixture
+def result(finished):
+    return copy.deepcopy(finished[1])
+
+
+def test_the_main_job(finished, capsys):
+    config, result = finished
+    assert json.loads((config.out / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["machine"] == dataclasses.asdict(MACHINE)
+    assert set(result["times"]) == set(result["layers"]) == {"1", "16"}
+    layers = {layer["path"]: layer for layer in result["layers"]["1"]}
+    assert layers["stages/1/0/conv"]["choice"] == "sparse" and layers["head"]["choice"] == "dense"
+    kept = layers["stages/1/0/conv"]["density"]
+    assert 0 < kept < 1 and result["kept"] == result["weights"] - round((1 - kept) * 9 * 16 * 32)
+    assert result["predicted"] == pytest.approx(config.speedup, rel=0.02)
+    assert result["accuracy"]["packed"] == result["accuracy"]["pruned"]
+    assert result["bytes"]["packed"]["disk"] < result["bytes"]["dense"]["disk"]
+    assert result["cpu"] and result["commit"] and result["versions"]["jax"] == jax.__version__ and result["threads"] >= 1
+
+
+def test_the_same_command_goes_on_and_trains_nothing_twice(finished, monkeypatch):
+    config, result = finished
+    monkeypatch.setattr(run.train, "_step", None)
+    monkeypatch.setattr(evaluate, "time_networks", lambda networks, x, seconds: result["times"][str(len(x))])
+    monkeypatch.setattr(evaluate, "time_layers", lambda model, plan, batch, seconds: result["layers"][str(batch)])
+    again = run.run(config)
+    assert again["accuracy"] == result["accuracy"] and again["kept"] == result["kept"] and again["curves"] == result["curves"]
+    assert len(results.read(config.results)) == 2
+
+
+def test_a_folder_of_another_run(finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match="holds a run with peak_lr 0.1 instead of 0.2: give another --out, or delete"):
+        run.run(dataclasses.replace(config, peak_lr=0.2))
+
+
+def test_the_command_line(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(run, "run", seen.append)
+    monkeypatch.setattr(sys, "argv", ["run"])
+    run.main()
+    monkeypatch.setattr(sys, "argv", ["run", "smoke", "--seed", "4", "--peak-lr", "0.2", "--out", "here"])
+    run.main()
+    assert seen == [digits.config, dataclasses.replace(smoke.config, seed=4, peak_lr=0.2, out=Path("here"))]
+    monkeypatch.setattr(sys, "argv", ["run", "nosuch"])
+    with pytest.raises(SystemExit, match="no configuration 'nosuch', wanted one of .*'digits'"):
+        run.main()
+
+
+def test_packed_weights_come_back_from_disk(finished):
+    config, _ = finished
+    dense, packed = np.load(config.out / "dense.npz"), np.load(config.out / "packed.npz")
+    kernel = dense["stages/1/0/conv/kernel"]
+    norm = {name: dense[f"stages/1/0/norm/{name}"] for name in ("scale", "var")}
+    arrays = {name: packed[f"stages/1/0/conv/kernel/{name}"] for name in ("values", "gaps", "layout")}
+    again = PackedKernel.from_arrays(arrays)
+    np.testing.assert_array_equal(np.asarray(again.unpack()) != 0, kernel != 0)
+    # A folded weight is w * scale / sqrt(var + 1e-5), rounded once to float32.
+    np.testing.assert_allclose(again.unpack(), kernel * norm["scale"] / np.sqrt(norm["var"] + 1e-5), rtol=1e-6)
+
+
+class Links(HTMLParser):
+    """Collects what a browser would fetch, and checks that tags nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href", "srcset") and value[0] != "#"]
+        self.fetched += [value for _, value in attributes if "url(" in (value or "") and "url(#" not in value]
+        self.fetched += [value for name, value in attributes if name == "xlink:href" and value[0] != "#"]
+        if tag not in ("meta", "li"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "li":
+            assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(finished):
+    config, result = finished
+    text = (config.out / "report.html").read_text()
+    links = Links()
+    links.feed(text)
+    assert not links.fetched and not links.open and "@import" not in text and "<script" not in text
+    assert text.count("<svg") == 3 and "stages/1/0/conv" in text
+    assert f"{100 * result['accuracy']['packed']:.2f} %" in text
+
+
+def test_where_it_loses(result):
+    result["accuracy"] = {"dense": 0.97, "pruned": 0.965, "packed": 0.965}
+    result["test_images"] = 2000
+    fast, slow = ({"seconds": seconds, "spread": 0.1, "calls": 9, "error": 1e-7} for seconds in (1.0, 2.0))
+    result["times"] = {"1": {evaluate.DENSE: slow, evaluate.FOLDED: fast, evaluate.PACKED: slow}}
+    layer = {"path": "a", "shape": "n1 8x4x4 -> 8 3x3", "density": 0.1, "choice": "sparse", "reason": "predicted 2x",
+             "useful": [0.01, 0.3], "dense": [0.4, 0.4], "sparse": [0.2, 0.8]}
+    result["layers"] = {"1": [layer, layer | {"path": "b", "choice": "dense", "reason": "too dense", "sparse": [0.2, 0.1]}]}
+    assert report.losses(result) == [
+        "0.50 points of test accuracy are lost (2000 test images).",
+        "At batch 1 the packed network is slower than the dense one: 0.50x.",
+        "b stays dense: too dense.",
+        "a runs sparse but is slower so at batch 1: 0.50x.",
+        "b runs dense but would be 4.0x as fast sparse at batch 1.",
+        "At batch 1 the sparse pruned layers take 4.0x the predicted time (median).",
+        "At batch 1 40 % of the packed network's time goes to what is no layer: pooling, ReLU, copies, calls.",
+    ]
+    assert "0.5 times as fast at batch 1" in report.headline(result) and "0.50 points less accurate" in report.headline(result)
+
+
+def test_the_readme_table(result):
+    other = result | {"seed": 1}
+    newer = copy.deepcopy(result)
+    newer["accuracy"]["packed"] = 0.4321
+    text = report.table([result, other, newer])
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| smoke")]
+    assert [row[0] for row in rows] == ["| smoke, seed 0", "| smoke, seed 1"]
+    assert rows[0][1].endswith("→ 43.2 %") and result["cpu"] in text
+    fastest = min(result["times"]["1"][name]["seconds"] for name in (evaluate.DENSE, evaluate.FOLDED))
+    assert f"**{fastest / result['times']['1'][evaluate.PACKED]['seconds']:.1f}x**" in rows[0][4]
+
+    before = f"# title\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.with_table(before, text) == f"# title\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    assert report.with_table(report.with_table(before, "x"), text) == report.with_table(before, text)
+
+
+def test_a_readme_without_markers():
+    for readme in ("", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"):
+        with pytest.raises(ValueError, match=re.escape(f"needs one line {report.BEGIN} and after it one line {report.END}")):
+            report.with_table(readme, "table")
+
+
+def test_no_table_of_nothing_or_of_two_machines(result):
+    with pytest.raises(ValueError, match="no results to make a table of: run python -m experiments.run --results FILE first"):
+        report.table([])
+    with pytest.raises(ValueError, match="come from different machines, .*another CPU.*: keep those of one"):
+        report.table([result, result | {"seed": 1, "cpu": "another CPU"}])
+
+
+def test_networks_that_differ_are_not_timed():
+    model = VGG(((4,), (8,)), 1, 10, rngs=nnx.Rngs(0))
+    model.eval()
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 1), np.float32)
+    packed = pack_model(model, plan(model, x, dataclasses.replace(MACHINE, alpha=0.1)))
+    assert isinstance(packed.stages[1][0].conv, SparseConv)
+    times = evaluate.time_networks({"dense": model, "packed": packed}, x, 0.01)
+    assert times["packed"]["error"] <= 16 * times["dense"]["error"] and times["dense"]["calls"] >= 5
+    values = packed.stages[1][0].conv.values
+    values.set_value(values[...] * (1 + 1e-3))
+    with pytest.raises(AssertionError, match="outputs of {'packed': .*they compute something else, and no time counts"):
+        evaluate.time_networks({"dense": model, "packed": packed}, x, 0.01)
