@@ -16,7 +16,7 @@ from experiments.benchmark import results, table
 from experiments.benchmark.layers import check, measure, ours
 from experiments.benchmark.layers import reference as expected_of
 from experiments.benchmark.plot import plot_speed
-from experiments.benchmark.timing import Timing, alternate
+from experiments.benchmark.timing import Others, Timing, alternate
 from experiments.layers import ALEXNET, BENCHMARK, alexnet_problem, choose, layer, name_of, random_problem
 from experiments.matrix_market import HEADER, read_matrix, write_matrix
 
@@ -148,6 +148,15 @@ def test_rivals_that_are_not_installed_are_named(monkeypatch):
     assert field(["xla", "bcsr"]) == ([bcsr], ["xla"])
     with pytest.raises(ValueError, match=r"no rival is called \['mkl'\]"):
         field(["mkl"])
+
+
+def test_a_busy_machine_is_noticed():
+    with Others() as others:
+        subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert others.load is not None and others.load > 0.2
+    lines = [line_of(others=0.0), line_of("b", others=others.load)]
+    assert table.disturbed(lines) == ["others used more than 10% of a CPU beside 1 of 2 measurements, do not trust b n=1"]
+    assert table.disturbed(lines[:1]) == []
 
 
 def test_damaged_results(tmp_path):

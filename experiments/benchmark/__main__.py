@@ -74,7 +74,7 @@ def run_layers(args: argparse.Namespace) -> None:
             lines.append({"set": kind} | line | {"drawn": drawn, "memory": memory, "absent": absent} | origin)
             results.append(args.out, lines[-1])
             show(table.row(lines[-1]))
-    for text in (*table.summaries(lines), *table.cliffs(lines)):
+    for text in (*table.summaries(lines), *table.cliffs(lines), *table.disturbed(lines)):
         console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.baselines import Rival
 from experiments.baselines.yardstick import can_run, time_command
 from experiments.benchmark.table import OURS
-from experiments.benchmark.timing import alternate
+from experiments.benchmark.timing import Others, alternate
 from experiments.layers import Problem
 from sparseflax import ffi, pack, sparse_conv
 
@@ -56,11 +56,13 @@ def measure(problem: Problem, baselines: Iterable[ModuleType], *, threads: int, 
     expected, tolerance = reference(problem)
     for contender in contenders:
         check(contender, expected, tolerance)
-    timings, peak = alternate({c.name: c.run for c in contenders}, seconds, threads, _fma_peak(isa))
+    with Others() as others:
+        timings, peak = alternate({c.name: c.run for c in contenders}, seconds, threads, _fma_peak(isa))
     shape, packed = problem.shape, pack(problem.kernel, problem.shape.groups)
     line = {
         "layer": problem.name, "n": shape.n, "threads": threads, "isa": isa or ffi.isa(), "density": problem.density,
         "flops": shape.flops, "bytes_per_weight": packed.nbytes / max(1, packed.nnz), "peak": peak,
+        "others": others.load,
         "times": {c.name: vars(timings[c.name]) | {"dense": c.dense} for c in contenders},
     }
     if yardstick and can_run(problem):

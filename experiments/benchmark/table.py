@@ -11,6 +11,7 @@ from experiments.benchmark.results import LAYERS, Line, geometric_mean, newest, 
 OURS = "sparseflax"
 HEAD = ("layer", "n", "density", "us", "spread", "useful Gflop/s", "of peak", "effective Gflop/s", "fastest dense", "us",
         "spread", "speedup", "over yardstick")
+BUSY = 0.1  # CPU seconds a second of other processes
 LONG = 200e-6  # seconds on one thread above which a second one should pay
 
 
@@ -68,6 +69,13 @@ def _summary(group: Sequence[Line]) -> str:
     if shares := [share for line in group if (share := share_of_peak(line))]:
         parts.append(f"{geometric_mean(shares):.0%} of the FMA peak")
     return "; ".join(parts)
+
+
+def disturbed(lines: Sequence[Line]) -> list[str]:
+    """A warning where other processes ran beside the timing."""
+    names = [f"{line['layer']} n={line['n']}" for line in lines if (line["others"] or 0) > BUSY]
+    return [f"others used more than {BUSY:.0%} of a CPU beside {len(names)} of {len(lines)} measurements, do not trust "
+            f"{', '.join(names)}"] if names else []
 
 
 def cliffs(lines: Iterable[Line]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import statistics
 import time
@@ -22,6 +23,7 @@ import numpy as np
 
 BURST = 0.01  # seconds of timed calls in a turn
 ROUNDS = 5  # at least
+STAT = Path("/proc/stat")
 KEEP = 2**31 - 1  # bytes of freed memory
 
 
@@ -86,6 +88,33 @@ def _burst(call: Callable[[], Any], seconds: float) -> list[float]:
         times.append(time.perf_counter() - begin)
         del result
     return times
+
+
+class Others:
+    """How busy the rest of the machine is: `with Others() as others: ...`, then `others.load`.
+
+    Attributes:
+      load: CPU seconds a second spent by other processes, or stolen by other machines, since entering; None off Linux.
+    """
+
+    load: float | None = None
+
+    def __enter__(self) -> Others:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        everybody, mine, wall = (end - start for end, start in zip(self._now(), self._start, strict=True))
+        self.load = None if math.isnan(everybody) else max(0.0, everybody - mine) / wall
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        try:
+            user, nice, system, _idle, _iowait, *rest = map(int, STAT.read_text().splitlines()[0].split()[1:9])
+            everybody = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+        except OSError:
+            everybody = math.nan
+        return everybody, time.process_time(), time.perf_counter()
 
 
 def use_threads(threads: int) -> None:
