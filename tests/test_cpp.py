@@ -25,6 +25,7 @@ BUILDS = {
     "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST]),
     "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST]),
     "x86 release": (X86, RELEASE, TILES),
+    "neon release": (ARM, RELEASE, TILES),
 }
 
 
@@ -105,6 +106,7 @@ def microkernels(objdump: str, file: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(("name", "fma", "stack"), [
     ("x86 release", r"vfn?m\w+ps .*%[yz]mm", r"v.*[-, ](0x\w+)?\(%rsp|v.*-0x\w+\(%rbp"),
+    ("neon release", r"fmla\t", r"(ld|st)[rpu]+\tq.*\[(sp|x29)"),  # d8 to d15 the callee has to save
 ])
 def test_no_accumulator_is_spilled(objects, name, fma, stack):
     """A microkernel keeps its accumulators in registers: no vector goes to its stack frame or comes from there."""

@@ -63,7 +63,7 @@ struct V {
 #include "microkernel.inc"
 
 bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-double FmaCycles() { return 0.51; }
+double FmaCycles() { return 0.54; }  // measured on Zen 4 in whole visits; 0.51 in a bare loop
 }  // namespace avx2
 
 extern const Isa kAvx2;

@@ -65,7 +65,7 @@ bool RunsHere() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
-double FmaCycles() { return 0.51; }
+double FmaCycles() { return 0.54; }  // measured on Zen 4 in whole visits; 0.51 in a bare loop
 }  // namespace avx512vl
 
 extern const Isa kAvx512vl;

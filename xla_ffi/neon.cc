@@ -3,6 +3,9 @@
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#if !defined(__clang__)
+#pragma GCC optimize("no-schedule-insns")  // it hoists the panel's loads over the FMAs and spills accumulators for them
+#endif
 
 namespace sparseflax {
 namespace neon {

@@ -22,7 +22,7 @@ struct Reach {
 };
 Reach ReachOf(int64_t tile, int64_t taps, int64_t stride, int64_t dilation) {
   Reach reach;
-  for (int64_t phase = 0; phase < stride; ++phase) {
+  for (int64_t phase = 0; phase < std::min(stride, (taps - 1) * dilation + 1); ++phase) {
     int64_t far = -1;
     for (int64_t r = 0; r < taps; ++r) {
       if (r * dilation % stride == phase) far = std::max(far, r * dilation / stride);
@@ -35,7 +35,7 @@ Reach ReachOf(int64_t tile, int64_t taps, int64_t stride, int64_t dilation) {
 }
 int64_t Phases(int64_t taps, int64_t stride, int64_t dilation) {
   int64_t count = 0;
-  for (int64_t phase = 0; phase < stride; ++phase) {
+  for (int64_t phase = 0; phase < std::min(stride, (taps - 1) * dilation + 1); ++phase) {
     for (int64_t r = 0; r < taps; ++r) {
       if (r * dilation % stride == phase) {
         ++count;

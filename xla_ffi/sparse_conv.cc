@@ -2,11 +2,12 @@
 #include "sparse_conv.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <new>
+#include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -123,7 +124,8 @@ std::string Shape::Check() const {
   if (block > icg) return "the channel block is larger than the channels of a group";
   if (std::min({top, bottom, left, right}) < 0) return "padding is negative";
   if (kh > 65535 || kw > 65535 || taps() > 65536 * int64_t{16}) return "the kernel window is too large";
-  if (groups * blocks() * taps() > std::numeric_limits<int64_t>::max() / ocg()) return "the kernel is too large";
+  constexpr int64_t kMostWeights = int64_t{1} << 40;  // as packing.py: no product of these sizes comes near an overflow
+  if (oc > kMostWeights / (kh * kw) || icg > kMostWeights / (kh * kw * oc)) return "the kernel is too large";
   return "";
 }
 
@@ -168,25 +170,25 @@ void FillTables(Plan& p) {
   const Shape& s = p.shape;
   const Schedule& c = p.schedule;
   const int64_t lanes = c.isa->lanes, ky = c.kernel->y, kx = c.kernel->x;
-  struct Plane { int64_t phase, longest, base; };
+  struct Plane { int64_t phase, longest; };
   auto planes = [](int64_t tile, int64_t taps, int64_t stride, int64_t dilation) {
     std::vector<Plane> found;
-    for (int64_t phase = 0; phase < stride; ++phase) {
+    for (int64_t phase = 0; phase < std::min(stride, (taps - 1) * dilation + 1); ++phase) {
       int64_t far = -1;
       for (int64_t r = 0; r < taps; ++r) {
         if (r * dilation % stride == phase) far = std::max(far, r * dilation / stride);
       }
-      if (far >= 0) found.push_back({phase, tile + far, 0});
+      if (far >= 0) found.push_back({phase, tile + far});
     }
     return found;
   };
   const std::vector<Plane> rows = planes(ky, s.kh, s.sh, s.dh), columns = planes(kx, s.kw, s.sw, s.dw);
   // Planes lie one after the other, each `longest` rows of `pitch` vectors.
-  std::vector<int64_t> base(static_cast<size_t>(s.sh * s.sw), -1);
+  std::map<std::pair<int64_t, int64_t>, int64_t> base;  // by the phases of rows and columns
   int64_t next = 0;
   for (const Plane& r : rows) {
     for (const Plane& q : columns) {
-      base[static_cast<size_t>(r.phase * s.sw + q.phase)] = next;
+      base[{r.phase, q.phase}] = next;
       next += r.longest * c.pitch;
     }
   }
@@ -194,7 +196,7 @@ void FillTables(Plan& p) {
   p.tap_offset.resize(static_cast<size_t>(s.taps()));
   for (int64_t t = 0; t < s.taps(); ++t) {
     const int64_t ch = t / (s.kh * s.kw), r = t / s.kw % s.kh * s.dh, q = t % s.kw * s.dw;
-    const int64_t slot = base[static_cast<size_t>(r % s.sh * s.sw + q % s.sw)] + r / s.sh * c.pitch + q / s.sw;
+    const int64_t slot = base[{r % s.sh, q % s.sw}] + r / s.sh * c.pitch + q / s.sw;
     p.tap_offset[static_cast<size_t>(t)] = static_cast<uint16_t>((ch * c.slots + slot) * unit);
   }
   for (int64_t ty = 0; ty < c.ty; ++ty) {
@@ -204,7 +206,7 @@ void FillTables(Plan& p) {
           for (int64_t i = 0; i < r.longest; ++i) {
             for (int64_t j = 0; j < q.longest; ++j) {
               if (ty == 0 && tx == 0) {
-                p.slots.push_back(static_cast<int32_t>(base[static_cast<size_t>(r.phase * s.sw + q.phase)] + i * c.pitch + j));
+                p.slots.push_back(static_cast<int32_t>(base[{r.phase, q.phase}] + i * c.pitch + j));
               }
               for (int64_t l = 0; l < lanes; ++l) {
                 const int64_t y = ((ty * c.by + l / c.bx % c.by) * ky + i) * s.sh + r.phase - s.top;

@@ -251,6 +251,10 @@ void TestSizes() {
     s.*size = std::numeric_limits<int64_t>::max();
     if (size != &Shape::top && size != &Shape::left && s.Check().empty()) Fail("an absurd size was accepted");
   }
+  Shape large = shape;
+  large.icg = large.oc = large.groups = int64_t{1} << 31;
+  large.block = 1;
+  if (large.Check().empty()) Fail("a kernel of 2^93 weights was accepted");
 
   const Memory memory(p, Flush::kBack);
   Backwards executor;
