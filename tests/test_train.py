@@ -197,11 +197,11 @@ def test_max_pool_is_a_maximum_over_windows():
 
 
 def test_a_residual_block_adds_its_input():
-    model = ResNet(((8, 8), (16,)), 1, 10, rngs=nnx.Rngs(0))
-    model.blocks[1].norm2.scale.set_value(jnp.zeros(8))
+    model = ResNet(((8,), (16,)), 1, 10, rngs=nnx.Rngs(0))
+    model.blocks[0].norm2.scale.set_value(jnp.zeros(8))
     inner = jax.random.normal(jax.random.key(0), (2, 12, 12, 8))
-    run = nnx.jit(lambda model, x, inner: (model.blocks[1](inner), model(x)))
+    run = nnx.jit(lambda model, x, inner: (model.blocks[0](inner), model(x)))
     identity, logits = run(model, jnp.ones((2, 24, 24, 1)), inner)
     np.testing.assert_array_equal(identity, nnx.relu(inner))
     assert logits.shape == (2, 10)
-    assert [block.project for block in model.blocks] == [False, False, True]
+    assert [block.project for block in model.blocks] == [False, True]
