@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments import plots
 from experiments.benchmark import results
+from experiments.benchmark.table import layers_table, threads_table
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "digits.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+LAYERS_BEGIN, LAYERS_END = "<!-- layers:begin -->", "<!-- layers:end -->"
 OFF = 1.5  # a prediction this many times wrong is worth a line
 
 Result = dict[str, Any]
@@ -56,14 +58,14 @@ p.note {{ color: #555; font-size: .9rem }}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Render results.")
     parser.add_argument("result", type=Path, nargs="*", help="result.json of a run; report.html is written beside it")
-    parser.add_argument("--readme", action="store_true", help=f"rewrite the table in {README.name}")
+    parser.add_argument("--readme", action="store_true", help=f"rewrite the tables in {README.name}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines the README's table is made from")
     arguments = parser.parse_args()
     for path in arguments.result:
         write_atomically(path.with_name("report.html"), page(json.loads(path.read_text())))
         print(path.with_name("report.html"))
     if arguments.readme:
-        write_atomically(README, with_table(README.read_text(), table(results.read(arguments.results))))
+        write_atomically(README, with_tables(README.read_text(), arguments.results))
     elif not arguments.result:
         parser.error("nothing to do: give a result.json or --readme")
 
@@ -184,15 +186,27 @@ def table(lines: Sequence[Result]) -> str:
         *(f"- {line}" for line in losses(last))])
 
 
-def with_table(readme: str, table: str) -> str:
+def with_tables(readme: str, runs: Path = RESULTS) -> str:
+    """The README with both its tables made anew from the result files."""
+    return with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
+
+
+def layers(path: Path = results.LAYERS) -> str:
+    """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to `path`."""
+    parts = [layers_table(path), "Two threads over one:", threads_table(path),
+             "The pruned AlexNet of Park et al., its own weights:", layers_table(path, layers="alexnet")]
+    return "\n\n".join(parts)
+
+
+def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with its table between the two markers replaced.
 
     Raises:
       ValueError: not exactly one of each marker, in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README needs one line {BEGIN} and after it one line {END}: the table goes between them")
-    return readme[: readme.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + readme[readme.index(END) :]
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise ValueError(f"the README needs one line {begin} and after it one line {end}: the table goes between them")
+    return readme[: readme.index(begin) + len(begin)] + f"\n{table}\n" + readme[readme.index(end) :]
 
 
 _NETWORKS = DENSE, FOLDED, PACKED

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import report
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
@@ -44,3 +46,7 @@ def test_the_first_commands_install_run_and_test():
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:sparseflax|xla_ffi|experiments)/[\w/.]*)`", TEXT))))
 def test_the_map_names_what_exists(path):
     assert (ROOT / path).exists()
+
+
+def test_its_numbers_are_those_of_the_result_files():
+    assert report.with_tables(TEXT) == TEXT
