@@ -82,7 +82,7 @@ def test_address_and_undefined_behaviour(objects, tmp_path):
 
 def test_data_races(objects, tmp_path):
     need("thread")
-    assert run(link("thread", objects, tmp_path), "all", "threads") == "ok threads\n"
+    assert run(link("thread", objects, tmp_path), "all", "threads", "pool") == "ok threads\nok pool\n"
 
 
 def test_neon_under_emulation(objects, tmp_path):

@@ -1,12 +1,11 @@
 // The border to XLA: typed buffers and attributes in, errors out, XLA's intra-op thread pool as the executor.
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
 
+#include "pool_executor.h"
 #include "sparse_conv.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -14,51 +13,6 @@ namespace ffi = xla::ffi;
 
 namespace sparseflax {
 namespace {
-
-// The caller claims work too and waits only for items that somebody running has claimed, so that a pool whose threads
-// all wait in handlers cannot deadlock. `f` is touched only after a live index was claimed, while the caller waits.
-class PoolExecutor final : public Executor {
- public:
-  explicit PoolExecutor(ffi::ThreadPool& pool) : pool_(pool) {}
-  int64_t threads() const override { return std::max<int64_t>(1, pool_.num_threads()); }
-
-  void For(int64_t n, const std::function<void(int64_t)>& f) override {
-    struct Shared {
-      std::atomic<int64_t> next{0}, done{0};
-      std::mutex mutex;
-      std::condition_variable all_done;
-      std::exception_ptr error;
-    };
-    const auto shared = std::make_shared<Shared>();
-    const auto work = [shared, n, &f] {
-      for (int64_t i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        try {
-          f(i);
-        } catch (...) {
-          std::lock_guard<std::mutex> lock(shared->mutex);
-          shared->error = std::current_exception();
-        }
-        if (shared->done.fetch_add(1, std::memory_order_acq_rel) + 1 == n) {
-          std::lock_guard<std::mutex> lock(shared->mutex);
-          shared->all_done.notify_one();
-        }
-      }
-    };
-    for (int64_t t = 1; t < std::min(n, threads()); ++t) {
-      pool_.Schedule([work] { work(); });
-    }
-    work();
-    // The other parts end at about the same time: a short spin saves the futex and the wake-up.
-    for (int spin = 0; spin < 20000 && shared->done.load(std::memory_order_acquire) != n; ++spin) {
-    }
-    std::unique_lock<std::mutex> lock(shared->mutex);
-    shared->all_done.wait(lock, [&] { return shared->done.load(std::memory_order_acquire) == n; });
-    if (shared->error) std::rethrow_exception(shared->error);
-  }
-
- private:
-  ffi::ThreadPool& pool_;
-};
 
 struct State {
   static ffi::TypeId id;
@@ -122,7 +76,7 @@ ffi::Error Execute(State* state, ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x
     if (!std::equal(out.begin(), out.end(), residual->dimensions().begin())) return Invalid("residual does not fit y");
     buffers.residual = residual->typed_data();
   }
-  PoolExecutor executor(pool);
+  PoolExecutor<ffi::ThreadPool> executor(pool);
   try {
     const std::string error = state->conv->Run(in[0], in[1], in[2], out[1], out[2], buffers, state->activation, executor);
     return error.empty() ? ffi::Error::Success() : Invalid(error);

@@ -36,6 +36,7 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
   d["lanes"] = c.isa->lanes;
   d["fma_cycles"] = c.isa->fma_cycles();
   d["tile"] = std::pair<int, int>(c.kernel->y, c.kernel->x);
+  d["chains"] = Chains(c.kernel->y * c.kernel->x);
   d["lane_map"] = std::vector<int64_t>{c.bn, c.by, c.bx};
   d["tiles"] = c.tiles();
   d["vectors"] = c.tiles() * c.kernel->y * c.kernel->x;

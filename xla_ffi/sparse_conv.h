@@ -88,6 +88,9 @@ struct Store {
   bool stream;                   // past the caches; wants out and table aligned to whole vectors, channels % lanes == 0
 };
 
+// How many sums each accumulator of a tile is split into: an FMA's result is there after 4 cycles, in which 8 others start.
+constexpr int Chains(int tile) { return tile <= 2 ? 4 : tile <= 4 ? 2 : 1; }
+
 struct Kernel {
   int y, x;  // register tile
   void (*visit)(const Visit&);

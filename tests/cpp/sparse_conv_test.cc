@@ -5,11 +5,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
 #include <set>
+#include <stdexcept>
 #include <thread>
 #include <tuple>
 
 #include "guarded.h"
+#include "pool_executor.h"
 #include "problem.h"
 
 using namespace sparseflax;
@@ -39,18 +46,40 @@ struct Backwards final : Executor {
   }
 };
 
-struct Threads final : Executor {
-  int64_t threads() const override { return 3; }
-  void For(int64_t n, const std::function<void(int64_t)>& f) override {
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-      for (int64_t i; (i = next.fetch_add(1)) < n;) f(i);
-    };
-    std::thread a(work), b(work);
-    work();
-    a.join();
-    b.join();
+// A pool with a queue, as XLA's: it may be asked for more than it has threads.
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int t = 0; t < threads; ++t) threads_.emplace_back([this] { Serve(); });
   }
+  ~Pool() {
+    Schedule(nullptr);
+    for (std::thread& thread : threads_) thread.join();
+  }
+  int64_t num_threads() const { return static_cast<int64_t>(threads_.size()); }
+  void Schedule(std::function<void()> task) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    tasks_.push_back(std::move(task));
+    filled_.notify_all();
+  }
+
+ private:
+  void Serve() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      filled_.wait(lock, [this] { return !tasks_.empty(); });
+      if (tasks_.front() == nullptr) return;  // stays, for the others
+      const auto task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable filled_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
 };
 
 std::unique_ptr<Conv> MakeConv(const Problem& p, const Isa* isa) {
@@ -269,12 +298,13 @@ void TestSizes() {
   }
 }
 
-// One convolution run by four threads at once, each with threads of its own; the first runs race for the plan.
+// One convolution run by four threads at once that share a pool; the first runs race for the plan.
 void TestThreads() {
   const Shape shape = MakeShape(2, 24, 25, 40, 1, 67, 3, 3, 16, 1, 1, 1, 1, 1, 1, 1, 1);
   Shape smaller = shape;
   smaller.n = 1;
   const Problem problems[] = {MakeProblem(shape, 0.1, 1, true, 5), MakeProblem(smaller, 0.1, 1, true, 5)};
+  Pool pool(3);
   for (const Isa* isa : TestedIsas()) {
     const auto conv = MakeConv(problems[0], isa);
     std::vector<std::thread> callers;
@@ -283,7 +313,7 @@ void TestThreads() {
         const Problem& p = problems[t % 2];
         for (int repeat = 0; repeat < 3; ++repeat) {
           std::vector<float> y(p.y.size());
-          Threads executor;
+          PoolExecutor<Pool> executor(pool);
           const std::string error =
               RunConv(p, *conv, {p.x.data(), p.values.data(), p.bias.data(), p.residual.data(), y.data()}, executor, nullptr);
           if (!error.empty()) Fail(error);
@@ -295,12 +325,43 @@ void TestThreads() {
   }
 }
 
+// Loops whose callers are the pool's own threads, more of them than threads, some while others sleep; an exception arrives
+// where the loop was started.
+void TestPool() {
+  for (const int threads : {1, 2, 3}) {
+    std::atomic<int> sum{0}, ended{0}, caught{0};
+    {
+      Pool pool(threads);
+      const auto call = [&](int pause) {
+        PoolExecutor<Pool> executor(pool);
+        for (int repeat = 0; repeat < 20; ++repeat) {
+          executor.For(5, [&](int64_t i) { sum += static_cast<int>(i); });
+          std::this_thread::sleep_for(std::chrono::microseconds(pause));
+        }
+        try {
+          executor.For(3, [](int64_t i) {
+            if (i == 1) throw std::runtime_error("item 1");
+          });
+        } catch (const std::runtime_error&) {
+          ++caught;
+        }
+        ++ended;
+      };
+      for (int task = 0; task < 64; ++task) pool.Schedule([&, task] { call(task % 8 ? 0 : 150); });
+      call(10);
+      while (ended != 65) std::this_thread::yield();
+    }
+    if (sum != 65 * 20 * 10 || caught != 65) Fail("a loop lost items or an exception");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::pair<std::string, void (*)()> tests[] = {
       {"tiles", TestTiles},     {"flattened", TestFlattened}, {"nonfinite", TestNonFinite},
-      {"damaged", TestDamaged}, {"sizes", TestSizes},         {"threads", TestThreads}};
+      {"damaged", TestDamaged}, {"sizes", TestSizes},         {"threads", TestThreads},
+      {"pool", TestPool}};
   if (argc < 3) Fail("usage: sparse_conv_test all|ISA TEST...");
   wanted_isa = argv[1];
   if (TestedIsas().empty()) Fail("no such instruction set here: " + wanted_isa);
