@@ -1,17 +1,25 @@
 """How long it takes: the time of one convolution, dense or sparse, as a smooth function of its density.
 
 The form is that of Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning" (ICLR 2017): a layer
-is bound by arithmetic or by memory traffic,
+is bound by arithmetic or by memory traffic. What each takes is a sum of counts times seconds per count (counts.py):
+
+    t = call + (arithmetic^P + traffic^P)^(1/P)
+
+P says how far the two overlap: 1 adds them up, 8 is all but the paper's maximum. A machine of the paper counts the
+operations C of the dense layer, the bytes S_A of its input and output and S_W of its dense weights,
 
     t_dense  = max(C / F,            (S_A + S_W) / B)
     t_sparse = max(alpha d C / F,    (S_A + beta d S_W) / B)
 
-with C flops of the dense layer, S_A bytes of its input and output, S_W bytes of its dense weights, d the density, F
-flop/s and B bytes/s of the machine, alpha the time and beta the bytes of a kept weight relative to a dense one. The
-paper gives the dense layer no traffic term, which is too fast for the 1x1 layers that memory binds before pruning.
+with d the density, F flop/s and B bytes/s of the machine, alpha the time and beta the bytes of a kept weight relative to a
+dense one (the paper gives the dense layer no traffic term, which is too fast for the 1x1 layers that memory binds before
+pruning). A calibrated machine counts what the kernel does with the tile it chooses: idle lanes, visits, accumulators,
+packing, stores, cache levels, threads. The kernel takes another tile for another density: the time is the smooth minimum
+over the tiles that it takes at a few densities.
 
 The same functions guide the pruner, choose between dense and sparse, and stand beside the measurement in reports. What
-they cannot see: caches, lanes left idle by narrow images, small channel counts, packing, and the cost of a call.
+they cannot see: weights that crowd in a few output channels, other programs on the machine, and whether the layer before
+left its output in the cache.
 """
 
 from __future__ import annotations
@@ -25,31 +33,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sparseflax.counts import DenseCounts, SparseCounts, dense_counts, sparse_counts
 from sparseflax.machine import Machine
 from sparseflax.shapes import ConvShape
 
-# P of the smooth maximum (a^P + b^P)^(1/P): never below max(a, b), at most 2^(1/P) - 1 = 9.1 % above it, where a = b,
-# and 0.4 % above it where b = 0.65 a. Its gradient follows the binding term without ever jumping.
-SHARPNESS = 8.0
+# Q of the smooth minimum over K tiles (mean t^-Q)^(-1/Q): between the true minimum and K^(1/Q) - 1 = 2.2 % above it.
+SHARPNESS = 64.0
 
 
 class Work(NamedTuple):
-    """What the model needs to know of a layer: three numbers, or three arrays with an entry per layer."""
+    """What a layer asks of a machine: numbers, or arrays with an entry per layer."""
 
-    flops: Any
-    activation_bytes: Any
-    weight_bytes: Any
-
-    @classmethod
-    def of(cls, shape: ConvShape | Work) -> Work:
-        if isinstance(shape, Work):
-            return shape
-        return cls(float(shape.flops), float(shape.input_bytes + shape.output_bytes), float(shape.weight_bytes))
+    tiles: tuple[SparseCounts, ...]
+    dense: DenseCounts
 
     @classmethod
-    def stack(cls, shapes: Iterable[ConvShape]) -> Work:
-        """Several layers as one Work of float arrays (layers,), to broadcast or vmap over."""
-        return cls(*(jnp.asarray(numbers, float) for numbers in zip(*map(cls.of, shapes), strict=True)))
+    def of(cls, shape: ConvShape | Work, machine: Machine) -> Work:
+        """Counts for `machine`; a Work is returned as it is.
+
+        Raises:
+          ValueError: the sparse kernel cannot run the layer, or a calibrated machine's kernel does not run here.
+        """
+        return shape if isinstance(shape, Work) else cls(sparse_counts(shape, machine), dense_counts(shape, machine))
+
+    @classmethod
+    def stack(cls, shapes: Iterable[ConvShape], machine: Machine) -> Work:
+        """Several layers as one Work of float arrays (layers,), to broadcast or vmap over. Raises as `of`."""
+        work = [cls.of(shape, machine) for shape in shapes]
+        return jax.tree.map(lambda *numbers: jnp.asarray(numbers, float), *work)
 
 
 class UsefulRange(NamedTuple):
@@ -65,34 +76,40 @@ class UsefulRange(NamedTuple):
 
 
 def conv_seconds(shape: ConvShape | Work, density: Any, machine: Machine) -> jax.Array:
-    """Seconds of the sparse convolution: smooth maximum of alpha d C / F and (S_A + beta d S_W) / B.
+    """Seconds of the sparse convolution.
 
-    Increasing and convex in density; never below the true maximum and at most 9.1 % above it (see SHARPNESS).
+    Increasing in density, and smooth.
 
     Args:
-      shape: a layer, or its Work (of arrays, for several layers at once).
+      shape: a layer, or its Work for this machine (of arrays, for several layers at once).
       density: kept / all weights in (0, 1], scalar or of the shape of the Work's arrays; may be traced.
       machine: where it runs.
 
     Raises:
-      ValueError: a concrete density outside (0, 1].
+      ValueError: a concrete density outside (0, 1], or what `Work.of` raises.
     """
-    work, density = Work.of(shape), _checked(density)
-    arithmetic = machine.alpha * density * work.flops / machine.peak
-    traffic = (work.activation_bytes + machine.beta * density * work.weight_bytes) / machine.bandwidth
-    return _smooth_max(arithmetic, traffic)
+    work, density, rates = Work.of(shape, machine), _checked(density), machine.rates.sparse
+    times = []
+    for tile in work.tiles:
+        per_weight, arithmetic, kernel, traffic = _sparse_terms(tile, rates)
+        times.append(tile.call * rates.call + _overlapped(
+            density * per_weight + arithmetic, density * kernel + traffic, machine.rates.overlap))
+    return _smooth_min(times)
 
 
 def dense_seconds(shape: ConvShape | Work, machine: Machine) -> jax.Array:
-    """Seconds of the dense convolution: smooth maximum of C / F and (S_A + S_W) / B.
+    """Seconds of the dense convolution.
 
     Args:
-      shape: a layer, or its Work.
+      shape: a layer, or its Work for this machine.
       machine: where it runs.
     """
-    work = Work.of(shape)
-    traffic = (work.activation_bytes + work.weight_bytes) / machine.bandwidth
-    return _smooth_max(jnp.asarray(work.flops / machine.peak, float), traffic)
+    counts = shape.dense if isinstance(shape, Work) else dense_counts(shape, machine)
+    seconds = DenseCounts(*(jnp.asarray(count * rate, float) for count, rate in zip(counts, machine.rates.dense, strict=True)))
+    arithmetic = (seconds.flop + seconds.deep + seconds.pointwise + seconds.grouped + seconds.group_taps + seconds.odd
+                  + seconds.rows)
+    traffic = seconds.kernel_bytes + seconds.packed_bytes + seconds.activation_bytes
+    return seconds.call + _overlapped(arithmetic, traffic, machine.rates.overlap)
 
 
 def speedup(shape: ConvShape | Work, density: Any, machine: Machine) -> jax.Array:
@@ -103,24 +120,28 @@ def speedup(shape: ConvShape | Work, density: Any, machine: Machine) -> jax.Arra
 def useful_range(shape: ConvShape | Work, machine: Machine) -> UsefulRange:
     """Densities between which pruning pays: above `upper` sparse loses, below `lower` fewer weights save little time.
 
-    upper = the d where conv_seconds = dense_seconds (1 / alpha for a layer bound by arithmetic), so that the range and
-            `speedup` never contradict each other; 1 if sparse always wins
-    lower = (S_A / B) / (alpha C / F - beta S_W / B), where the two terms of the sparse time are equal; but
-            S_A / (beta S_W), where weight and activation traffic are equal, if alpha C / F < 2 beta S_W / B: weights
-            are slower to read than to multiply, as in fully connected layers (both forms agree at the switch)
+    upper = the d where conv_seconds = dense_seconds (1 / alpha for a layer of a machine of the paper that is bound by
+            arithmetic), so that the range and `speedup` never contradict each other; 1 if sparse always wins
+    lower = the d where the arithmetic of the kept weights takes as long as all the rest: what does not depend on density
+            and the traffic of the kept weights; but that where the traffic of the kept weights takes as long as what does
+            not depend on density, if weights are slower to read than to multiply, as in fully connected layers (both
+            agree at the switch). Of the tiles, that which has the least to do besides the weights.
 
+    On a machine of the paper lower = (S_A / B) / (alpha C / F - beta S_W / B), but S_A / (beta S_W) if that is larger.
     Both lie in (0, 1].
 
     Args:
-      shape: a layer, or its Work (of arrays, for several layers at once).
+      shape: a layer, or its Work for this machine (of arrays, for several layers at once).
       machine: where it runs.
     """
-    work = Work.of(shape)
-    activations = work.activation_bytes / machine.bandwidth
-    weights = machine.beta * work.weight_bytes / machine.bandwidth
-    arithmetic = machine.alpha * work.flops / machine.peak
-    lower = jnp.minimum(activations / jnp.maximum(arithmetic - weights, weights), 1.0)
-    return UsefulRange(lower, _break_even(work, machine))
+    work, rates = Work.of(shape, machine), machine.rates.sparse
+    least = lower = jnp.asarray(jnp.inf)
+    for tile in work.tiles:
+        per_weight, arithmetic, kernel, traffic = _sparse_terms(tile, rates)
+        rest = jnp.asarray(arithmetic + traffic + tile.call * rates.call, float)
+        lower = jnp.where(rest < least, rest / jnp.maximum(per_weight - kernel, kernel), lower)
+        least = jnp.minimum(rest, least)
+    return UsefulRange(jnp.minimum(lower, 1.0), _break_even(work, machine))
 
 
 @functools.partial(jax.jit, static_argnames="machine")
@@ -139,9 +160,24 @@ def _break_even(work: Work, machine: Machine) -> jax.Array:
     return jnp.where(conv_seconds(work, one, machine) <= dense, one, low)
 
 
-def _smooth_max(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(a^P + b^P)^(1/P) of positive numbers, written so that neither power under- nor overflows."""
-    return a * jnp.exp(jax.nn.softplus(SHARPNESS * jnp.log(b / a)) / SHARPNESS)
+def _sparse_terms(tile: SparseCounts, rates: SparseCounts) -> tuple[Any, Any, Any, Any]:
+    """Seconds of arithmetic (per density, at any density) and of traffic (per density, at any density)."""
+    seconds = SparseCounts(*(count * rate for count, rate in zip(tile, rates, strict=True)))
+    return (seconds.fma + seconds.weight + seconds.wait + seconds.spill,
+            seconds.visit + seconds.accumulate + seconds.store + seconds.pack + seconds.split,
+            seconds.kernel_bytes,
+            seconds.input_bytes + seconds.output_bytes + seconds.memory_bytes)
+
+
+def _overlapped(a: jax.Array, b: jax.Array, p: float) -> jax.Array:
+    """(a^p + b^p)^(1/p) of positive numbers, written so that neither power under- nor overflows; b may be 0 if p = 1."""
+    return a + b if p == 1 else a * jnp.exp(jax.nn.softplus(p * jnp.log(b / a)) / p)
+
+
+def _smooth_min(times: list[jax.Array]) -> jax.Array:
+    least = jax.lax.stop_gradient(functools.reduce(jnp.minimum, times))
+    powers = [jnp.exp(-SHARPNESS * jnp.log(time / least)) for time in times]
+    return least * jnp.exp(-jnp.log(sum(powers) / len(powers)) / SHARPNESS)
 
 
 def _checked(density: Any) -> jax.Array:

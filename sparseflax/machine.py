@@ -8,16 +8,24 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseflax import profile
+from sparseflax.counts import DenseCounts, Rates, SparseCounts, roofline
+from sparseflax.shapes import ConvShape
+
 SYSFS = Path("/sys/devices/system/cpu")
 CPUINFO = Path("/proc/cpuinfo")
 LANES = {"avx512": 16, "avx2": 8, "neon": 4, "portable": 4}  # float32 per vector register
+
+# The layer whose times scale the built-in rates.
+TIMED = ConvShape(1, 28, 28, 128, 128, 3, 3, padding=((1, 1), (1, 1)))
 
 # A kept weight costs the kernel a float32 and a 16-bit offset: 6 bytes where a dense weight has 4.
 BETA = 1.5
@@ -27,7 +35,7 @@ ESTIMATED_ALPHA = 3.0
 
 @dataclass(frozen=True)
 class Machine:
-    """A CPU as the cost model sees it.
+    """A machine as the cost model sees it.
 
     Attributes:
       name: of the processor.
@@ -41,6 +49,8 @@ class Machine:
       alpha: time per kept weight over time per dense weight, when arithmetic is the limit.
       beta: bytes read per kept weight over bytes per dense weight.
       source: where the numbers come from.
+      fitted: seconds of each thing that the kernel and XLA do; None for a machine of which only the numbers above are
+        known.
 
     Raises:
       ValueError: a rate or a factor that is not positive.
@@ -59,10 +69,18 @@ class Machine:
     alpha: float
     beta: float
     source: str
+    fitted: Rates | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """What the cost model charges: the fitted rates, or those of a machine that only has peak and bandwidth."""
+        return self.fitted or roofline(self.peak, self.bandwidth, self.alpha, self.beta)
 
     def __post_init__(self):
         rates = ("lanes", "cores", "threads", "peak", "bandwidth", "alpha", "beta")
         wrong = {name: getattr(self, name) for name in rates if not 0 < getattr(self, name) < float("inf")}
+        if self.fitted and not self.l1_bytes > 0:
+            wrong |= {"l1_bytes": self.l1_bytes}
         if wrong:
             raise ValueError(f"machine {self.name!r} has {wrong}: these have to be positive and finite")
 
@@ -89,16 +107,34 @@ XEON_PHI_7250 = Machine(
     source="Park et al. 2017, alpha derived from its speedup")
 
 
-def detect_machine(threads: int | None = None, seconds: float = 2.0, isa: str | None = None) -> Machine:
-    """This machine, measured once per process in about `seconds` (medians; compiling and allocating come on top).
+# Fitted on an AMD EPYC of the Zen 4 generation, one thread: what an estimate of another machine starts from.
+TYPICAL = Rates(
+    SparseCounts(fma=2.8e-10, weight=2.4e-10, wait=7e-11, spill=5e-11, kernel_bytes=1e-11, visit=1e-9, accumulate=5.5e-10,
+                 store=1.5e-9, pack=9e-10, input_bytes=4e-12, output_bytes=1.5e-11, memory_bytes=2e-11, split=5e-6,
+                 call=1.5e-6),
+    DenseCounts(flop=9.3e-12, deep=3.8e-12, pointwise=1.7e-12, grouped=1.1e-11, group_taps=7e-9, odd=1.5e-8, rows=4e-7,
+                kernel_bytes=1.7e-11, packed_bytes=2.2e-10, activation_bytes=1.5e-10, call=1.6e-5),
+    overlap=1.0)
 
-    peak from a float32 matrix product, bandwidth from a pass over an array larger than the last cache, alpha from one
-    3x3 layer at density 0.1, sparse and XLA's dense convolution in turn. Without the native module alpha is estimated,
-    and `source` says so.
+
+class Timed(NamedTuple):
+    """The timed layer: its density, and seconds."""
+
+    density: float
+    sparse: float
+    dense: float
+
+
+def detect_machine(threads: int | None = None, seconds: float = 2.0, isa: str | None = None) -> Machine:
+    """This machine as `python -m experiments.calibrate` has found it, or else an estimate; once per process.
+
+    The estimate takes about `seconds` (medians; compiling and allocating come on top): built-in rates, scaled so that
+    the times of one 3x3 layer at density 0.1, sparse and XLA's dense convolution in turn, come out right. Without the
+    native module there are no rates, and alpha is a guess. `source` says which of all this it is, and why.
 
     Args:
       threads: those the caller counts on; None takes what JAX's CPU client uses.
-      seconds: time for measuring.
+      seconds: time for measuring, if it comes to that.
       isa: instruction set of the sparse kernel, one of LANES; None takes the one that runs.
 
     Raises:
@@ -113,7 +149,15 @@ def detect_machine(threads: int | None = None, seconds: float = 2.0, isa: str | 
     isa = isa or _isa()
     if isa not in LANES:
         raise ValueError(f"isa={isa!r}, wanted one of {list(LANES)} or None for the one that runs")
-    return _measure(running, float(seconds), isa)
+    return _detect(running, float(seconds), isa)
+
+
+@functools.lru_cache
+def _detect(threads: int, seconds: float, isa: str) -> Machine:
+    try:
+        return profile.load(processor(), isa, threads)
+    except profile.Unusable as error:
+        return estimate_machine(threads, seconds, isa, str(error))
 
 
 def client_threads() -> int:
@@ -124,19 +168,32 @@ def client_threads() -> int:
     return len(_cpus())
 
 
-@functools.lru_cache
-def _measure(threads: int, seconds: float, isa: str) -> Machine:
+def estimate_machine(threads: int, seconds: float, isa: str, because: str) -> Machine:
+    """This machine, measured in about `seconds` as `detect_machine` says; `because` says why that is all there is."""
     l1, l2, l3, caches = _caches()
     cores = _cores()
     # Eager even when a caller is being traced, and on the CPU even when another device is the default.
     with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
         peak = _peak(seconds / 4)
         bandwidth = _bandwidth(seconds / 4, cache_bytes=max(l3, l2 * cores))
-        alpha = _alpha(seconds / 2, isa)
-    source = f"measured, {caches}, alpha {'measured' if alpha else 'estimated: the native kernel does not run here'}"
-    return Machine(
-        name=_name(), isa=isa, lanes=LANES[isa], cores=cores, threads=threads, l1_bytes=l1, l2_bytes=l2, l3_bytes=l3,
-        peak=peak, bandwidth=bandwidth, alpha=alpha or ESTIMATED_ALPHA, beta=BETA, source=source)
+        timed = _time_layer(seconds / 2, isa)
+        alpha = timed.sparse / (timed.density * timed.dense) if timed else ESTIMATED_ALPHA
+        source = "built-in rates scaled to one timed layer" if timed else "alpha guessed: the native kernel does not run here"
+        machine = Machine(
+            name=processor(), isa=isa, lanes=LANES[isa], cores=cores, threads=threads, l1_bytes=l1, l2_bytes=l2, l3_bytes=l3,
+            peak=peak, bandwidth=bandwidth, alpha=alpha, beta=BETA, source=f"estimated, {source}, {caches}; {because}")
+        return replace(machine, fitted=_scaled(machine, timed)) if timed else machine
+
+
+def _scaled(machine: Machine, timed: Timed) -> Rates:
+    """The built-in rates times what makes them predict the timed layer."""
+    from sparseflax.cost import conv_seconds, dense_seconds  # here, since cost models are made of machines
+
+    known = replace(machine, fitted=TYPICAL)
+    sparse = timed.sparse / float(conv_seconds(TIMED, timed.density, known))
+    dense = timed.dense / float(dense_seconds(TIMED, known))
+    return replace(TYPICAL, sparse=TYPICAL.sparse._make(sparse * rate for rate in TYPICAL.sparse),
+                   dense=TYPICAL.dense._make(dense * rate for rate in TYPICAL.dense))
 
 
 def _peak(seconds: float) -> float:
@@ -144,7 +201,7 @@ def _peak(seconds: float) -> float:
     size = 1024
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.dot)
-    (median,) = _medians([lambda: product(a, a)], seconds)
+    (median,) = medians([lambda: product(a, a)], seconds)
     return 2 * size**3 / median
 
 
@@ -162,30 +219,31 @@ def _bandwidth(seconds: float, cache_bytes: int) -> float:
         x = step(x)
         return x
 
-    (median,) = _medians([stream], seconds)
+    (median,) = medians([stream], seconds)
     return 2 * 4 * size / median
 
 
-def _alpha(seconds: float, isa: str) -> float | None:
-    """Time per kept over time per dense weight of a 128x28x28 -> 128 3x3 layer; None where the kernel cannot run."""
+def _time_layer(seconds: float, isa: str) -> Timed | None:
+    """A 128x28x28 -> 128 3x3 layer, sparse and dense; None where the kernel cannot run."""
     from sparseflax import ffi  # here, so that describing a machine does not need the native module
     from sparseflax.conv import sparse_conv
     from sparseflax.packing import pack
 
     if isa not in ffi.kernels():
         return None
-    density, draw = 0.1, np.random.default_rng(0)
-    kernel = draw.standard_normal((3, 3, 128, 128), np.float32)
-    kernel *= draw.random(kernel.shape) < density
-    x, packed, dense = jnp.ones((1, 28, 28, 128), jnp.float32), pack(kernel), jnp.asarray(kernel)
-    sparse = jax.jit(lambda x, packed: sparse_conv(x, packed, kernel=isa))
+    draw = np.random.default_rng(0)
+    kernel = draw.standard_normal(TIMED.kernel_shape, np.float32)
+    kernel *= draw.random(kernel.shape) < 0.1
+    x = jnp.ones((TIMED.n, TIMED.ih, TIMED.iw, TIMED.ic), jnp.float32)
+    packed, dense = pack(kernel), jnp.asarray(kernel)
+    forced = None if isa == ffi.isa() else isa
+    sparse = jax.jit(lambda x, packed: sparse_conv(x, packed, kernel=forced))
     xla = jax.jit(lambda x, dense: jax.lax.conv_general_dilated(
         x, dense, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
-    sparse_seconds, dense_seconds = _medians([lambda: sparse(x, packed), lambda: xla(x, dense)], seconds)
-    return sparse_seconds / (packed.density * dense_seconds)
+    return Timed(packed.density, *medians([lambda: sparse(x, packed), lambda: xla(x, dense)], seconds))
 
 
-def _medians(calls: list[Callable[[], jax.Array]], seconds: float) -> list[float]:
+def medians(calls: list[Callable[[], jax.Array]], seconds: float) -> list[float]:
     """Median seconds of each call, timed in turn so that a noisy moment hits all of them; three rounds at least."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -244,7 +302,7 @@ def _cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def _name() -> str:
+def processor() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
 
 

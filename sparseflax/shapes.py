@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
+
+from sparseflax.packing import DENSE_BLOCK, PackedKernel, channel_block, pack
 
 FLOAT32 = 4  # bytes
 # The attributes by which a layer is known as a convolution, Flax's own or sparse.
@@ -73,6 +76,21 @@ class ConvShape:
     def kernel_shape(self) -> tuple[int, int, int, int]:
         """(kh, kw, ic / groups, oc): what a dense kernel of this layer reshapes to, a fully connected one too."""
         return self.kh, self.kw, self.ic // self.groups, self.oc
+
+    @property
+    def connected(self) -> bool:
+        """Whether it is a fully connected layer, or as good as one."""
+        return self.ih == self.iw == self.kh == self.kw == self.groups == 1
+
+    @property
+    def block(self) -> int:
+        """Input channels per block of its packed kernel."""
+        return min(DENSE_BLOCK if self.connected else channel_block(self.kh, self.kw), self.ic // self.groups)
+
+    def pack(self, kernel: Any) -> PackedKernel:
+        """Packs a dense kernel of this layer, of `kernel_shape` or (ic, oc). Raises as `sparseflax.pack`."""
+        kernel = np.asarray(kernel, np.float32)
+        return pack(kernel.reshape((self.ic, self.oc) if self.connected else self.kernel_shape), self.groups)
 
     @property
     def weights(self) -> int:

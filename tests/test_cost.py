@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseflax.cost import SHARPNESS, Work, conv_seconds, dense_seconds, speedup, useful_range
+from sparseflax.cost import Work, conv_seconds, dense_seconds, speedup, useful_range
 from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
 from sparseflax.shapes import ConvShape
 
 MACHINES = (ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250)
+SHARPNESS = ATOM_C2750.rates.overlap
 CONV5 = ConvShape(1, 13, 13, 384, 256, 3, 3, padding=((1, 1), (1, 1)), groups=2)  # of AlexNet
 REDUCE = ConvShape(1, 14, 14, 480, 16, 1, 1)  # inception_4a/5x5_reduce of GoogLeNet
 DENSE = ConvShape(1, 1, 1, 4096, 4096, 1, 1)
@@ -129,8 +130,8 @@ def test_layers_at_once_under_jit_vmap_and_grad():
     shapes = [CONV5, REDUCE, DENSE]
     density = jnp.array([0.05, 0.5, 1.0])
     machine = XEON_E5_2697V4
-    work = Work.stack(shapes)
-    assert work.flops.shape == (3,)
+    work = Work.stack(shapes, machine)
+    assert work.dense.flop.shape == (3,)
     single = [float(conv_seconds(shape, float(d), machine)) for shape, d in zip(shapes, density, strict=True)]
     np.testing.assert_allclose(conv_seconds(work, density, machine), single, rtol=ROUNDING)
     np.testing.assert_allclose(jax.jit(lambda d: conv_seconds(work, d, machine))(density), single, rtol=ROUNDING)
@@ -149,7 +150,7 @@ def test_layers_at_once_under_jit_vmap_and_grad():
 
 def test_double_precision():
     with jax.enable_x64(True):
-        work, density = Work.stack([CONV5, REDUCE]), jnp.array([0.1, 0.5])
+        work, density = Work.stack([CONV5, REDUCE], XEON_E5_2697V4), jnp.array([0.1, 0.5])
         seconds = conv_seconds(work, density, XEON_E5_2697V4)
         assert seconds.dtype == useful_range(work, XEON_E5_2697V4).upper.dtype == jnp.float64
         wanted = [smooth_seconds(s, d, XEON_E5_2697V4) for s, d in ((CONV5, 0.1), (REDUCE, 0.5))]

@@ -11,8 +11,27 @@ import numpy as np
 import pytest
 
 from sparseflax import ffi, machine
-from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250, Machine, client_threads, detect_machine
+from sparseflax.cost import conv_seconds, dense_seconds
+from sparseflax.machine import (
+    ATOM_C2750,
+    TIMED,
+    TYPICAL,
+    XEON_E5_2697V4,
+    XEON_PHI_7250,
+    Machine,
+    Timed,
+    client_threads,
+    detect_machine,
+)
 from sparseflax.packing import pack
+
+
+@pytest.fixture(autouse=True)
+def nothing_calibrated(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine._detect.cache_clear()
+    yield
+    machine._detect.cache_clear()
 
 
 def test_presets_agree_with_the_papers_rates():
@@ -31,18 +50,41 @@ def test_impossible_machine(change):
         replace(ATOM_C2750, **change)
 
 
+def test_caches_of_a_calibrated_machine():
+    with pytest.raises(ValueError, match="machine 'Intel Atom C2750' has {'l1_bytes': 0}"):
+        replace(ATOM_C2750, fitted=TYPICAL, l1_bytes=0)
+
+
 def test_detect_machine_measures_once():
     found = detect_machine(seconds=0.02)
     assert isinstance(found, Machine) and found.threads == client_threads()
     assert detect_machine(threads=found.threads, seconds=0.02) is found
     assert all(type(value) is float and math.isfinite(value) for value in (found.peak, found.bandwidth, found.alpha))
-    assert found.source.startswith("measured")
-    assert ("alpha measured" in found.source) == bool(ffi.kernels())
+    assert found.source.startswith("estimated, ")
+    assert f"not calibrated for {found.threads} threads: run python -m experiments.calibrate" in found.source
+    assert (found.fitted is not None) == bool(ffi.kernels())
     assert (found.isa == ffi.isa()) == bool(ffi.kernels())
 
 
+@pytest.mark.skipif(not ffi.kernels(), reason="no native kernel")
+def test_estimate_predicts_the_timed_layer(monkeypatch):
+    monkeypatch.setattr(machine, "_time_layer", lambda seconds, isa: Timed(0.1, 5e-4, 3e-3))
+    found = detect_machine(seconds=0.02)
+    assert conv_seconds(TIMED, 0.1, found) == pytest.approx(5e-4, rel=1e-5)
+    assert dense_seconds(TIMED, found) == pytest.approx(3e-3, rel=1e-5)
+    assert found.alpha == pytest.approx(5e-4 / (0.1 * 3e-3))
+
+
+def test_detect_machine_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(ffi, "kernels", lambda: [])
+    found = detect_machine(seconds=0.02, isa="avx2")
+    assert found.fitted is None and found.alpha == machine.ESTIMATED_ALPHA
+    assert "alpha guessed: the native kernel does not run here" in found.source
+    assert conv_seconds(TIMED, 0.1, found) < dense_seconds(TIMED, found)
+
+
 def test_detect_machine_while_something_is_traced():
-    machine._measure.cache_clear()
+    machine._detect.cache_clear()
 
     @jax.jit
     def traced(x):
@@ -111,7 +153,7 @@ def test_isa_without_the_native_module(monkeypatch, tmp_path, flags, isa):
     assert machine._isa() == "portable"
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n")
     assert machine._isa() == isa
-    assert machine._name() == "Some CPU"
+    assert machine.processor() == "Some CPU"
 
 
 def test_medians_of_calls_in_turn(monkeypatch):
@@ -127,18 +169,18 @@ def test_medians_of_calls_in_turn(monkeypatch):
         return lambda: types.SimpleNamespace(block_until_ready=wait)
 
     # The first call only compiles; then rounds until the time is up, here the least number, three.
-    assert machine._medians([taking(100.0, 1.0, 9.0, 2.0), taking(100.0, 5.0, 4.0, 0.5)], 1.0) == [2.0, 4.0]
+    assert machine.medians([taking(100.0, 1.0, 9.0, 2.0), taking(100.0, 5.0, 4.0, 0.5)], 1.0) == [2.0, 4.0]
 
 
 def test_rates_from_the_timed_work(monkeypatch):
-    monkeypatch.setattr(machine, "_medians", lambda calls, seconds: [0.5, 2.0][:len(calls)])
+    monkeypatch.setattr(machine, "medians", lambda calls, seconds: [0.5, 2.0][:len(calls)])
     assert machine._peak(1.0) == 2 * 1024**3 / 0.5
     for cache, array in ((0, 64 << 20), (32 << 20, 128 << 20), (1 << 30, 256 << 20)):
         assert machine._bandwidth(1.0, cache) == 2 * array / 0.5
-    monkeypatch.setattr(ffi, "kernels", lambda: ["avx2"])
+    monkeypatch.setattr(ffi, "kernels", lambda: ["portable"])
     packed = []
     monkeypatch.setattr("sparseflax.packing.pack", lambda kernel: packed.append(pack(kernel)) or packed[0])
-    alpha = machine._alpha(1.0, "avx2")
+    timed = machine._time_layer(1.0, "portable")
     assert 0.09 < packed[0].density < 0.11
-    assert alpha == pytest.approx(0.5 / (packed[0].density * 2.0))
-    assert machine._alpha(1.0, "neon") is None
+    assert timed == (packed[0].density, 0.5, 2.0)
+    assert machine._time_layer(1.0, "neon") is None

@@ -1,0 +1,81 @@
+"""Which convolutions: those the constants are fitted on, and those of real networks that they are judged by."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from experiments.layers import BENCHMARK, layer
+from sparseflax.shapes import ConvShape
+
+STEM = ConvShape(1, 224, 224, 3, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
+# Inception modules of GoogLeNet: image, input channels, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
+INCEPTION = (
+    (28, 192, 64, 96, 128, 16, 32, 32), (28, 256, 128, 128, 192, 32, 96, 64), (14, 480, 192, 96, 208, 16, 48, 64),
+    (14, 512, 160, 112, 224, 24, 64, 64), (14, 512, 128, 128, 256, 24, 64, 64), (14, 512, 112, 144, 288, 32, 64, 64),
+    (14, 528, 256, 160, 320, 32, 128, 128), (7, 832, 256, 160, 320, 32, 128, 128), (7, 832, 384, 192, 384, 48, 128, 128))
+
+
+def resnet50() -> Counter[ConvShape]:
+    """Its convolutions and how often each occurs, one image, the stride on the 3x3."""
+    shapes, ic, image = [STEM], 64, 56
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            step = stride if block == 0 else 1
+            out = image // step
+            shapes += [layer(ic, image, width, 1), layer(width, image, width, 3, step), layer(width, out, 4 * width, 1)]
+            shapes += [layer(ic, image, 4 * width, 1, step)] if block == 0 else []
+            ic, image = 4 * width, out
+    return Counter([*shapes, layer(2048, 1, 1000, 1)])
+
+
+def googlenet() -> Counter[ConvShape]:
+    """Its convolutions and how often each occurs, one image, without the auxiliary classifiers."""
+    shapes = [STEM, layer(64, 56, 64, 1), layer(64, 56, 192, 3)]
+    for image, ic, one, reduce3, three, reduce5, five, pool in INCEPTION:
+        shapes += [layer(ic, image, one, 1), layer(ic, image, reduce3, 1), layer(reduce3, image, three, 3),
+                   layer(ic, image, reduce5, 1), layer(reduce5, image, five, 5), layer(ic, image, pool, 1)]
+    return Counter([*shapes, layer(1024, 1, 1000, 1)])
+
+
+def held_out() -> list[ConvShape]:
+    """The thirteen benchmark layers and all distinct convolutions of both networks, one image."""
+    return list(dict.fromkeys((*BENCHMARK, *resnet50(), *googlenet())))
+
+
+# Which the random layers seldom have: more input and output than a cache holds, up to 60 MB at 16 images; narrow outputs.
+LARGE = ((48, 80, 96, 1), (96, 60, 192, 1), (192, 40, 64, 1), (224, 40, 96, 3, 2), (32, 96, 40, 3), (320, 40, 48, 1),
+         (640, 14, 32, 1), (288, 24, 24, 1))
+# What the random layers seldom are.
+SPECIAL = (
+    layer(3, 160, 32, 7, 2), layer(3, 64, 32, 3), layer(3, 112, 48, 3, 2), layer(1, 28, 32, 3), layer(4, 32, 64, 5),
+    layer(512, 1, 1024, 1), layer(1024, 1, 256, 1), layer(3072, 1, 2000, 1), layer(4096, 1, 640, 1),
+    layer(512, 1, 1024, 1).with_batch(16), layer(1024, 1, 512, 1).with_batch(6),
+    layer(64, 28, 64, 3, groups=2), layer(128, 14, 128, 3, groups=4), layer(64, 24, 96, 5, groups=2),
+    layer(256, 12, 256, 1, groups=2), layer(64, 20, 64, 3, groups=2).with_batch(8), layer(96, 16, 96, 3, groups=16),
+    *(layer(*sizes).with_batch(16) for sizes in LARGE),
+    layer(64, 28, 64, 3, dilation=2), layer(96, 17, 96, (1, 7)), layer(96, 17, 96, (7, 1)), layer(48, (30, 50), 64, 3))
+
+
+def fitting(seed: int = 0) -> list[tuple[ConvShape, tuple[float, ...]]]:
+    """Layers to fit on and two densities of each: random ones of convolutional networks' sizes, none of them held out."""
+    draw = np.random.default_rng(seed)
+
+    def densities() -> tuple[float, ...]:
+        return tuple(np.exp(draw.uniform(np.log(0.015), np.log(0.6), 2)).tolist())
+
+    def channels() -> int:
+        return int(np.exp(draw.uniform(np.log(16), np.log(1024)))) // 8 * 8
+
+    known, drawn = set(held_out()), []
+    for n, count in ((1, 40), (4, 12), (16, 16)):
+        while count:
+            image = int(draw.choice((5, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)))
+            shape = layer(channels(), image, channels(), int(draw.choice((1, 1, 3, 3, 5))), int(draw.choice((1, 1, 1, 2))))
+            shape = shape.with_batch(n)
+            if (2e6 < shape.flops < 1e9 and shape.weights < 3e6 and shape.input_bytes + shape.output_bytes < 64 << 20
+                    and shape.with_batch(1) not in known):
+                drawn.append((shape, densities()))
+                count -= 1
+    return drawn + [(shape, densities()) for shape in SPECIAL]

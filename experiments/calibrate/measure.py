@@ -1,0 +1,133 @@
+"""What it takes here: seconds of convolutions, dense and sparse, on a machine that others may use at the same time.
+
+All programs are made first and then timed in turn, round after round, so that a noisy spell meets a few calls of each. The
+time of a program is the median over the rounds, less that of a program that does nothing: inside a network, a layer is
+not called from Python.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.progress import progress
+from sparseflax import sparse_conv
+from sparseflax.shapes import ConvShape
+
+BURST = 0.003  # seconds of timed calls in a round
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One time.
+
+    Attributes:
+      shape: of the layer.
+      density: kept / all of its weights, None for XLA's dense convolution.
+      seconds: of a call inside a program.
+      spread: distance of the quartiles over the rounds / median.
+    """
+
+    shape: ConvShape
+    density: float | None
+    seconds: float
+    spread: float
+
+
+def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float, *, isa: str | None = None,
+            dense: bool = True, rounds: int = 5) -> list[Sample]:
+    """Times layers, each dense and at some densities, all with bias and ReLU.
+
+    Args:
+      layers: (shape, densities) of each.
+      seconds: for making and timing the programs; `rounds` are timed in any case.
+      isa: instruction set of our kernel, None for what it chooses.
+      dense: whether to time XLA too.
+      rounds: at least.
+    """
+    end = time.perf_counter() + seconds
+    draw = np.random.default_rng(0)
+    programs: list[tuple[ConvShape, float | None, Callable[[], jax.Array]]] = []
+    layers = list(layers)
+    with progress("making programs", len(layers)) as advance:
+        for i, (shape, densities) in enumerate(layers, 1):
+            programs += _programs(shape, densities, draw, isa, dense)
+            advance(i, str(shape))
+    calls = [_nothing(), *(call for *_, call in programs)]
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        _round(calls, times)
+        expected = max(rounds, int((end - start) / (time.perf_counter() - start)))
+        with progress("timing", expected, 1) as advance:
+            for i in range(2, expected + 1):
+                _round(calls, times)
+                advance(i, "rounds")
+                if i >= rounds and time.perf_counter() > end:
+                    break
+    finally:
+        gc.enable()
+    nothing = statistics.median(times[0])
+    return [_sample(shape, density, ts, nothing) for (shape, density, _), ts in zip(programs, times[1:], strict=True)]
+
+
+def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Generator, isa: str | None, dense: bool):
+    x = jnp.asarray(draw.standard_normal((shape.n, shape.ih, shape.iw, shape.ic), np.float32))
+    kernel, chance = draw.standard_normal(shape.kernel_shape, np.float32), draw.random(shape.kernel_shape, np.float32)
+    bias = jnp.zeros(shape.oc, jnp.float32)
+
+    @jax.jit
+    def xla(x, kernel, bias):
+        if shape.ih * shape.iw * shape.kh * shape.kw == 1:  # a fully connected layer, which Flax runs as a product
+            return jnp.maximum(x[:, 0, 0] @ kernel[0, 0] + bias[None], 0)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, shape.strides, shape.padding, rhs_dilation=shape.kernel_dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=shape.groups)
+        return jnp.maximum(y + bias.reshape(1, 1, 1, -1), 0)
+
+    @jax.jit
+    def ours(x, packed, bias):
+        return sparse_conv(x, packed, bias, strides=shape.strides, padding=shape.padding, kernel_dilation=shape.kernel_dilation,
+                           feature_group_count=shape.groups, activation="relu", kernel=isa)
+
+    def call(program, *operands):
+        program(*operands).block_until_ready()  # compiles
+        return lambda: program(*operands).block_until_ready()
+
+    if dense:
+        yield shape, None, call(xla, x, jnp.asarray(kernel), bias)
+    for density in densities:
+        packed = shape.pack(kernel * (chance < density))
+        yield shape, packed.density, call(ours, x, packed, bias)
+
+
+def _nothing() -> Callable[[], jax.Array]:
+    """A call that costs what calling any program costs."""
+    program, operands = jax.jit(lambda x, kernel, bias: bias + 1), [jnp.zeros((1, 4, 4, 8), jnp.float32)] * 3
+    return lambda: program(*operands).block_until_ready()
+
+
+def _round(calls: Sequence[Callable[[], jax.Array]], times: list[list[float]]) -> None:
+    for call, durations in zip(calls, times, strict=True):
+        call()  # what the others left in the caches is not its own
+        burst: list[float] = []
+        start = time.perf_counter()
+        while not burst or time.perf_counter() - start < BURST:
+            begin = time.perf_counter()
+            call()
+            burst.append(time.perf_counter() - begin)
+        durations.append(statistics.median(burst))
+
+
+def _sample(shape: ConvShape, density: float | None, times: list[float], nothing: float) -> Sample:
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return Sample(shape, density, float(max(median - nothing, 0.1 * median)), float((high - low) / median))

@@ -1,0 +1,76 @@
+"""The calibration: measure, fit, say how well, and store it if it is good enough."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from dataclasses import replace
+
+from experiments.calibrate.fit import Errors, errors, fit
+from experiments.calibrate.layers import fitting
+from experiments.calibrate.measure import Sample, measure
+from sparseflax import profile
+from sparseflax.machine import TYPICAL, Machine, client_threads, estimate_machine
+
+BOUND = 0.15  # on the fit's median error: beyond it the machine was too busy, or is one that the model does not describe
+
+
+def calibrate(seconds: float, isa: str | None = None) -> Machine:
+    """Fits and stores a profile of this machine, for the threads of this process.
+
+    Raises:
+      ValueError: the native kernel does not run here, or the fit is not good enough to store.
+    """
+    start = describe(isa)
+    samples = measure(fitting(), seconds, isa=isa)
+    machine = fit(samples, start)
+    show(machine, samples)
+    found = judge(samples, machine)
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    source = f"calibrated {date}, median error {found['sparse'].median:.0%} sparse, {found['dense'].median:.0%} dense"
+    machine = replace(machine, source=source)
+    file = profile.save(machine, {kind: vars(error) for kind, error in found.items()})
+    print(f"stored {file}")
+    return machine
+
+
+def describe(isa: str | None = None) -> Machine:
+    """This machine with the built-in rates to start from.
+
+    Raises:
+      ValueError: the native kernel does not run here.
+    """
+    from sparseflax import ffi
+
+    if not ffi.kernels():
+        raise ValueError(f"there is no kernel to calibrate: {ffi.reason}")
+    machine = estimate_machine(client_threads(), 1.0, isa or ffi.isa(), "to be calibrated")
+    return replace(machine, fitted=TYPICAL)
+
+
+def judge(samples: list[Sample], machine: Machine) -> dict[str, Errors]:
+    """Errors of the fit by kind, or why it must not be stored.
+
+    Raises:
+      ValueError: a median error above BOUND.
+    """
+    found = {kind: errors([s for s in samples if (s.density is None) == (kind == "dense")], machine)
+             for kind in ("sparse", "dense")}
+    worst = max(found, key=lambda kind: found[kind].median)
+    if found[worst].median > BOUND:
+        spread = statistics.median(s.spread for s in samples)
+        raise ValueError(f"the fit's median error is {found[worst].median:.0%} ({worst}), above {BOUND:.0%}: not stored. "
+                         f"Times of one program differed by {spread:.0%} (distance of the quartiles / median): calibrate again "
+                         "when nothing else runs on the machine")
+    return found
+
+
+def show(machine: Machine, samples: list[Sample]) -> None:
+    """Prints the rates and their errors."""
+    assert machine.fitted is not None
+    print(machine)
+    for kind, rates in (("sparse", machine.fitted.sparse), ("dense", machine.fitted.dense)):
+        print(f"{kind}, nanoseconds: " + ", ".join(f"{name} {1e9 * rate:.3g}" for name, rate in rates._asdict().items()))
+        some = [s for s in samples if (s.density is None) == (kind == "dense")]
+        if some:
+            print(f"  {errors(some, machine)}, spread of the times {statistics.median(s.spread for s in some):.0%}")

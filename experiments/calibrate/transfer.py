@@ -1,0 +1,38 @@
+"""How far constants carry: fitted with the kernel of one instruction set, used for another's after changing its facts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.benchmark.results import append, provenance
+from experiments.calibrate.fit import errors, fit
+from experiments.calibrate.layers import fitting
+from experiments.calibrate.measure import measure
+from experiments.calibrate.run import describe
+from sparseflax import ffi
+
+
+def run(seconds: float, out: Path) -> None:
+    """Fits on AVX2 and on AVX-512 and predicts both with both; only the counts, which the kernel gives, change.
+
+    Raises:
+      ValueError: one of them does not run here.
+    """
+    isas = ("avx2", "avx512")
+    if missing := [isa for isa in isas if isa not in ffi.kernels()]:
+        raise ValueError(f"the kernels {missing} do not run here, only {ffi.kernels()}: nothing to transfer")
+    measured = {isa: measure(fitting(), seconds / 2, isa=isa, dense=False) for isa in isas}
+    start = describe()
+    machines = {isa: fit(samples, replace(start, isa=isa)) for isa, samples in measured.items()}
+    print("fitted on -> used for: error")
+    for fitted, machine in machines.items():
+        for used, samples in measured.items():
+            found = errors(samples, replace(machine, isa=used))
+            print(f"{fitted} -> {used}: {found}")
+            append(out / "transfer.jsonl", {"fitted": fitted, "used": used, "threads": machine.threads} | vars(found)
+                   | provenance({"jax", "jaxlib"}))
+    for isa, machine in machines.items():
+        assert machine.fitted is not None
+        print(isa, json.dumps({name: float(f"{rate:.3g}") for name, rate in machine.fitted.sparse._asdict().items()}))

@@ -1,0 +1,242 @@
+"""What a layer asks of a machine: how often the sparse kernel and XLA's dense convolution do each thing that takes time.
+
+The cost model is a sum of counts times seconds per count. The same two tuples hold both: the counts of a layer, and the
+seconds per count of a machine (`Rates`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sparseflax.packing import Pattern
+from sparseflax.shapes import ConvShape
+
+if TYPE_CHECKING:
+    from sparseflax.machine import Machine
+
+# Densities at which the kernel is asked for its tile; between them it takes one of these tiles or one about as fast.
+DENSITIES = (0.02, 0.06, 0.2, 0.6)
+LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
+INLINE_CYCLES = 60_000  # the kernel runs shorter convolutions on one thread
+
+
+class SparseCounts(NamedTuple):
+    """Of the sparse kernel, on the busiest of its threads. The first five are those of a full kernel: times density.
+
+    Attributes:
+      fma: multiply-adds, idle lanes included, in cycles of the instruction set's FMA; plain multiply-adds for a machine
+        without rates of its own.
+      weight: visits of a kept weight: one per register tile.
+      wait: cycles in which a small tile's few sums are not ready for the next weight.
+      spill: as `fma`, times the part of the panel that the first cache does not hold.
+      kernel_bytes: of the dense kernel, that do not stay in the core's own cache.
+      visit: visits of an output channel: one per tile and block of input channels.
+      accumulate: accumulators loaded and stored at those visits, in cycles of FMAs.
+      store: vectors transposed to the output, in cycles of FMAs.
+      pack: vectors transposed into the panel, times 1 + the cycles of an FMA.
+      input_bytes, output_bytes: that do not stay in the core's own cache.
+      memory_bytes: of the input, that do not stay in a quarter of the last cache.
+      split: 1 where threads share the work: it is handed out, and the last one to end is awaited.
+      call: 1.
+    """
+
+    fma: Any
+    weight: Any
+    wait: Any
+    spill: Any
+    kernel_bytes: Any
+    visit: Any
+    accumulate: Any
+    store: Any
+    pack: Any
+    input_bytes: Any
+    output_bytes: Any
+    memory_bytes: Any
+    split: Any
+    call: Any
+
+
+class DenseCounts(NamedTuple):
+    """Of the dense convolution, which is a product of a matrix with a row per output position.
+
+    Attributes:
+      flop: operations, padding included; none of those of a single row.
+      deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
+      pointwise: operations of a 1x1 convolution, again.
+      grouped: operations of a convolution with groups, again.
+      group_taps: output positions times kernel positions times groups, of a convolution with groups.
+      odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
+        number of input channels is odd.
+      rows: rows of the output images.
+      kernel_bytes: of a kernel that meets a single row; twice those that do not stay in the core's own cache.
+      packed_bytes: of any other kernel, that do not stay in a quarter of the last cache.
+      activation_bytes: of input and output, that do not stay in a quarter of the last cache.
+      call: 1.
+    """
+
+    flop: Any
+    deep: Any
+    pointwise: Any
+    grouped: Any
+    group_taps: Any
+    odd: Any
+    rows: Any
+    kernel_bytes: Any
+    packed_bytes: Any
+    activation_bytes: Any
+    call: Any
+
+
+FREE_SPARSE = SparseCounts(*[0.0] * len(SparseCounts._fields))
+FREE_DENSE = DenseCounts(*[0.0] * len(DenseCounts._fields))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds per count.
+
+    Attributes:
+      sparse, dense: in the units of the counts.
+      overlap: P of the smooth maximum of arithmetic and traffic. 1 adds them up: nothing overlaps; with 8 the shorter is
+        all but hidden.
+    """
+
+    sparse: SparseCounts
+    dense: DenseCounts
+    overlap: float
+
+    def __post_init__(self):
+        wrong = {name: value for part in (self.sparse, self.dense) for name, value in part._asdict().items()
+                 if not (isinstance(value, (int, float)) and 0 <= value < math.inf)}
+        if wrong or not 1 <= self.overlap < math.inf or not min(sum(self.sparse), sum(self.dense)) > 0:
+            raise ValueError(f"rates {wrong or self}: seconds per count have to be finite, none negative, not all of them "
+                             "zero, and `overlap` at least 1")
+
+
+def roofline(peak: float, bandwidth: float, alpha: float, beta: float) -> Rates:
+    """The paper's machine: arithmetic at `peak` flop/s or traffic at `bandwidth` bytes/s, whichever takes longer.
+
+    A kept weight costs `alpha` times the arithmetic and `beta` times the bytes of a dense one; nothing else costs time.
+    """
+    byte = 1 / bandwidth
+    sparse = FREE_SPARSE._replace(fma=2 * alpha / peak, kernel_bytes=beta * byte, input_bytes=byte, output_bytes=byte)
+    dense = FREE_DENSE._replace(flop=1 / peak, kernel_bytes=byte, activation_bytes=byte)
+    return Rates(sparse, dense, overlap=8.0)
+
+
+def sparse_counts(shape: ConvShape, machine: Machine) -> tuple[SparseCounts, ...]:
+    """Counts for each tile that the kernel might choose, one per entry of DENSITIES.
+
+    A machine without rates of its own is the paper's: no lanes, tiles or caches, every byte comes from memory.
+
+    Raises:
+      ValueError: the kernel cannot run the layer, or not here.
+    """
+    return _tiles(shape, machine) if machine.fitted else (_ideal(shape),) * len(DENSITIES)
+
+
+def _ideal(shape: ConvShape) -> SparseCounts:
+    return FREE_SPARSE._replace(fma=shape.flops / 2, kernel_bytes=float(shape.weight_bytes), call=1.0,
+                                input_bytes=float(shape.input_bytes), output_bytes=float(shape.output_bytes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles(shape: ConvShape, machine: Machine) -> tuple[SparseCounts, ...]:
+    return tuple(tile_counts(shape, density, machine) for density in DENSITIES)
+
+
+def schedule(shape: ConvShape, kept: int, isa: str) -> dict[str, Any]:
+    """What the kernel would do for a layer with `kept` weights: the tile it chooses and the counts of it.
+
+    Args:
+      shape: the layer.
+      kept: number of weights.
+      isa: instruction set; the best that runs here stands for all that do.
+
+    Raises:
+      ValueError: the native module is missing, does not know `isa`, or cannot run the layer.
+    """
+    # Here, since the counts of the paper's machines do not need the native module.
+    from sparseflax import ffi
+    from sparseflax.conv import Window, addressable
+
+    if isa not in ffi.kernels():
+        raise ValueError(f"the counts of the {isa!r} kernel are asked of the kernel itself, which runs here for "
+                         f"{ffi.kernels()}: calibrate and plan on the machine that will run it, or use a Machine without rates")
+    kh, kw, icg, oc = shape.kernel_shape
+    (top, bottom), (left, right) = shape.padding
+    pattern = Pattern(shape.kernel_shape, shape.groups, shape.block, np.zeros(0, np.uint8))
+    if not addressable(pattern, Window(shape.strides, shape.padding, shape.kernel_dilation)):
+        raise ValueError(f"{shape} does not run in the sparse kernel: its window is too large; leave it dense")
+    assert ffi.native is not None
+    return ffi.native.schedule(
+        [shape.n, shape.ih, shape.iw, shape.oh, shape.ow], [kh, kw, icg, oc, shape.groups, shape.block],
+        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa)
+
+
+def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCounts:
+    """Counts of the tile that the kernel chooses at a density. Raises as `schedule`."""
+    chosen = schedule(shape, max(1, round(density * shape.weights)), machine.isa)
+    cycles, tiles, vectors, oc = chosen["fma_cycles"], chosen["tiles"], chosen["vectors"], shape.oc
+    rows = oc * chosen["blocks"]
+    threads = machine.threads if chosen["cycles"] >= INLINE_CYCLES else 1
+    # Tiles that do not share out evenly are split by output channels, and every part packs its own panel.
+    whole = shape.groups * tiles
+    parts = 1 if threads == 1 or whole >= 4 * threads or whole % threads == 0 else threads
+    share = math.ceil(whole * parts / threads) / (whole * parts)  # of the work, for the busiest thread
+    packed = shape.groups * sum(_whole(min(shape.block, shape.ic // shape.groups - first), chosen["lanes"])
+                                for first in range(0, shape.ic // shape.groups, shape.block))
+    stored = shape.groups * _whole(oc // shape.groups, chosen["lanes"])
+    moved = shape.input_bytes + shape.output_bytes
+    far = _beyond(moved, machine.l2_bytes)
+    return SparseCounts(
+        fma=share * shape.weights * vectors * cycles,
+        weight=share * shape.weights * tiles,
+        wait=share * shape.weights * max(0.0, LATENCY / chosen["chains"] * tiles - vectors * cycles),
+        spill=share * shape.weights * vectors * cycles * _beyond(chosen["panel_bytes"], machine.l1_bytes),
+        kernel_bytes=share * shape.weight_bytes * _beyond(density * shape.weight_bytes, machine.l2_bytes),
+        visit=share * rows * tiles,
+        accumulate=share * rows * vectors * cycles,
+        store=share * stored * vectors * cycles,
+        pack=share * parts * packed * chosen["packed"] * tiles * (1 + cycles),
+        input_bytes=far * shape.input_bytes,
+        output_bytes=far * shape.output_bytes,
+        memory_bytes=shape.input_bytes * _beyond(moved, machine.l3_bytes // 4),
+        split=float(threads > 1),
+        call=1.0)
+
+
+def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
+    """Counts of XLA's dense convolution; those of a machine without rates of its own are operations and bytes alone."""
+    moved = float(shape.input_bytes + shape.output_bytes)
+    if machine.fitted is None:
+        return FREE_DENSE._replace(
+            flop=float(shape.flops), kernel_bytes=float(shape.weight_bytes), activation_bytes=moved, call=1.0)
+    rows, taps, icg = shape.n * shape.oh * shape.ow, shape.kh * shape.kw, shape.ic // shape.groups
+    grouped, product = shape.groups > 1, rows > 1
+    return DenseCounts(
+        flop=float(shape.flops * product),
+        deep=shape.flops * product * taps * icg / (taps * icg + 1000),
+        pointwise=float(shape.flops * product * (taps == 1)),
+        grouped=float(shape.flops * grouped),
+        group_taps=float(rows * taps * shape.groups * grouped),
+        odd=rows * taps * (icg > 1 and icg % 2) * (shape.oc % 64) / 64,
+        rows=float(shape.n * shape.oh * product),
+        kernel_bytes=shape.weight_bytes * (not product) * (1 + _beyond(shape.weight_bytes, machine.l2_bytes)),
+        packed_bytes=shape.weight_bytes * product * _beyond(shape.weight_bytes, machine.l3_bytes // 4),
+        activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
+        call=1.0)
+
+
+def _whole(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _beyond(size: float, cache: int) -> float:
+    """The part of `size` bytes, walked again and again, that a cache does not hold: a half where they are as large as it."""
+    return size**4 / (size**4 + cache**4) if size else 0.0

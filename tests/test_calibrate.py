@@ -1,0 +1,249 @@
+"""The calibration and its judgement: constants recovered from times made by them, and every number of the report by hand."""
+
+import json
+from dataclasses import replace
+
+import jax
+import matplotlib.figure  # noqa: F401  its fonts are found in the user's cache, before that moves
+import numpy as np
+import pytest
+
+from experiments.calibrate import check, figures, gpu, layers, spdy
+from experiments.calibrate import run as run_module
+from experiments.calibrate.fit import PER_WEIGHT, Errors, errors, fit, predict
+from experiments.calibrate.measure import Sample, measure
+from experiments.calibrate.run import calibrate
+from experiments.layers import BENCHMARK, layer
+from sparseflax import ffi, machine
+from sparseflax.counts import dense_counts, tile_counts
+from sparseflax.machine import TYPICAL, XEON_E5_2697V4, detect_machine
+
+native = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
+MACHINE = replace(XEON_E5_2697V4, isa=ffi.isa(), threads=1, l3_bytes=32 << 20, fitted=TYPICAL)
+LAYERS = layers.fitting()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine._detect.cache_clear()
+    yield
+    machine._detect.cache_clear()
+
+
+def made_by(rates, noise=0.0):
+    """Samples that a machine with these rates would give, with the tiles that the kernel chooses."""
+    draw, samples = np.random.default_rng(1), []
+    for shape, densities in LAYERS:
+        samples.append(Sample(shape, None, float(np.dot(dense_counts(shape, MACHINE), rates.dense)), 0.1))
+        for density in densities:
+            counts = tile_counts(shape, density, MACHINE)
+            seconds = sum((density if name in PER_WEIGHT else 1) * count * rate
+                          for name, count, rate in zip(counts._fields, counts, rates.sparse, strict=True))
+            samples.append(Sample(shape, density, float(seconds), 0.1))
+    return [replace(s, seconds=float(s.seconds * np.exp(noise * draw.standard_normal()))) for s in samples]
+
+
+def other_rates():
+    draw = np.random.default_rng(0)
+    return replace(TYPICAL, sparse=TYPICAL.sparse._make(rate * draw.uniform(0.5, 2) for rate in TYPICAL.sparse),
+                   dense=TYPICAL.dense._make(rate * draw.uniform(0.5, 2) for rate in TYPICAL.dense))
+
+
+@native
+def test_fit_recovers_the_rates():
+    samples = made_by(other_rates())
+    found = fit(samples, replace(MACHINE, l3_bytes=512 << 20))
+    assert found.l3_bytes == MACHINE.l3_bytes
+    for kind in ("sparse", "dense"):
+        known, rates = getattr(other_rates(), kind)._asdict(), getattr(found.rates, kind)._asdict()
+        known.pop("split", None)  # nothing is, on one thread
+        assert {name: rates[name] for name in known} == pytest.approx(known, rel=1e-3)
+    assert errors(samples, found).median < 0.01  # what the smooth minimum over a few tiles adds
+    assert found.rates.overlap == 1
+
+
+@native
+def test_fit_is_not_led_astray_by_a_few_bad_times():
+    samples = made_by(other_rates(), noise=0.02)
+    spoilt = [replace(s, seconds=5 * s.seconds) if i % 15 == 0 else s for i, s in enumerate(samples)]
+    assert errors(samples, fit(spoilt, MACHINE)).median < 0.03
+
+
+def test_errors():
+    found = Errors.of(np.array([1.1, 0.8, 1.0, 3.0]), np.array([1.0, 1.0, 1.0, 2.0]))
+    assert found.median == pytest.approx(0.15) and found.bias == pytest.approx(0.05) and found.count == 4
+    assert str(found) == "median 15.0%, 90th percentile 41.0%, bias +5.0% (4 times)"
+
+
+@native
+def test_calibrate_stores_what_detect_machine_finds(monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "measure", lambda *args, **options: made_by(other_rates(), noise=0.02))
+    stored = calibrate(1.0)
+    assert detect_machine() == stored and stored.source.startswith("calibrated 20")
+    out = capsys.readouterr().out
+    assert "sparse, nanoseconds: fma" in out and "90th percentile" in out and "stored " in out
+
+
+@native
+def test_calibrate_refuses_noise(monkeypatch):
+    monkeypatch.setattr(run_module, "measure", lambda *args, **options: made_by(TYPICAL, noise=0.5))
+    with pytest.raises(ValueError, match=r"median error is .*, above 15%: not stored. Times of one program differed by 10% "):
+        calibrate(1.0)
+    assert detect_machine(seconds=0.02).source.startswith("estimated")
+
+
+def test_calibrate_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(ffi, "kernels", lambda: [])
+    monkeypatch.setattr(ffi, "reason", "it is missing")
+    with pytest.raises(ValueError, match="there is no kernel to calibrate: it is missing"):
+        calibrate(1.0)
+
+
+@native
+def test_measure_a_layer(capsys):
+    shapes = [(layer(8, 6, 8, 3), (0.5,)), (layer(8, 1, 8, 1), (0.5, 1.0))]
+    samples = measure(shapes, 0.01, rounds=2)
+    assert [(s.shape, s.density is None) for s in samples] == [
+        (shapes[0][0], True), (shapes[0][0], False), (shapes[1][0], True), (shapes[1][0], False), (shapes[1][0], False)]
+    assert samples[-1].density == 1.0 and all(0 < s.seconds < 1 and s.spread >= 0 for s in samples)
+    assert [s.density is None for s in measure(shapes[:1], 0.01, isa="portable", dense=False, rounds=1)] == [False]
+    assert "making programs" in capsys.readouterr().out
+
+
+def test_networks():
+    resnet, googlenet = layers.resnet50(), layers.googlenet()
+    assert resnet.total() == 54 and googlenet.total() == 58  # with the classifier
+    # Multiply-adds that He et al. (with the stride on the 3x3, as in torchvision) and Szegedy et al. state, in billions.
+    assert sum(s.flops * n for s, n in resnet.items()) == pytest.approx(2 * 4.1e9, rel=0.01)
+    assert sum(s.flops * n for s, n in googlenet.items()) == pytest.approx(2 * 1.58e9, rel=0.02)
+    held = layers.held_out()
+    assert len(held) == len(set(held)) and {*BENCHMARK, *resnet, *googlenet} == set(held)
+
+
+def test_nothing_is_fitted_that_is_held_out():
+    fitted = {shape.with_batch(1) for shape, _ in LAYERS}
+    assert not fitted & set(layers.held_out())
+    assert layers.fitting() == LAYERS and {shape.n for shape, _ in LAYERS} >= {1, 4, 16}
+    assert all(0.015 <= density <= 0.6 for _, densities in LAYERS for density in densities)
+
+
+A, B = layer(64, 8, 64, 3), layer(32, 8, 32, 3)
+
+
+def line(layer, density, measured, predicted):
+    return {"cpu": "C", "isa": "avx2", "n": 1, "threads": 2, "layer": str(layer), "density": density,
+            "drawn": density and check.nearest(density), "measured": measured, "predicted": predicted}
+
+
+def test_choices_by_hand():
+    lines = [line(A, None, 10.0, 9.0), line(A, 0.1, 4.0, 3.0), line(A, 0.5, 10.5, 8.0), line(B, None, 10.0, 30.0),
+             line(B, 0.1, 20.0, 25.0)]
+    found = check.choices(lines)  # right, unclear and sparse, wrong
+    assert (found.wrong, found.clear, found.count) == (1, 2, 3)
+    assert found.loss == pytest.approx((4 + 10.5 + 20) / (4 + 10 + 10) - 1)
+    # Of two lines for one time the second counts. Errors 0.25, 8 / 10.5 - 1, 0.25 and 0.1, 2.
+    assert check.table([line(A, 0.1, 1.0, 9.0), *lines]).splitlines()[2:] == [
+        "| C, avx2, n=1, 2 threads | 25.0% | 25.0% | 105.0% | 181.0% | 1 of 2 | 43.75% |"]
+
+
+def test_network_errors_by_hand():
+    lines = [line(A, None, 10.0, 11.0), line(A, 0.099, 4.0, 4.0), line(B, None, 1.0, 1.0), line(B, 0.102, 2.0, 1.0)]
+    found = check.network_errors(lines, check.Counter({A: 3, B: 1}))
+    assert found == {None: pytest.approx(34 / 31 - 1), 0.1: pytest.approx(13 / 14 - 1)}
+
+
+@native
+def test_check_writes_lines_and_a_plot(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run_module, "measure", lambda *args, **options: made_by(other_rates(), noise=0.02))
+    stored = calibrate(1.0)
+
+    def times(shapes, seconds, isa):
+        samples = [Sample(shape, density, 1.0, 0.1) for shape, densities in list(shapes)[:12] for density in (None, *densities)]
+        return [replace(s, seconds=float(p)) for s, p in zip(samples, predict(samples, stored), strict=True)]
+
+    monkeypatch.setattr(check, "measure", times)
+    check.run([1, 2], 1.0, None, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 12 * 6 and all(line["predicted"] == pytest.approx(line["measured"]) for line in lines)
+    assert (tmp_path / "calibration.svg").read_text().count("<svg") == 1
+    out = capsys.readouterr().out
+    assert out.count("| 0.0% | 0.0% | 0.0% | 0.0% | 0 of ") == 2 and "ResNet-50 in all: dense +0.0%" in out
+
+
+@native
+def test_check_wants_a_calibration(tmp_path):
+    with pytest.raises(ValueError, match="not calibrated"):
+        check.run([1], 1.0, None, tmp_path)
+
+
+def test_figures(tmp_path, capsys):
+    figures.run(tmp_path)
+    out = capsys.readouterr().out
+    assert "Xeon E5-2697 v4: conv5 useful from 0.0197 to 0.333, at density 0.09 predicted 3.70x, the paper measured 3.4x" in out
+    assert "Atom C2750: conv5 useful from 0.0109 to 0.833, at density 0.09 predicted 9.26x, the paper measured 7.3x" in out
+    assert {file.name for file in tmp_path.iterdir()} == {"figure3.svg", "figure5.svg"}
+
+
+def test_lowering_only_reads_more():
+    conv5 = layer(384, 13, 256, 3, groups=2)
+    direct, copied = figures.Work.of(conv5, XEON_E5_2697V4), figures.lowered(conv5, XEON_E5_2697V4)
+    assert copied.tiles[0].input_bytes == 9 * direct.tiles[0].input_bytes
+    assert figures.conv_seconds(copied, 0.01, XEON_E5_2697V4) > figures.conv_seconds(conv5, 0.01, XEON_E5_2697V4)
+
+
+@pytest.mark.parametrize("shape", [
+    layer(6, 7, 8, 3, stride=2), layer(8, 6, 12, 3, groups=2), layer(5, 9, 4, 3, dilation=2), layer(7, 1, 9, 1)], ids=str)
+def test_gathered_convolution(shape):
+    draw = np.random.default_rng(0)
+    shape = shape.with_batch(2)
+    kernel = draw.standard_normal(shape.kernel_shape, np.float32) * (draw.random(shape.kernel_shape) < 0.3)
+    x = draw.standard_normal((2, shape.ih, shape.iw, shape.ic), np.float32)
+    found = gpu.gather_conv(x, *gpu.rows_of(kernel, shape.groups), shape)
+    exact = gpu._dense(x, kernel, shape)
+    # Both add at most ic * kh * kw products; each rounds by 6e-8 of the sum of their sizes.
+    size = gpu._dense(np.abs(x), np.abs(kernel), shape)
+    np.testing.assert_array_less(np.abs(found - exact), 2 * kernel[..., 0].size * 6e-8 * size + 1e-9)
+
+
+def test_gpu_table_without_a_gpu(tmp_path, capsys):
+    gpu.run(1.0, tmp_path)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len(BENCHMARK) and all(row.endswith("not measured | not measured | not measured") for row in rows)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert all(line["measured speedup"] is None and line["speedup"] > 0 for line in lines)
+
+
+def test_gpu_code_runs_on_a_cpu(monkeypatch):
+    device = jax.devices("cpu")[0]
+    monkeypatch.setattr(gpu, "BENCHMARK", [layer(8, 6, 8, 3)] * 5)
+    found = gpu.measure_machine(device)
+    assert found.isa == "cpu" and min(found.peak, found.bandwidth, found.alpha) > 0
+    row = gpu.compare(layer(8, 6, 8, 3), found, device, 0.01)
+    assert row["measured speedup"] == pytest.approx(row["measured dense"] / row["measured sparse"])
+
+
+def write_timings(folder, text=""):
+    for network, file in spdy.FILES.items():
+        body = "".join(f"{name}\n0.002 0.0000\n0.001 0.5000\n0.0005 0.9000\n" for name in spdy.shapes(network))
+        (folder / file).write_text(f"base\n0.2\nprunable\n0.1\n{body}{text}")
+
+
+@pytest.mark.skipif("avx512" not in ffi.kernels(), reason="the counts are those of the AVX-512 kernel")
+def test_spdy(tmp_path, capsys):
+    write_timings(tmp_path)
+    spdy.run(tmp_path, tmp_path)
+    out = capsys.readouterr().out
+    assert "counts of a tiled kernel, ResNet-18: sparse median" in out and "the paper's form, ResNet-50: sparse median" in out
+
+
+def test_spdy_files(tmp_path):
+    assert len(spdy.shapes("ResNet-18")) == 21 and len(spdy.shapes("ResNet-50")) == 54
+    assert spdy.shapes("ResNet-50")["layer2.0.conv2"] == layer(128, 56, 128, 3, 2).with_batch(64)
+    assert sum(s.flops for s in spdy.shapes("ResNet-18").values()) == pytest.approx(64 * 2 * 1.814e9, rel=0.01)
+    write_timings(tmp_path)
+    samples = spdy.read(tmp_path / spdy.FILES["ResNet-18"], spdy.shapes("ResNet-18"))
+    assert len(samples) == 63 and [s.density for s in samples[:3]] == [None, 0.5, pytest.approx(0.1)]
+    write_timings(tmp_path, "layer9.conv\n")
+    with pytest.raises(ValueError, match="line 89: 'layer9.conv' is neither a layer of the network nor seconds"):
+        spdy.read(tmp_path / spdy.FILES["ResNet-18"], spdy.shapes("ResNet-18"))
