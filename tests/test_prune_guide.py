@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
 from sparseflax.shapes import ConvShape
 
 MACHINES = [ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250]
+# One whose dense convolutions are bad enough that some layers are faster sparse without a single zero.
+SLOW_DENSE = replace(ATOM_C2750, name="slow when dense", alpha=0.7)
 
 
 def conv(ic, size, oc, k, n=1):
@@ -97,6 +100,33 @@ def test_leaving_out_other_layers_is_no_better(machine, speedup):
         assert own <= other * 1.01, some
 
 
+@pytest.mark.parametrize("speedup", [1.2, 1.42, 1.5, 3.0])
+def test_a_layer_without_zeros_takes_the_faster_kernel(speedup):
+    guide = prune.guided(NETWORK, SLOW_DENSE, speedup=speedup)
+    seconds = sum(min(float(conv_seconds(shape, guide.layers[name].density, SLOW_DENSE)),
+                      float(dense_seconds(shape, SLOW_DENSE)) if guide.layers[name].density == 1 else np.inf)
+                  for name, shape in NETWORK.items())
+    assert guide.seconds == pytest.approx(seconds, rel=1e-5)
+    free = {name: layer.reason for name, layer in guide.layers.items() if layer.density == 1}
+    if speedup > 1.43:
+        assert guide.speedup == pytest.approx(speedup, rel=2e-3)
+    else:
+        assert guide.speedup == pytest.approx(1 / 0.7, rel=1e-3) and "late" in free
+        assert free["late"] == "needs no zeros: the sparse kernel is 1.43x as fast without any"
+
+
+def test_a_measured_dense_time_is_what_speedups_count_from():
+    predicted = prune.guided(NETWORK, ATOM_C2750, speedup=1)
+    measured = 1.25 * predicted.dense_seconds
+    guide = prune.guided(NETWORK, ATOM_C2750, speedup=2.5, whole_seconds=measured)
+    assert guide.seconds == pytest.approx(measured / 2.5, rel=2e-3) and guide.speedup == pytest.approx(2.5, rel=2e-3)
+    assert guide.densities == pytest.approx(prune.guided(NETWORK, ATOM_C2750, speedup=2).densities, rel=1e-3)
+    highest = [float(re.search(r"the highest is ([\d.]+)", str(refusal(NETWORK, ATOM_C2750, 99, **options)))[1])
+               for options in ({"whole_seconds": measured}, {})]
+    assert highest[0] == pytest.approx(1.25 * highest[1], abs=0.02)
+    assert str(refusal(NETWORK, ATOM_C2750, 2, whole_seconds=0.0)).startswith("whole_seconds must be positive and finite")
+
+
 def test_the_papers_rules():
     guide = prune.guided(NETWORK, XEON_E5_2697V4, speedup=3, exclude={"stem"})
     assert guide.layers["stem"].reason == "dense: excluded"
@@ -131,7 +161,7 @@ LAYERS = st.builds(conv, *(st.sampled_from(sizes) for sizes in ([3, 16, 64, 256]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(LAYERS, min_size=5, max_size=5), st.sampled_from(MACHINES), st.floats(1.0, 6.0))
+@given(st.lists(LAYERS, min_size=5, max_size=5), st.sampled_from([*MACHINES, SLOW_DENSE]), st.floats(1.0, 6.0))
 def test_any_network_is_as_fast_as_asked_or_refused(layers, machine, speedup):
     shapes = {f"layer{i}": layer for i, layer in enumerate(layers)}
     try:

@@ -9,8 +9,8 @@ it, from the performance model and its gradient:
 
 with m_l = kh kw ic / groups the inputs of an output, so that m d is how many of them a layer keeps. That is what a trained
 layer seems to need: the sixteen 3x3 layers of the paper's ResNet-50, of 64 to 512 channels, kept 50 to 110 inputs each.
-A pruned layer takes t = conv_seconds, a dense one dense_seconds. At the optimum every pruned layer saves the same time per
-damage, its worth, at the margin:
+A pruned layer takes t = conv_seconds; one that is not takes dense_seconds, or conv_seconds at density 1 where that is less.
+At the optimum every pruned layer saves the same time per damage, its worth, at the margin:
 
     (dt/dd) / (1 / (m d^2)) = price
 """
@@ -40,6 +40,7 @@ def guided(
     min_density: float = 0.01,
     exclude: Collection[str] = (),
     other_seconds: float = 0.0,
+    whole_seconds: float | None = None,
 ) -> Guidance:
     """The densities at which the network runs `speedup` times as fast as dense, at the least damage.
 
@@ -49,31 +50,35 @@ def guided(
     Args:
       shapes: {layer: ConvShape} of all layers of the network (`conv_shapes`), with the batch it is to be fast at.
       machine: on which it is to be fast.
-      speedup: wanted ratio of the predicted times, at least 1.
+      speedup: wanted ratio of the time of the dense network and the predicted one, at least 1.
       min_density: no layer is pruned below it.
       exclude: layers to leave dense (often the first); their time counts.
       other_seconds: time of everything else in the network, which pruning does not change.
+      whole_seconds: time of the dense network, if it was measured; None takes the predicted one.
 
     Raises:
-      ValueError: for a speedup below 1 or out of reach (saying the highest, and which layers bound it), for a min_density
-        outside (0, 1), for excluded layers that do not exist.
+      ValueError: for a time that is not positive, for a speedup below 1 or out of reach (saying the highest, and which layers
+        bound it), for a min_density outside (0, 1), for excluded layers that do not exist.
     """
     if not 1 <= speedup < math.inf:
         raise ValueError(f"speedup must be at least 1 (the dense network) and finite, got {speedup}")
     if not 0 < min_density < 1:
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
+    if whole_seconds is not None and not 0 < whole_seconds < math.inf:
+        raise ValueError(f"whole_seconds must be positive and finite, or None to have it predicted, got {whole_seconds}")
     if missing := sorted(set(exclude) - shapes.keys()):
         raise ValueError(f"cannot exclude layers {missing}: the network has {list(shapes)}")
     if not shapes:
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
-    names, work = list(shapes), Work.stack(shapes.values())
+    names, work = list(shapes), Work.stack(shapes.values(), machine)
     inputs = np.array([shape.weights / shape.oc for shape in shapes.values()])
     dense = np.asarray(dense_seconds(work, machine), float)
     lower, upper = (np.asarray(bound, float) for bound in useful_range(work, machine))
     floor = np.clip(lower, min_density, 1.0)
     curves = _curves(work, inputs, machine, floor)
     least, fastest = _settle(0.0, curves)
+    unpruned = np.minimum(dense, curves[:, 1, -1])
 
     dense_because: dict[int, str] = {}
     for i, name in enumerate(names):
@@ -87,13 +92,15 @@ def guided(
     def reason(i: int, density: float) -> str:
         if i in dense_because:
             return f"dense: {dense_because[i]}"
+        if density == 1:
+            return f"needs no zeros: the sparse kernel is {dense[i] / unpruned[i]:.2f}x as fast without any"
         end = "min_density" if min_density > lower[i] else "the lower end of its useful range"
         stopped = f", stopped at {end}" if density < 1.001 * floor[i] else ""
         return f"useful from {lower[i]:.3f} to {upper[i]:.2f}{stopped}"
 
     pruned = np.array([i not in dense_because for i in range(len(names))])
-    best = np.where(pruned, fastest, dense)
-    total, shortest = other_seconds + dense.sum(), other_seconds + best.sum()
+    best = np.where(pruned, fastest, unpruned)
+    total, shortest = whole_seconds or other_seconds + dense.sum(), other_seconds + best.sum()
     if total / shortest < speedup:
         longest = sorted(range(len(names)), key=lambda i: -best[i])[:5]
         shares = [f"{names[i]} {best[i] / shortest:.0%} ({reason(i, float(least[i]))})" for i in longest]
@@ -104,10 +111,11 @@ def guided(
             f"where the time goes to {', '.join(shares)}"
         )
 
-    density, given_back = _least_damage(curves, dense, inputs, pruned, total / speedup - other_seconds)
+    density, given_back = _least_damage(curves, unpruned, inputs, pruned, total / speedup - other_seconds)
     dense_because |= given_back
-    sparse = np.asarray(conv_seconds(work, jnp.asarray(density, jnp.float32), machine), float)
-    seconds = np.where(density < 1, sparse, dense)
+    at = jnp.asarray(density, jnp.float32)
+    sparse, slope = jax.jvp(lambda d: conv_seconds(work, d, machine), (at,), (jnp.ones_like(at),))
+    seconds = np.where(density < 1, np.asarray(sparse, float), unpruned)
     layers = {
         name: LayerGuide(
             density=float(density[i]),
@@ -117,21 +125,22 @@ def guided(
             shape=shapes[name],
             dense_seconds=float(dense[i]),
             seconds=float(seconds[i]),
+            slope=float(slope[i]),
         )
         for i, name in enumerate(names)
     }
-    return Guidance(layers, other_seconds)
+    return Guidance(layers, other_seconds, whole_seconds)
 
 
 def _least_damage(
-    curves: np.ndarray, dense: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
+    curves: np.ndarray, unpruned: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Densities (layers,) at which all layers take `budget` seconds, and why some that could be pruned (bools) are not."""
-    best = np.where(pruned, _settle(0.0, curves)[1], dense)
+    best = np.where(pruned, _settle(0.0, curves)[1], unpruned)
 
     def solve(pruned: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        density, seconds = np.ones(len(dense)), dense.copy()
-        price, density[pruned], seconds[pruned] = _solve(curves[pruned], budget - dense[~pruned].sum())
+        density, seconds = np.ones(len(unpruned)), unpruned.copy()
+        price, density[pruned], seconds[pruned] = _solve(curves[pruned], budget - unpruned[~pruned].sum())
         return price, density, seconds, (1 / density - 1) / inputs
 
     given_back = {}
@@ -140,19 +149,19 @@ def _least_damage(
     while True:
         # Pruning a layer costs damage, at the price, and saves time. One that loses by it leaves, if the others can be fast
         # enough without it at less damage; above its break-even density it saves nothing, and always does.
-        needed = dense - best > budget - best.sum()
-        loss = np.where(may_leave & ~needed, price * damage - (dense - seconds), 0.0)
+        needed = unpruned - best > budget - best.sum()
+        loss = np.where(may_leave & ~needed, price * damage - (unpruned - seconds), 0.0)
         i = int(loss.argmax())
         if loss[i] <= 1e-6 * budget:
             return density, given_back
         may_leave[i] = False
-        without = pruned & (np.arange(len(dense)) != i)
+        without = pruned & (np.arange(len(unpruned)) != i)
         solution = solve(without)
         if solution[-1].sum() < damage.sum():
-            saved = 1 - seconds[i] / dense[i]
+            saved = 1 - seconds[i] / unpruned[i]
             saving = f"would save only {saved:.0%}" if saved > 0 else "would be slower"
             given_back[i] = f"given back, {saving} at density {density[i]:.2f}"
-            pruned, best[i] = without, dense[i]
+            pruned, best[i] = without, unpruned[i]
             price, density, seconds, damage = solution
 
 

@@ -23,7 +23,9 @@ class LayerGuide:
       lower, upper: the useful range of densities. Pruning on below `lower` saves no time worth having: stop there. A layer
         that stays above `upper` was pruned in vain: give it its dense weights back.
       shape: of the layer, if it has a performance model.
-      dense_seconds, seconds: predicted time dense and at `density`; nan without a performance model.
+      dense_seconds, seconds: predicted time dense and at `density`, where a density of 1 may run on either kernel, whichever
+        is faster; nan without a performance model.
+      slope: d(seconds)/d(density) at `density`, what pruning on would save; nan without a performance model.
     """
 
     density: float
@@ -33,6 +35,7 @@ class LayerGuide:
     shape: ConvShape | None = None
     dense_seconds: float = math.nan
     seconds: float = math.nan
+    slope: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ class Guidance:
     Attributes:
       layers: {layer: LayerGuide} in the network's order.
       other_seconds: time of everything that is not one of the layers.
+      whole_seconds: of the dense network, if it was measured.
     """
 
     layers: Mapping[str, LayerGuide]
     other_seconds: float = 0.0
+    whole_seconds: float | None = None
 
     @property
     def densities(self) -> dict[str, float]:
@@ -53,9 +58,20 @@ class Guidance:
         return {name: layer.density for name, layer in self.layers.items() if layer.density < 1}
 
     @property
+    def strengths(self) -> dict[str, float]:
+        """{layer: relative strength of the pressure on it}: its slope over their mean, 1 for all without a performance model.
+
+        The layers are those of `densities`; all others feel no pressure.
+        """
+        slopes = {name: self.layers[name].slope for name in self.densities}
+        known = [slope for slope in slopes.values() if not math.isnan(slope)]
+        mean = sum(known) / max(len(known), 1)
+        return {name: 1.0 if math.isnan(slope) or mean == 0 else slope / mean for name, slope in slopes.items()}
+
+    @property
     def dense_seconds(self) -> float:
-        """Predicted time of the dense network."""
-        return self.other_seconds + sum(layer.dense_seconds for layer in self.layers.values())
+        """Time of the dense network: measured, or else predicted."""
+        return self.whole_seconds or self.other_seconds + sum(layer.dense_seconds for layer in self.layers.values())
 
     @property
     def seconds(self) -> float:
@@ -64,7 +80,7 @@ class Guidance:
 
     @property
     def speedup(self) -> float:
-        """Predicted time dense over predicted time at the guide's densities."""
+        """Time dense over predicted time at the guide's densities."""
         return self.dense_seconds / self.seconds
 
     def __str__(self) -> str:

@@ -1,0 +1,245 @@
+"""Speed in the loss: how far each layer is pruned is learned, and the network's predicted time is what was asked for.
+
+Pruning minimises the loss plus a price on the predicted seconds T of the whole network, over the thresholds theta_l below
+which a layer's weights are removed:
+
+    minimise  sum_l damage_l(theta_l)  +  price * T(d_1, ..., d_L),    d_l = share of |w| > theta_l in layer l
+    damage_l = -log(sum of w^2 above theta_l / sum of all w^2)
+
+The damage is the share of each layer's signal that is lost, in logarithms because layers follow each other: no layer can
+pay for another one that is gone. It does not change when a layer is scaled, as batch norm allows. Densities are functions of
+the weights, and where they are differentiable the minimum is
+
+    theta_l^2 / (kept w^2 of layer l) = price * (dT/dd_l) / n_l
+
+for every layer: a weight stays if its share of the signal is worth the seconds that it costs. As the weights learn, the
+thresholds move with them.
+
+The price is a multiplier that nobody has to choose. Whenever masks are taken, it is solved for, so that T is the time that
+the ramp asks for at that step; so T does not overshoot or oscillate, as it would under a multiplier that is a step behind.
+
+Related: Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning" (ICLR 2017) stop at bounds of each
+layer's density; SPDY (Frantar and Alistarh, ICML 2022) searches densities for a time, from tables, before the training;
+STR (Kusupati et al., ICML 2020) learns thresholds under a weight decay on them, which knows no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from sparseflax.cost import Work, conv_seconds
+from sparseflax.machine import Machine
+from sparseflax.prune.guide import Guidance
+from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, kernels, map_masks
+
+GRID = 128  # densities per layer between which the worth of its weights is interpolated, evenly spaced in the logarithm
+
+
+class BudgetState(NamedTuple):
+    """State of `budget`.
+
+    Attributes:
+      count: updates so far, int32.
+      fraction: of the ramp when the masks were last taken, float32.
+      price: of a second then, in damage, float32; 0 while the network is as fast as the ramp asks without pruning.
+      seconds: predicted for the whole network with those masks, float32.
+      masks: of the guide's layers.
+    """
+
+    count: jax.Array
+    fraction: jax.Array
+    price: jax.Array
+    seconds: jax.Array
+    masks: Masks
+
+
+def budget(
+    guide: Guidance,
+    machine: Machine,
+    ramp: optax.Schedule,
+    *,
+    seconds: float | None = None,
+    every: int = 10,
+    min_density: float = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    """Prune the guide's layers by magnitude until the network takes the guide's time, its densities being learned.
+
+        guide = prune.guided(shapes, machine, speedup=3)
+        tx = optax.chain(optax.adam(1e-3), prune.budget(guide, machine, prune.ramp(100, 600)))
+
+    Must be the last transformation of a chain. Of the guide it takes the layers (those that it leaves dense stay dense), the
+    useful ranges and the time; not the densities. At fraction f of the ramp the predicted time is T_1 + f (T - T_1), with
+    T_1 that of the sparse kernels at density 1; at its end it is T, less what rounding to whole weights saves. No layer goes
+    below the lower end of its useful range or below min_density, and at the end of the ramp none is above the upper end.
+    After every `optax.apply_updates` the pruned weights are exactly zero, and masks only shrink. Momentum of pruned weights
+    is as in `prune.magnitude`.
+
+    Args:
+      guide: with a performance model (`prune.guided`).
+      machine: on which the network is to be fast; the guide's.
+      ramp: schedule from 0 (dense) to 1 (the time asked for) over optimizer steps (`prune.ramp`).
+      seconds: predicted time of the whole network to reach, of the guide's batch; the guide's own by default.
+      every: steps between two takings of the masks; the last one is at the first step at which the ramp is full.
+      min_density: no layer is pruned below it.
+
+    Raises:
+      ValueError: for a guide without performance model, a time out of reach (saying the shortest, and which layers bound it),
+        and in `init`, for a layer of the guide that has no kernel in the parameters.
+    """
+    if every < 1:
+        raise ValueError(f"every must be at least 1 step, got {every}")
+    if not 0 < min_density < 1:
+        raise ValueError(f"min_density must be in (0, 1), got {min_density}")
+    if unknown := [name for name, layer in guide.layers.items() if layer.shape is None]:
+        raise ValueError(f"the guide has no performance model of layers {unknown}: make it with prune.guided")
+    names = [name for name, layer in guide.layers.items() if layer.density < 1]
+    network = _Network.of(guide, names, machine, min_density) if names else None
+    goal = guide.seconds if seconds is None else seconds
+    if goal < (1 - 1e-4) * (network.fastest if network else guide.seconds):
+        raise ValueError(_refusal(guide, network, names, goal))
+
+    def init(params: Any) -> BudgetState:
+        return BudgetState(
+            jnp.int32(0), jnp.float32(0), jnp.float32(0), jnp.float32(guide.dense_seconds), all_kept(params, names))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, BudgetState]:
+        count = jnp.asarray(optax.safe_increment(state.count))
+        if network is None:
+            return updates, state._replace(count=count)
+        fraction = jnp.asarray(ramp(count), jnp.float32)
+        due = (fraction > state.fraction) & ((count % every == 0) | (fraction >= 1))
+
+        def take(network: _Network) -> tuple[jax.Array, jax.Array, Masks]:
+            def magnitude(_: str, mask: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
+                return jnp.where(mask, jnp.abs((p + u).astype(jnp.float32)), 0)
+
+            scores = map_masks(magnitude, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode())
+            by_layer, masks = kernels(scores), kernels(state.masks.tree)
+            kept = jnp.stack([jnp.sum(masks[name]) for name in names])
+            price, counts = network.solve([by_layer[name] for name in names], kept, fraction, goal)
+            number = dict(zip(names, counts, strict=True))
+
+            def shrink(layer: str, mask: jax.Array, score: jax.Array) -> jax.Array:
+                return keep_largest(score, number[layer], among=mask)
+
+            taken = map_masks(shrink, state.masks, scores, elsewhere=lambda score: optax.MaskedNode())
+            return price, network.seconds(counts / network.weights), Masks(taken)
+
+        price, predicted, masks = lax.cond(due, partial(take, network), lambda: (state.price, state.seconds, state.masks))
+        last = jnp.where(due, fraction, state.fraction)
+        return hold(masks, updates, params), BudgetState(count, last, price, predicted, masks)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Network(NamedTuple):
+    """The layers to prune, as arrays (layers,), and what surrounds them.
+
+    Attributes:
+      work: of the layers.
+      machine: that runs them.
+      weights: number of each layer's weights.
+      floor, ceiling: densities between which each layer ends.
+      rest: seconds of everything else.
+    """
+
+    work: Work
+    machine: Machine
+    weights: np.ndarray
+    floor: np.ndarray
+    ceiling: np.ndarray
+    rest: float
+
+    @classmethod
+    def of(cls, guide: Guidance, names: list[str], machine: Machine, min_density: float) -> _Network:
+        layers = [guide.layers[name] for name in names]
+        shapes = [layer.shape for layer in layers if layer.shape is not None]
+        ceiling = np.array([layer.upper for layer in layers], np.float32)
+        floor = np.minimum(np.array([max(layer.lower, min_density) for layer in layers], np.float32), ceiling)
+        rest = guide.seconds - sum(layer.seconds for layer in layers)
+        weights = np.array([shape.weights for shape in shapes], np.float32)
+        return cls(Work.stack(shapes, machine), machine, weights, floor, ceiling, rest)
+
+    def seconds(self, density: Any) -> jax.Array:
+        """Predicted for the whole network at these densities (layers,)."""
+        return self.rest + jnp.sum(conv_seconds(self.work, density, self.machine))
+
+    @property
+    def fastest(self) -> float:
+        return float(self.seconds(self.floor))
+
+    def solve(
+        self, magnitudes: list[jax.Array], kept: jax.Array, fraction: jax.Array, goal: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """The price at which the network takes the time of this fraction of the ramp, and how many weights each layer keeps.
+
+        Args:
+          magnitudes: |w| of each layer, 0 where pruned.
+          kept: weights (layers,) that the last masks keep.
+          fraction: of the ramp.
+          goal: seconds at its end.
+        """
+        slowest = self.seconds(np.ones_like(self.floor))
+        target = slowest + fraction * (goal - slowest)
+        top = jnp.minimum(kept / self.weights, 1 + fraction * (self.ceiling - 1))
+        bottom = jnp.minimum(self.floor, top)
+        log_density = jnp.linspace(jnp.log(bottom), jnp.log(top), GRID, axis=1)  # (layers, GRID)
+        density = jnp.exp(log_density)
+        slope = jax.vmap(jax.grad(lambda d: self.seconds(d)), 1, 1)(density)
+        damage = jnp.stack([_slope_of_damage(w, d) for w, d in zip(magnitudes, density, strict=True)])
+        # Where the worth falls with the density, the densities between are never the best: skip them.
+        worth = lax.cummax(jnp.log(damage / slope), axis=1, reverse=True)
+
+        def densities(log_price: jax.Array) -> jax.Array:
+            """At which each layer's worth is the price, between bottom and top; a step function where the worth is flat."""
+            interpolate = jax.vmap(lambda worths, logs: jnp.interp(-log_price, -worths, logs))
+            return jnp.exp(interpolate(worth, log_density))
+
+        low, high = _bisect(lambda price: self.seconds(densities(price)) <= target, jnp.min(worth) - 1, jnp.max(worth) + 1)
+        slow, fast = densities(low), densities(high)
+        _, part = _bisect(lambda x: self.seconds(slow + x * (fast - slow)) <= target, jnp.float32(0), jnp.float32(1))
+        counts = jnp.floor((slow + part * (fast - slow)) * self.weights + 1e-3).astype(jnp.int32)
+        return jnp.exp(high), jnp.clip(counts, 1, kept)
+
+
+def _slope_of_damage(magnitude: jax.Array, density: jax.Array) -> jax.Array:
+    """d(damage)/d(density), negated, of one layer at densities (GRID,): theta^2 / (kept w^2), per share of the weights."""
+    energy = jnp.square(jnp.sort(magnitude.reshape(-1), descending=True))
+    last = jnp.clip(jnp.floor(density * energy.size + 1e-3).astype(jnp.int32) - 1, 0, energy.size - 1)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.maximum(energy[last] * energy.size / jnp.maximum(jnp.cumsum(energy)[last], tiny), tiny)
+
+
+def _bisect(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The interval around the smallest number in (low, high] at which a condition holds that is true at high."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) / 2
+        good = holds(middle)
+        return jnp.where(good, low, middle), jnp.where(good, middle, high)
+
+    return lax.fori_loop(0, 40, halve, (low, high))
+
+
+def _refusal(guide: Guidance, network: _Network | None, names: list[str], goal: float) -> str:
+    """Why the time cannot be reached, with the shortest, and where it goes."""
+    shortest, times = guide.seconds, {name: layer.seconds for name, layer in guide.layers.items()}
+    if network is not None:
+        shortest = network.fastest
+        fast = np.asarray(conv_seconds(network.work, network.floor, network.machine), float)
+        times |= dict(zip(names, fast, strict=True))
+    longest = sorted(times, key=lambda name: -times[name])[:5]
+    shares = [f"{name} {times[name] / shortest:.0%} ({guide.layers[name].reason})" for name in longest]
+    if guide.other_seconds:
+        shares.append(f"everything else {guide.other_seconds / shortest:.0%}")
+    return (f"{goal * 1e6:.1f} us cannot be reached: the shortest is {shortest * 1e6:.1f} us, "
+            f"{guide.dense_seconds / shortest:.2f}x as fast as dense, where the time goes to {', '.join(shares)}")
