@@ -53,14 +53,19 @@ def following_norms(model: nnx.Module, x: Any, **call: Any) -> dict[str, str]:
                 object.__setattr__(module, "__class__", marked)
         return copy(x, **call)
 
+    return marked_norms(jax.make_jaxpr(run)(state, x).jaxpr)
+
+
+def marked_norms(jaxpr: Any) -> dict[str, str]:
+    """{path of a layer: path of the norm that can be folded into it}, from a trace whose values are named."""
     users: dict[str, set[str | None]] = defaultdict(set)  # of a layer's output: norms, None for anything else
     inputs: dict[str, set[str | None]] = defaultdict(set)  # of a norm: layers, None for anything else
-    _read(jax.make_jaxpr(run)(state, x).jaxpr, users, inputs)
+    _read(jaxpr, users, inputs)
     found = ((layer, next(iter(norms))) for layer, norms in users.items() if len(norms) == 1)
     return {layer: norm for layer, norm in found if norm is not None and inputs[norm] == {layer}}
 
 
-def fold(kernel: Any, bias: Any, norm: nnx.BatchNorm) -> tuple[np.ndarray, np.ndarray]:
+def fold(kernel: Any, bias: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """The kernel and bias that do a layer's work and the norm's, computed in float64.
 
     scale (conv(x) + bias - mean) / sqrt(var + epsilon) + shift = conv'(x) + bias'
@@ -69,7 +74,7 @@ def fold(kernel: Any, bias: Any, norm: nnx.BatchNorm) -> tuple[np.ndarray, np.nd
     Args:
       kernel: (..., oc), zeros stay zeros.
       bias: (oc,) or None.
-      norm: with running statistics (oc,).
+      norm: with `mean`, `var`, `scale`, `bias` (oc,), the last two or None, and `epsilon`.
 
     Returns:
       float32 kernel' (..., oc) and bias' (oc,).
@@ -98,10 +103,11 @@ def _has_scalable_output(layer: nnx.Module) -> bool:
         rank, stock = 2, layer.dot_general is jax.lax.dot_general
     else:
         return False
-    return stock and layer.kernel.ndim == rank and _is_float32(layer)
+    return stock and layer.kernel.ndim == rank and is_float32(layer)
 
 
-def _is_float32(layer: Any) -> bool:
+def is_float32(layer: Any) -> bool:
+    """Whether a layer or norm, nnx or Linen, computes in float32."""
     dtypes = (layer.dtype, layer.param_dtype, getattr(layer, "preferred_element_type", None))
     return all(dtype is None or jnp.dtype(dtype) == jnp.float32 for dtype in dtypes)
 
@@ -125,7 +131,7 @@ def _mark_input(norm_type: type) -> type:
         def __call__(self, x, *args, **kwargs):
             running = args[0] if args else kwargs.get("use_running_average")
             running = self.use_running_average if running is None else running
-            foldable = (norm_type.__call__ is nnx.BatchNorm.__call__ and running is True and _is_float32(self)
+            foldable = (norm_type.__call__ is nnx.BatchNorm.__call__ and running is True and is_float32(self)
                         and self.axis in (-1, x.ndim - 1) and self.mean.ndim == 1)
             return super().__call__(checkpoint_name(x, (FOLDABLE if foldable else OTHER) + self._path), *args, **kwargs)
 

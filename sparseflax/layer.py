@@ -60,29 +60,29 @@ def check(layer: Any) -> None:
 
 
 def pack_dense(layer: Any, kernel: Any, groups: int) -> PackedKernel:
-    """Packs the kernel of a dense Flax layer, times its mask; a fully connected kernel (ic, oc) as (1, 1, ic, oc)."""
+    """Packs the kernel of a dense Flax layer, times its mask."""
     if reason := unsupported(layer):
         raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
     if getattr(layer, "mask", None) is not None:
         kernel = kernel * jnp.asarray(layer.mask, kernel.dtype)
-    return pack(kernel.reshape(1, 1, *kernel.shape) if kernel.ndim == 2 else kernel, groups)
+    return pack(kernel, groups)
 
 
-def pattern_for(shape: tuple[int, int, int, int], groups: int, pattern: Pattern | None) -> Pattern:
-    """`pattern`, checked against a kernel (kh, kw, ic / groups, oc); the one that keeps every weight if it is None."""
+def pattern_for(shape: tuple[int, ...], groups: int, pattern: Pattern | None) -> Pattern:
+    """`pattern`, checked against a kernel (kh, kw, ic / groups, oc) or (ic, oc); one that keeps every weight if it is None."""
     if pattern is None:
         return _keep_all(shape, groups)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern is a {type(pattern).__name__}, wanted a Pattern: take sparseflax.pack(mask).pattern, "
                         "with a float32 mask of the kernel's shape")
-    if (pattern.shape, pattern.groups) != (shape, groups):
+    if (pattern.shape[-len(shape):], pattern.shape[:-len(shape)], pattern.groups) != (shape, (1, 1)[: 4 - len(shape)], groups):
         raise ValueError(f"pattern is for a kernel {pattern.shape} in {pattern.groups} groups, the layer has {shape} in "
                          f"{groups}: pack a mask of that shape")
     return pattern
 
 
 @functools.lru_cache(maxsize=64)
-def _keep_all(shape: tuple[int, int, int, int], groups: int) -> Pattern:
+def _keep_all(shape: tuple[int, ...], groups: int) -> Pattern:
     return pack(np.ones(shape, np.float32), groups).pattern
 
 

@@ -102,7 +102,7 @@ class SparseDense(nn.Module):
     Attributes:
       features, use_bias, dtype, param_dtype, kernel_init, bias_init: as in `linen.Dense`.
       activation: None, "relu" or "relu6", applied last.
-      pattern: the weights to keep, `sparseflax.pack(mask).pattern` with a float32 mask (1, 1, ic, oc); None keeps all.
+      pattern: the weights to keep, `sparseflax.pack(mask).pattern` with a float32 mask (ic, oc); None keeps all.
 
     Raises:
       TypeError, ValueError: when called, for another dtype than float32, or a pattern or an activation that does not fit.
@@ -151,17 +151,16 @@ class SparseDense(nn.Module):
           residual: (*batch, oc), added before the activation, or None.
         """
         sparse.check(self)
-        packed = _packed(self, (1, 1, jnp.shape(inputs)[-1], self.features), 1)
+        packed = _packed(self, (jnp.shape(inputs)[-1], self.features), 1)
         return sparse.multiply(self, packed, _bias(self), inputs, residual)
 
 
-def _packed(module: SparseConv | SparseDense, shape: tuple[int, int, int, int], groups: int) -> PackedKernel:
+def _packed(module: SparseConv | SparseDense, shape: tuple[int, ...], groups: int) -> PackedKernel:
     """The module's kernel of that dense shape; declares the param `values`."""
     pattern = sparse.pattern_for(shape, groups, module.pattern)
-    drawn = shape[2:] if isinstance(module, SparseDense) else shape
 
     def init(key):
-        return sparse.gather(module.kernel_init(key, drawn, module.param_dtype), pattern)
+        return sparse.gather(module.kernel_init(key, shape, module.param_dtype), pattern)
 
     return PackedKernel(module.param("values", init), pattern)
 

@@ -119,7 +119,7 @@ class SparseDense(fnnx.Module):
     Args:
       in_features, out_features, use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
       activation: None, "relu" or "relu6", applied last.
-      pattern: the weights to keep, `sparseflax.pack(mask).pattern` with a float32 mask (1, 1, ic, oc); None keeps all.
+      pattern: the weights to keep, `sparseflax.pack(mask).pattern` with a float32 mask (ic, oc); None keeps all.
 
     Raises:
       TypeError, ValueError: another dtype than float32, or a pattern or an activation that does not fit.
@@ -146,7 +146,7 @@ class SparseDense(fnnx.Module):
         self.param_dtype = param_dtype
         self.activation: Activation = activation
         sparse.check(self)
-        self.pattern = sparse.pattern_for((1, 1, in_features, out_features), 1, pattern)
+        self.pattern = sparse.pattern_for((in_features, out_features), 1, pattern)
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         self.values = fnnx.Param(sparse.gather(kernel, self.pattern))
         self.bias = fnnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else fnnx.data(None)

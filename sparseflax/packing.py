@@ -1,10 +1,10 @@
 """How sparse convolution weights are stored: the only writer and reader of the packed format.
 
 The kept weights stand in the order in which the kernel reads them. With groups g, channel blocks b of
-`channel_block` input channels, output channels k and taps t = (c * kh + r) * kw + s inside a block, the weight at
+`block` input channels, output channels k and taps t = (c * kh + r) * kw + s inside a block, the weight at
 (g, b, k, t) has the position
 
-    p = ((g * blocks + b) * (oc / groups) + k) * taps + t,        taps = channel_block * kh * kw
+    p = ((g * blocks + b) * (oc / groups) + k) * taps + t,        taps = block * kh * kw
 
 and the pattern is the sequence of gaps between kept positions, one byte each: a byte v < 255 skips v positions and
 keeps the next one, 255 skips 255 positions and keeps nothing. At density 0.1 a kept weight costs 5 bytes, value included.
@@ -28,6 +28,10 @@ MAX_WEIGHTS = 1 << 40  # of a dense kernel: far beyond any real one, far below w
 def channel_block(kh: int, kw: int) -> int:
     """Input channels per block: the panel of a block should stay in L1, and a visit should find a dozen kept weights."""
     return max(16, 128 // (kh * kw) // 16 * 16)
+
+
+# Of a fully connected layer: it meets every weight once, so only long visits pay, and its panel is narrow.
+DENSE_BLOCK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +174,11 @@ def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
     """Packs the non-zeros of a convolution kernel.
 
     Args:
-      kernel: concrete float32 array (kh, kw, ic / groups, oc), HWIO.
+      kernel: concrete float32 array (kh, kw, ic / groups, oc), HWIO, or (ic, oc) of a fully connected layer.
       feature_group_count: groups, as in `jax.lax.conv_general_dilated`.
 
     Returns:
-      A PackedKernel whose `unpack()` is `kernel`.
+      A PackedKernel whose `unpack()` is `kernel`, of a fully connected layer as (1, 1, ic, oc).
 
     Raises:
       TypeError: `kernel` is traced or not float32.
@@ -185,9 +189,11 @@ def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
     dense = np.asarray(kernel)
     if dense.dtype != np.float32:
         raise TypeError(f"kernel has dtype {dense.dtype}, wanted float32: cast it with kernel.astype(jnp.float32)")
-    if dense.ndim != 4:
-        raise ValueError(f"kernel has shape {dense.shape}, wanted 4 dimensions (kh, kw, ic / groups, oc): "
-                         "reshape a Dense kernel (ic, oc) to (1, 1, ic, oc)")
+    if dense.ndim not in (2, 4):
+        raise ValueError(f"kernel has shape {dense.shape}, wanted 4 dimensions (kh, kw, ic / groups, oc) of a convolution or "
+                         "2 (ic, oc) of a fully connected layer")
+    connected = dense.ndim == 2
+    dense = dense.reshape(1, 1, *dense.shape) if connected else dense
     kh, kw, icg, oc = dense.shape
     if not dense.size:
         raise ValueError(f"kernel has shape {dense.shape}, wanted no empty dimension")
@@ -196,7 +202,7 @@ def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
     if not np.isfinite(dense).all():
         raise ValueError(f"kernel holds {np.count_nonzero(~np.isfinite(dense))} non-finite weights: training diverged; "
                          "restore a checkpoint from before")
-    block = min(channel_block(kh, kw), icg)
+    block = min(DENSE_BLOCK if connected else channel_block(kh, kw), icg)
     blocks = -(-icg // block)
     # (kh, kw, c, g, k) -> (g, b, k, c, kh, kw), the last block padded with zeros
     groups = feature_group_count

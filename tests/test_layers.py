@@ -82,6 +82,13 @@ def test_any_number_of_batch_dimensions(batch):
     assert_close(sparseflax.nnx.SparseDense.from_dense(dense)(x), dense, x)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("features", [(1024, 16), (2051, 13)], ids=str)
+def test_fully_connected_layers_of_several_blocks(features, batch):
+    dense, x = linear(*features), draw(batch, features[0])
+    assert_close(sparseflax.nnx.SparseDense.from_dense(dense)(x), dense, x)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.uint8, jnp.int32], ids=lambda d: d.__name__)
 def test_narrow_inputs_are_promoted(dtype):
     x = jnp.arange(2 * 5 * 5 * 4).reshape(2, 5, 5, 4).astype(dtype)

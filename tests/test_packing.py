@@ -11,7 +11,7 @@ import pytest
 from reference import normal_kernel
 
 import sparseflax as sf
-from sparseflax.packing import SKIP, Pattern, channel_block
+from sparseflax.packing import DENSE_BLOCK, SKIP, Pattern, channel_block
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -61,6 +61,17 @@ def test_stored_order_is_the_documented_one():
             positions.append(position)
             position += 1
     assert positions == sorted(kept) and SKIP in packed.pattern.gaps
+
+
+def test_a_fully_connected_kernel_has_long_blocks():
+    """Its stored order: blocks of 1024 inputs, of a block one output after the other."""
+    kernel = normal_kernel(np.random.default_rng(0), (2500, 3), 0.01)
+    packed = sf.pack(kernel)
+    assert packed.shape == (1, 1, 2500, 3) and packed.pattern.block == DENSE_BLOCK == 1024
+    assert same_bits(packed.unpack(), kernel[None, None])
+    order = np.concatenate([kernel[first : first + 1024].T.reshape(-1) for first in (0, 1024, 2048)])
+    assert np.array_equal(packed.values, order[order != 0])
+    assert sf.pack(kernel[None, None]).pattern.block == channel_block(1, 1)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
@@ -113,7 +124,7 @@ KERNEL = np.ones((3, 3, 4, 6), np.float32)
 
 
 @pytest.mark.parametrize(("call", "error", "match"), [
-    (lambda: sf.pack(KERNEL[0]), ValueError, r"shape \(3, 4, 6\), wanted 4 dimensions .*reshape a Dense kernel"),
+    (lambda: sf.pack(KERNEL[0]), ValueError, r"shape \(3, 4, 6\), wanted 4 dimensions .* or 2 .ic, oc. of"),
     (lambda: sf.pack(KERNEL.astype(np.float64)), TypeError, r"dtype float64, wanted float32: cast it"),
     (lambda: sf.pack(KERNEL[:, :, :0]), ValueError, r"shape \(3, 3, 0, 6\), wanted no empty dimension"),
     (lambda: sf.pack(KERNEL[..., :0]), ValueError, r"shape \(3, 3, 4, 0\), wanted no empty dimension"),

@@ -21,6 +21,7 @@ from sparseflax import ffi, pack_model, plan
 from sparseflax.fold import Folded, fold
 from sparseflax.machine import ATOM_C2750
 from sparseflax.nnx import SparseConv, SparseDense
+from sparseflax.plan import MARGIN
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 RNGS = nnx.Rngs(0)
@@ -180,7 +181,8 @@ def test_packed_model_agrees_with_the_masked_dense_one(network, machine):
     planned = plan(model, x, machine)
     packed = pack_model(model, planned)
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model, nnx.Not(nnx.RngState)))
-    assert type(packed) is network and type(model) is network
+    assert isinstance(packed, network) and type(packed).__name__ == network.__name__ and type(model) is network
+    assert type(pack_model(model, planned, fuse=False)) is network
 
     kinds = {"/".join(map(str, path)): type(module) for path, module in nnx.iter_modules(packed)}
     assert {row.path: row.norm for row in planned.layers if row.norm} == NETWORKS[network]
@@ -230,20 +232,22 @@ def test_sparse_only_where_it_is_predicted_to_be_faster():
     rows = {row.path: row for row in table.layers}
     assert list(rows) == ["pruned", "unpruned", "empty", "head"], "in call order"
     for row in rows.values():
-        assert (row.choice == "sparse") == (row.sparse_seconds < row.dense_seconds)
+        assert (row.choice == "sparse") == (MARGIN * row.sparse_seconds < row.dense_seconds)
         assert row.kernel == ("sse4.2" if row.choice == "sparse" else "xla")
-    assert [row.choice for row in rows.values()] == ["sparse", "dense", "sparse", "sparse"]
+    assert [row.choice for row in rows.values()] == ["sparse", "dense", "sparse", "dense"]
     assert rows["empty"].density == 0
     speedup = sparseflax.speedup(rows["pruned"].shape, rows["pruned"].density, ATOM_C2750)
     assert rows["pruned"].reason == f"predicted {float(speedup):.3g}x"
     upper = sparseflax.useful_range(rows["unpruned"].shape, ATOM_C2750).upper
     assert rows["unpruned"].reason == f"denser than the break-even {float(upper):.2f}"
-    assert table.seconds == sum(min(row.sparse_seconds, row.dense_seconds) for row in rows.values()) < table.dense_seconds
+    assert rows["head"].reason == "predicted 1.02x, less than the margin of 1.1x"
+    seconds = [row.sparse_seconds if row.choice == "sparse" else row.dense_seconds for row in rows.values()]
+    assert table.seconds == sum(seconds) < table.dense_seconds
     assert json.loads(json.dumps(table.to_dict()))["layers"][0]["shape"]["oc"] == 16
 
     lines = str(table).splitlines()
     assert lines[0].split() == "layer shape density choice kernel dense ms sparse ms reason".split()
-    words = ("choice", "sparse", "dense", "sparse", "sparse")
+    words = ("choice", "sparse", "dense", "sparse", "dense ")
     assert len({line.find(word) for line, word in zip(lines[:5], words, strict=True)}) == 1, "columns are aligned"
     assert lines[5].startswith(f"predicted {1e3 * table.dense_seconds:.3f} ms dense") and "Atom" in lines[5]
     assert np.all(pack_model(model, table).empty.kernel.unpack() == 0)
@@ -345,8 +349,6 @@ def test_linen_models_are_planned():
     rows = plan((net, variables), x, ATOM_C2750, train=False).layers
     assert [(row.path, row.kind, row.density, row.choice) for row in rows] == [
         ("conv", "Conv", 0.25, "sparse"), ("head", "Dense", 1.0, "dense")]
-    with pytest.raises(TypeError, match="model is a tuple, wanted an nnx.Module.*sparseflax.linen.SparseConv.from_dense"):
-        pack_model((net, variables), plan((net, variables), x, ATOM_C2750, train=False))  # type: ignore[type-var]
 
 
 def test_bad_input():

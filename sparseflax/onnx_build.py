@@ -1,0 +1,262 @@
+"""ONNX's nodes turned into Flax's layers and the steps that connect them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparseflax.onnx_graph import Graph, Node
+
+ZEROS = nnx.initializers.zeros_init()
+LINEAR = ("Gemm", "MatMul")
+
+
+class Unsupported(ValueError):
+    """Why a node cannot be run."""
+
+
+class Step(NamedTuple):
+    """One operation: of the layer called `layer`, or ONNX's operator `op` with `settings`."""
+
+    op: str
+    layer: str | None
+    inputs: tuple[str, ...]
+    output: str
+    settings: tuple[tuple[str, Any], ...]
+
+
+class Network(NamedTuple):
+    """What became of a graph.
+
+    Attributes:
+      layers: nnx.Conv, nnx.Linear and nnx.BatchNorm, by name of their nodes.
+      steps: in the order in which they run.
+      outputs: names of tensors.
+      refused: nodes that cannot be run, and why.
+    """
+
+    layers: dict[str, Any]
+    steps: list[Step]
+    outputs: tuple[str, ...]
+    refused: list[str]
+
+
+def build(graph: Graph) -> Network:
+    """Turns all nodes into steps, those with weights into layers; goes on after a node that it cannot turn."""
+    builder = Builder(graph)
+    for node in graph.nodes:
+        try:
+            builder.add(node)
+        except Unsupported as reason:
+            builder.refused.append(f"{node}: {reason}")
+    return Network(builder.layers, builder.steps, tuple(builder.renamed.get(name, name) for name in graph.outputs),
+                   builder.refused)
+
+
+class Builder:
+    """The network as far as it is built."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.layers: dict[str, Any] = {}
+        self.steps: list[Step] = []
+        self.refused: list[str] = []
+        self.images: dict[str, tuple[int, int, int]] = {}  # a tensor flattened in our order: (h, w, c) of its images
+        self.renamed: dict[str, str] = {}  # the output of an addition that became a bias: the layer's output
+        self.makers = {node.outputs[0]: node for node in graph.nodes if node.outputs}
+        self.uses = Counter([*graph.outputs, *(name for node in graph.nodes for name in node.inputs)])
+
+    def add(self, node: Node) -> None:
+        if node.domain or node.op not in BUILDERS:
+            raise Unsupported("unknown operator")
+        if len(node.outputs) != 1:
+            raise Unsupported(f"{len(node.outputs)} outputs, wanted one")
+        if node.op == "Add" and self._as_bias(node):
+            return
+        built = BUILDERS[node.op](self, node)
+        layer, settings = (None, built) if isinstance(built, dict) else (built, {})
+        inputs = node.inputs if node.op in ("Add", "Concat") else node.inputs[:1]  # the others are weights and settings
+        if constant := [name for name in inputs if name in self.graph.constants]:
+            raise Unsupported(f"its input {constant[0]!r} is a constant, wanted a tensor that is computed")
+        if layer is not None:
+            self.layers[node.name] = layer
+        names = tuple(self.renamed.get(name, name) for name in inputs)
+        self.steps.append(Step(node.op, None if layer is None else node.name, names, node.outputs[0],
+                               tuple(sorted(settings.items()))))
+
+    def constant(self, node: Node, index: int, what: str, rank: int | None = None) -> np.ndarray:
+        """The node's input `index`, which has to be a constant; weights have a rank and are float32."""
+        value = self.graph.constants.get(node.inputs[index]) if index < len(node.inputs) else None
+        if value is None:
+            raise Unsupported(f"its {what} is computed, wanted a constant")
+        if rank is not None and value.dtype != np.float32:
+            raise Unsupported(f"its {what} is {value.dtype}, wanted float32")
+        if rank is not None and value.ndim != rank:
+            raise Unsupported(f"its {what} has shape {value.shape}, wanted {rank} dimensions")
+        return value
+
+    def bias(self, node: Node, index: int, features: int) -> np.ndarray | None:
+        """The node's input `index` as (features,); None where there is none."""
+        if index >= len(node.inputs) or not node.inputs[index]:
+            return None
+        value = self.constant(node, index, "bias")
+        if value.dtype != np.float32 or value.size not in (1, features) or value.shape[-1:] not in ((), (1,), (features,)):
+            raise Unsupported(f"its bias is {value.dtype} of shape {value.shape}, wanted float32 ({features},)")
+        return np.broadcast_to(value.reshape(-1), (features,))
+
+    def linear(self, node: Node, kernel: np.ndarray, bias: np.ndarray | None) -> nnx.Linear:
+        """A fully connected layer (ic, oc); its rows put in our order where it takes flattened images."""
+        if (image := self.images.get(node.inputs[0])) is not None:
+            h, w, c = image
+            kernel = kernel.reshape(c, h, w, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+        layer = nnx.Linear(*kernel.shape, use_bias=bias is not None, kernel_init=ZEROS, rngs=nnx.Rngs(0))
+        return _filled(layer, kernel=kernel, bias=bias)
+
+    def _as_bias(self, node: Node) -> bool:
+        """Puts a constant that is added to a layer's output into the layer, if it has no bias yet."""
+        for tensor, constant in (node.inputs, node.inputs[::-1]):
+            maker = self.makers.get(tensor)
+            layer = self.layers.get(maker.name) if maker else None
+            value = self.graph.constants.get(constant)
+            if not isinstance(layer, nnx.Conv | nnx.Linear) or value is None or layer.bias is not None:
+                continue
+            trailing = (1, 1) if isinstance(layer, nnx.Conv) else ()
+            vector = value.reshape(value.shape[:-2]) if trailing and value.shape[-2:] == trailing else value
+            if trailing and vector is value and value.size > 1:
+                continue
+            if (self.uses[tensor] == 1 and value.dtype == np.float32 and vector.size in (1, layer.out_features)
+                    and vector.shape[-1:] in ((), (1,), (layer.out_features,)) and vector.ndim <= 2):
+                layer.use_bias = True
+                _filled(layer, bias=np.broadcast_to(vector.reshape(-1), (layer.out_features,)))
+                self.renamed[node.outputs[0]] = tensor
+                return True
+        return False
+
+
+def _conv(builder: Builder, node: Node) -> nnx.Conv:
+    kernel, groups = builder.constant(node, 1, "kernel", 4), node.attributes.get("group", 1)
+    oc, icg, *size = kernel.shape
+    window = _window(node, size)
+    if tuple(window["kernel_shape"]) != tuple(size):
+        raise Unsupported(f"its kernel_shape is {window['kernel_shape']}, its kernel {kernel.shape}")
+    top, left, bottom, right = window["pads"]
+    padding: Any = {"NOTSET": ((top, bottom), (left, right)), "SAME_UPPER": "SAME"}.get(window["auto_pad"], window["auto_pad"])
+    bias = builder.bias(node, 2, oc)
+    layer = nnx.Conv(icg * groups, oc, size, window["strides"], padding=padding, kernel_dilation=window["dilations"],
+                     feature_group_count=groups, use_bias=bias is not None, kernel_init=ZEROS, rngs=nnx.Rngs(0))
+    return _filled(layer, kernel=kernel.transpose(2, 3, 1, 0), bias=bias)
+
+
+def _gemm(builder: Builder, node: Node) -> nnx.Linear:
+    if node.attributes.get("transA", 0):
+        raise Unsupported("transA=1, wanted 0")
+    kernel = builder.constant(node, 1, "B", 2)
+    kernel = np.float32(node.attributes.get("alpha", 1.0)) * (kernel.T if node.attributes.get("transB", 0) else kernel)
+    bias = builder.bias(node, 2, kernel.shape[1])
+    return builder.linear(node, kernel, None if bias is None else np.float32(node.attributes.get("beta", 1.0)) * bias)
+
+
+def _matmul(builder: Builder, node: Node) -> nnx.Linear:
+    if len(builder.graph.shapes.get(node.inputs[0], (0, 0))) != 2:
+        raise Unsupported(f"its input has shape {builder.graph.shapes[node.inputs[0]]}, wanted (n, features)")
+    return builder.linear(node, builder.constant(node, 1, "right side", 2), None)
+
+
+def _norm(builder: Builder, node: Node) -> nnx.BatchNorm:
+    if node.attributes.get("training_mode", 0) or not node.attributes.get("spatial", 1):
+        raise Unsupported("training_mode=1 or spatial=0, wanted a norm per channel with its running statistics")
+    scale, bias, mean, var = (builder.constant(node, i, name, 1) for i, name in enumerate(("scale", "B", "mean", "var"), 1))
+    layer = nnx.BatchNorm(scale.size, use_running_average=True, epsilon=node.attributes.get("epsilon", 1e-5), rngs=nnx.Rngs(0))
+    return _filled(layer, scale=scale, bias=bias, mean=mean, var=var)
+
+
+def _none(builder: Builder, node: Node) -> dict[str, Any]:
+    return {}
+
+
+def _clip(builder: Builder, node: Node) -> dict[str, Any]:
+    bounds = {name: node.attributes.get(name, default) for name, default in (("min", -np.inf), ("max", np.inf))}
+    for index, name in enumerate(bounds, 1):
+        if index < len(node.inputs) and node.inputs[index]:
+            bounds[name] = builder.constant(node, index, name).item()
+    return {"low": float(bounds["min"]), "high": float(bounds["max"])}
+
+
+def _max_pool(builder: Builder, node: Node) -> dict[str, Any]:
+    return _window(node) | {"ceil_mode": bool(node.attributes.get("ceil_mode", 0))}
+
+
+def _average_pool(builder: Builder, node: Node) -> dict[str, Any]:
+    return _max_pool(builder, node) | {"count_include_pad": bool(node.attributes.get("count_include_pad", 0))}
+
+
+def _window(node: Node, size: Any = ()) -> dict[str, Any]:
+    """What convolutions and pools have in common, with ONNX's defaults."""
+    given = {"kernel_shape": size, "strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)} | node.attributes
+    window = {name: tuple(given[name]) for name in ("kernel_shape", "strides", "dilations", "pads")}
+    if len(window["kernel_shape"]) != 2:
+        raise Unsupported(f"kernel_shape={window['kernel_shape']}, wanted two dimensions")
+    if min(window["pads"]) < 0:
+        raise Unsupported(f"pads={window['pads']}, wanted none below 0")
+    return window | {"auto_pad": node.attributes.get("auto_pad", "NOTSET")}
+
+
+def _concat(builder: Builder, node: Node) -> dict[str, Any]:
+    return {"axis": node.attributes["axis"]}
+
+
+def _flatten(builder: Builder, node: Node) -> dict[str, Any]:
+    if node.attributes.get("axis", 1) != 1:
+        raise Unsupported(f"axis={node.attributes['axis']}, wanted 1: (n, features)")
+    return _image(builder, node)
+
+
+def _reshape(builder: Builder, node: Node) -> dict[str, Any]:
+    shape = [int(size) for size in builder.constant(node, 1, "shape")]
+    batch = builder.graph.shapes.get(node.inputs[0], (None,))[0]
+    if len(shape) != 2 or shape[0] not in (0, -1, batch) or min(shape[0], shape[1]) < -1 or shape[1] == 0:
+        raise Unsupported(f"shape={shape}, wanted (n, features): [0, -1]")
+    return _image(builder, node) | ({"features": shape[1]} if shape[1] > 0 else {})
+
+
+def _image(builder: Builder, node: Node) -> dict[str, Any]:
+    """Leaves images in our order if nothing but fully connected layers takes them: their rows are put in this order too."""
+    users = [user for user in builder.graph.nodes if node.outputs[0] in user.inputs]
+    _, *image = builder.graph.shapes.get(node.inputs[0], (None,))
+    if len(image) != 3 or None in image or node.outputs[0] in builder.graph.outputs or any(
+            user.domain or user.op not in LINEAR or user.inputs[0] != node.outputs[0] for user in users):
+        return {}
+    c, h, w = image
+    builder.images[node.outputs[0]] = h, w, c  # type: ignore[assignment]
+    return {"image": (h, w, c)}
+
+
+def _softmax(builder: Builder, node: Node) -> dict[str, Any]:
+    joint = builder.graph.opset < 13
+    return {"axis": node.attributes.get("axis", 1 if joint else -1), "joint": joint}
+
+
+def _lrn(builder: Builder, node: Node) -> dict[str, Any]:
+    return {"alpha": 1e-4, "beta": 0.75, "bias": 1.0} | node.attributes
+
+
+# By ONNX's name: a layer, or settings of one of sparseflax.onnx_ops.
+BUILDERS: dict[str, Callable[[Builder, Node], Any]] = {
+    "Add": _none, "AveragePool": _average_pool, "BatchNormalization": _norm, "Clip": _clip, "Concat": _concat, "Conv": _conv,
+    "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _none, "LRN": _lrn, "MatMul": _matmul, "MaxPool": _max_pool,
+    "Relu": _none, "Reshape": _reshape, "Softmax": _softmax,
+}
+
+
+def _filled(layer: Any, **arrays: np.ndarray | None) -> Any:
+    """`layer` with these weights."""
+    for name, array in arrays.items():
+        if array is not None:
+            kind = nnx.BatchStat if name in ("mean", "var") else nnx.Param
+            setattr(layer, name, kind(jnp.asarray(np.ascontiguousarray(array))))
+    return layer

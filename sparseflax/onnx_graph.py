@@ -1,0 +1,179 @@
+"""An ONNX file read and checked: nodes in an order in which they can run, and all constants, dense."""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+OLDEST = 7  # operator set: before it, broadcasting and batch norm were other operators
+
+
+class Node(NamedTuple):
+    """One operator. `name` is unique in the graph and can be an attribute's; `domain` is "" for ONNX's own operators."""
+
+    op: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{f'{self.domain}.' if self.domain else ''}{self.op} {self.name!r}"
+
+
+class Graph(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      input: name of what is not constant.
+      outputs: their names.
+      nodes: each after those whose outputs it takes; without Constant and Identity, and without Dropout, at inference.
+      constants: by name, initializers and Constant nodes.
+      shapes: of the tensors as far as the file or onnx tell, ONNX's own NCHW order; None for an open size.
+      opset: version of ONNX's operators.
+    """
+
+    input: str
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    constants: dict[str, np.ndarray]
+    shapes: dict[str, tuple[int | None, ...]]
+    opset: int
+
+
+def read(path: str | PathLike[str]) -> Graph:
+    """Reads and checks a file.
+
+    Raises:
+      ImportError: the package onnx is not installed.
+      FileNotFoundError: no such file.
+      ValueError: it is no ONNX model, is incomplete, or has a cycle.
+    """
+    onnx = _package()
+    path = Path(path)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # protobuf's DecodeError, which only protobuf exports
+        raise ValueError(f"{path} is no ONNX model ({type(error).__name__}: {error}): is it whole?") from error
+    if not model.graph.node or not model.graph.output:
+        raise ValueError(f"{path} holds no ONNX graph: is it whole?")
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # FileNotFoundError, or onnx's ValidationError for a path that leads elsewhere
+        raise ValueError(f"weights of {path} lie in another file that cannot be read ({error}): put it beside the "
+                         "model") from error
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    opset = versions.get("", versions.get("ai.onnx", 0))
+    if opset < OLDEST:
+        raise ValueError(f"{path} uses operator set {opset}, wanted {OLDEST} or later: convert it by onnx.version_converter")
+    constants = _initializers(onnx, model.graph)
+    alias: dict[str, str] = {}
+    nodes = list(_nodes(onnx, model.graph, constants, alias))
+    nodes = [node._replace(inputs=tuple(_follow(alias, name) for name in node.inputs)) for node in nodes]
+    inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
+    if len(inputs) != 1:
+        raise ValueError(f"{path} takes {inputs or 'nothing'}, wanted one input besides the weights")
+    outputs = tuple(_follow(alias, entry.name) for entry in model.graph.output)
+    return Graph(inputs[0], outputs, _ordered(nodes, {*inputs, *constants}, outputs), constants, _shapes(onnx, model), opset)
+
+
+def _package() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError("reading ONNX models needs the package onnx: pip install 'sparseflax[onnx]'") from error
+    return onnx
+
+
+def _initializers(onnx: Any, graph: Any) -> dict[str, np.ndarray]:
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    return found | {tensor.values.name: _dense(onnx, tensor) for tensor in graph.sparse_initializer}
+
+
+def _dense(onnx: Any, tensor: Any) -> np.ndarray:
+    """A SparseTensorProto, its indices (nnz,) into the flattened tensor or (nnz, rank)."""
+    values, indices = onnx.numpy_helper.to_array(tensor.values), onnx.numpy_helper.to_array(tensor.indices)
+    dense = np.zeros(tuple(tensor.dims), values.dtype)
+    if indices.ndim == 2:
+        indices = np.ravel_multi_index(tuple(indices.T), dense.shape)  # ValueError beyond the shape
+    if indices.size and not 0 <= indices.min() <= indices.max() < dense.size:
+        raise ValueError(f"the sparse initializer {tensor.values.name!r} of shape {dense.shape} has indices beyond it")
+    dense.reshape(-1)[indices] = values
+    return dense
+
+
+def _nodes(onnx: Any, graph: Any, constants: dict[str, np.ndarray], alias: dict[str, str]) -> Iterable[Node]:
+    """The nodes that compute; notes what the others stand for in `constants` and `alias`."""
+    taken: set[str] = set()
+    for index, proto in enumerate(graph.node):
+        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in proto.attribute}
+        attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
+        name = (proto.name or next(iter(proto.output), "")).strip("/").replace("/", ".") or f"{proto.op_type}_{index}"
+        name = name if name not in taken else f"{name}_{index}"
+        taken.add(name)
+        node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, tuple(proto.input),
+                    tuple(name for name in proto.output if name), attributes)
+        if (node.domain, node.op, len(node.outputs)) == ("", "Constant", 1) and (value := _value(onnx, attributes)) is not None:
+            constants[node.outputs[0]] = value
+        elif node.domain == "" and node.op in ("Identity", "Dropout") and len(proto.output) == 1 and len(node.inputs) < 3:
+            alias[proto.output[0]] = next(iter(node.inputs), "")  # a third input of Dropout may ask for training
+        else:
+            yield node
+
+
+def _value(onnx: Any, attributes: dict[str, Any]) -> np.ndarray | None:
+    """Of a Constant node; None for strings."""
+    for name, value in attributes.items():
+        if name == "value":
+            return onnx.numpy_helper.to_array(value)
+        if name == "sparse_value":
+            return _dense(onnx, value)
+        if name in ("value_float", "value_floats"):
+            return np.asarray(value, np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.asarray(value, np.int64)
+    return None
+
+
+def _follow(alias: dict[str, str], name: str) -> str:
+    seen = {name}
+    while name in alias:
+        name = alias[name]
+        if name in seen:
+            raise ValueError(f"the graph has a cycle through {name!r}: it was damaged, export it again")
+        seen.add(name)
+    return name
+
+
+def _ordered(nodes: list[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """The nodes, each after those that it needs."""
+    maker = {output: node.name for node in nodes for output in node.outputs}
+    missing = {name: str(node) for node in nodes for name in node.inputs if name and name not in maker and name not in known}
+    missing |= {name: "the graph's output" for name in outputs if name not in maker and name not in known}
+    if missing:
+        wanted = ", ".join(f"{name!r} of {user}" for name, user in missing.items())
+        raise ValueError(f"nothing in the graph makes or holds {wanted}: an initializer is missing, export the model with them")
+    order = graphlib.TopologicalSorter({node.name: {maker[i]: None for i in node.inputs if i in maker} for node in nodes})
+    by_name = {node.name: node for node in nodes}
+    try:
+        return tuple(by_name[name] for name in order.static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"the graph has a cycle through {' -> '.join(error.args[1])}: it was damaged, export it "
+                         "again") from None
+
+
+def _shapes(onnx: Any, model: Any) -> dict[str, tuple[int | None, ...]]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # it gives up on operators that it does not know: these are refused later, all at once
+        graph = model.graph
+    return {entry.name: tuple(dim.dim_value or None for dim in entry.type.tensor_type.shape.dim)
+            for entry in (*graph.input, *graph.value_info, *graph.output) if entry.type.tensor_type.HasField("shape")}

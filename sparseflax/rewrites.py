@@ -1,0 +1,149 @@
+"""What XLA:CPU compiles badly, written so that it compiles well: pooling, grouped and depthwise convolutions, some powers.
+
+Each function takes an equation of a jaxpr and its operands, and returns the same result computed in another way, or None
+where the equation is better left as it is. All are for float32, and for the CPU: on other devices XLA has better ways.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import primitives
+
+MAX_SLICES = 4  # of a pooling window along one dimension: more of them cost more than a loop over the window
+MAX_TAPS = 64  # of a depthwise kernel, each of them code
+MAX_GROUPS = 64  # each of them a convolution of its own; beyond, they are too small to gain
+MAX_PADDED_TAPS = 9  # of a strided depthwise kernel: with more, padding each costs more than padding the image once
+COMBINE: dict[Any, Any] = {primitives.reduce_window_max_p: jnp.maximum, primitives.reduce_window_min_p: jnp.minimum,
+                           primitives.reduce_window_sum_p: jnp.add}
+
+
+def pool(equation: Any, x: jax.Array) -> jax.Array | None:
+    """A maximum, minimum or sum over windows, one dimension after the other.
+
+    Padded dimensions keep a reduce_window, now of one dimension; others combine strided slices. Sums round differently.
+
+    Args:
+      equation: reduce_window_max, _min or _sum.
+      x: its operand, of any shape.
+    """
+    params, shape = equation.params, equation.outvars[0].aval.shape
+    windows, strides, padding = (params[name] for name in ("window_dimensions", "window_strides", "padding"))
+    axes = [axis for axis, what in enumerate(zip(windows, strides, padding, strict=True)) if what != (1, 1, (0, 0))]
+    if x.dtype != jnp.float32 or set(params["base_dilation"]) != {1}:
+        return None
+    sliced = [axis for axis in axes if _sliceable(x.shape[axis], shape[axis], padding[axis], windows[axis])]
+    if len(axes) == 1 and not sliced:
+        return None
+    for axis in axes:
+        if axis in sliced:
+            dilation = params["window_dilation"][axis]
+            slices = [_tap(x, axis, i * dilation, strides[axis], shape[axis]) for i in range(windows[axis])]
+            x = functools.reduce(COMBINE[equation.primitive], slices)
+        else:
+            x = equation.primitive.bind(x, **{name: _only(axis, params[name], neutral) for name, neutral in (
+                ("window_dimensions", 1), ("window_strides", 1), ("padding", (0, 0)), ("base_dilation", 1),
+                ("window_dilation", 1))})
+    return x
+
+
+def convolve(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | None:
+    """A dense grouped convolution as one convolution per group; a depthwise one as a sum of shifted images.
+
+    depthwise: y[n,i,j,c] = sum_{r,s} x[n, i*sh + r*dh - ph, j*sw + s*dw - pw, c] w[r,s,0,c]
+
+    Args:
+      equation: conv_general_dilated.
+      x, kernel: its operands; a depthwise convolution is rewritten for NHWC and HWIO only.
+    """
+    params = equation.params
+    groups, layout = params["feature_group_count"], params["dimension_numbers"]
+    float32 = x.dtype == kernel.dtype == equation.outvars[0].aval.dtype == jnp.float32
+    if groups == 1 or params["batch_group_count"] != 1 or not float32:
+        return None
+    if groups == x.shape[layout.lhs_spec[1]] == kernel.shape[layout.rhs_spec[0]]:
+        return _depthwise(equation, x, kernel)
+    if groups > MAX_GROUPS:
+        return None
+    channels, outputs = layout.lhs_spec[1], layout.rhs_spec[0]
+    pairs = zip(jnp.split(x, groups, channels), jnp.split(kernel, groups, outputs), strict=True)
+    alone = params | {"feature_group_count": 1}
+    return jnp.concatenate([equation.primitive.bind(*pair, **alone) for pair in pairs], layout.out_spec[1])
+
+
+def power(_, x: jax.Array, exponent: Any) -> jax.Array | None:
+    """x to the power of a quarter, a half, three quarters, or of minus these, by square roots; local response
+    normalization takes most of its time in one.
+
+    Args:
+      x: the first operand of pow, of any shape.
+      exponent: the second; only a number counts.
+    """
+    if isinstance(exponent, Tracer) or np.ndim(exponent) or x.dtype != jnp.float32 or abs(exponent) not in (0.25, 0.5, 0.75):
+        return None
+    x = jnp.where(x == -np.inf, np.float32(np.inf), x)  # what pow makes of it, as the abs is for -0
+    root = jnp.abs(jnp.sqrt(x))
+    y = {0.25: jnp.sqrt(root), 0.5: root, 0.75: root * jnp.sqrt(root)}[abs(float(exponent))]
+    return 1 / y if exponent < 0 else y
+
+
+def _depthwise(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | None:
+    params = equation.params
+    layout, strides, pads, dilation = (params[name] for name in (
+        "dimension_numbers", "window_strides", "padding", "rhs_dilation"))
+    shape = equation.outvars[0].aval.shape
+    nhwc = layout.lhs_spec == layout.out_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
+    if not nhwc or params["lhs_dilation"] != (1, 1) or min(min(pad) for pad in pads) < 0:
+        return None
+    kh, kw, _, channels = kernel.shape
+    sizes = (*x.shape[1:3], *shape[1:3])
+    if kh * kw > MAX_TAPS or not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    # Where a strided image is read once per tap, its padded copy would cost more than everything else.
+    pad_taps = min(strides) > 1 and kh * kw <= MAX_PADDED_TAPS
+    if not pad_taps:
+        x, pads = jnp.pad(x, ((0, 0), *pads, (0, 0))), ((0, 0), (0, 0))
+    terms = []
+    for r in range(kh):
+        rows = _padded_tap(x, 1, r * dilation[0] - pads[0][0], strides[0], shape[1])
+        for s in range(kw):
+            tap = _padded_tap(rows, 2, s * dilation[1] - pads[1][0], strides[1], shape[2])
+            terms.append(tap * kernel[r, s].reshape(1, 1, 1, channels))
+    return functools.reduce(operator.add, terms)
+
+
+def _sliceable(size: Any, count: Any, padding: tuple[int, int], window: int) -> bool:
+    return isinstance(size, int) and count > 0 and padding == (0, 0) and window <= MAX_SLICES
+
+
+def _only(axis: int, values: Any, neutral: Any) -> tuple[Any, ...]:
+    """`values` with all but one of them neutral."""
+    return tuple(value if index == axis else neutral for index, value in enumerate(values))
+
+
+def _tap(x: jax.Array, axis: int, start: int, stride: int, count: int) -> jax.Array:
+    """x at start, start + stride, ...: `count` positions along one axis."""
+    return jax.lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
+
+
+def _padded_tap(x: jax.Array, axis: int, start: int, stride: int, count: int) -> jax.Array:
+    """The same with zeros where a position lies outside."""
+    first = max(0, -(start // stride))
+    last = min(count, (x.shape[axis] - 1 - start) // stride + 1)
+    if first >= last:  # all of it does
+        return jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1:]), x.dtype)
+    x = _tap(x, axis, start + first * stride, stride, last - first)
+    if (first, last) == (0, count):
+        return x
+    return jax.lax.pad(x, np.float32(0), [(first, count - last, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)])
+
+
+REWRITES: dict[Any, Callable[..., Any]] = {
+    primitives.conv_general_dilated_p: convolve, primitives.pow_p: power, **dict.fromkeys(COMBINE, pool)}

@@ -1,0 +1,190 @@
+"""A packed network as a file: its arrays and its plan, without any code, read back into the model's structure."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+import typing
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparseflax.nnx import SparseConv, SparseDense
+from sparseflax.packing import PackedKernel
+from sparseflax.plan import Plan, elsewhere, pack_model
+from sparseflax.safetensors import seal, unseal, write
+
+Model = TypeVar("Model", bound=nnx.Module)
+PATTERN = ("gaps", "layout")  # what a sparse layer stores beside its values: arrays of PackedKernel.to_arrays
+
+
+def save(path: str | os.PathLike[str], packed: nnx.Module, plan: Plan) -> None:
+    """Writes a packed network and its plan, whole or not at all; `load` is the inverse.
+
+    A kept weight takes 5 bytes, where a dense one takes 4. The file is a safetensors file: "conv1/values" (nnz,),
+    "conv1/gaps" and "conv1/layout" of a sparse layer, and every other array of the model by its path, but random state.
+
+    Args:
+      path: the file, which is replaced.
+      packed: from `pack_model(model, plan)`, fine-tuned or not.
+      plan: what it was packed by.
+
+    Raises:
+      TypeError: `plan` is no Plan, or the model holds arrays that the format does not have.
+      ValueError: the model was not packed by this plan.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is a {type(plan).__name__}, wanted the one that the model was packed by")
+    layers = dict(_sparse_layers(packed))
+    planned = {row.path for row in plan.layers if row.choice == "sparse"}
+    if set(layers) != planned:
+        raise ValueError(f"the model was not packed by this plan: its sparse layers are {sorted(layers)}, the plan has "
+                         f"{sorted(planned)}")
+    arrays = {name: _value(leaf) for name, (_, leaf) in _leaves(packed).items()}
+    for name, layer in layers.items():
+        packed_arrays = layer.kernel.to_arrays()
+        arrays |= {f"{name}/{part}": packed_arrays[part] for part in PATTERN}
+    write(path, seal("network", arrays, {"plan": json.dumps(plan.to_dict())}))
+
+
+def load(path: str | os.PathLike[str], model: Model) -> tuple[Model, Plan]:
+    """A packed network from its file, and its plan.
+
+    A file from another machine computes the same here, perhaps not as fast: a RuntimeWarning names both.
+
+    Args:
+      path: a file that `save` wrote.
+      model: the dense module that was packed, for its structure: its weights do not count, and may be abstract
+        (`nnx.eval_shape(lambda: Net(rngs))`).
+
+    Returns:
+      (packed, plan): a new module as from `pack_model`, in evaluation mode, to be called or given to `jax.jit`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      TypeError: `model` is no nnx module.
+      ValueError: the file is cut, damaged, edited, of another version, or does not fit the model; names all that do not.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}, wanted the nnx.Module that was packed")
+    try:
+        tensors, metadata = unseal("network", Path(path).read_bytes())
+        plan = _decode(Plan, json.loads(metadata.get("plan", "null")))
+    except (ArithmeticError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is no packed network: {error}") from error
+    try:
+        packed = pack_model(_blank(model), plan)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the plan may have been edited
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    wrong = _fill(packed, tensors)
+    if wrong:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong)}")
+    away = elsewhere(plan.machine)
+    if away:
+        warnings.warn(f"{path} was packed {away}: its outputs are right, but its layers were chosen for the other machine; "
+                      "plan and pack the dense model here, so that none is slower than dense", RuntimeWarning, stacklevel=2)
+    return packed, plan
+
+
+def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, SparseConv | SparseDense]]:
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, (SparseConv, SparseDense)):
+            yield "/".join(map(str, path)), module
+
+
+def _leaves(model: nnx.Module) -> dict[str, tuple[tuple[Any, ...], Any]]:
+    """{name: (path, Variable or array)} of all that is stored of a model but patterns."""
+    return {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))
+            if not isinstance(leaf, nnx.RngState)}
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _with_value(leaf: Any, value: Any) -> Any:
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+
+def _blank(model: Model) -> Model:
+    """A copy with kernels of zeros, and ones elsewhere, that take no memory; concrete random state is kept."""
+    graphdef, state = nnx.split(model)
+
+    def blank(path, leaf: Any) -> Any:
+        if isinstance(leaf, nnx.RngState) and not isinstance(_value(leaf), jax.ShapeDtypeStruct):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return _with_value(leaf, jnp.broadcast_to(jax.random.key(0), leaf.shape))
+        return _with_value(leaf, np.broadcast_to(np.asarray(path[-1] != "kernel", leaf.dtype), leaf.shape))
+
+    return nnx.merge(graphdef, nnx.from_flat_state([(path, blank(path, leaf)) for path, leaf in nnx.to_flat_state(state)]))
+
+
+def _fill(packed: nnx.Module, tensors: dict[str, np.ndarray]) -> list[str]:
+    """Gives a packed model its arrays; returns what does not fit, in words."""
+    tensors, wrong = dict(tensors), []
+    for name, layer in _sparse_layers(packed):
+        stored = {part: tensors.pop(f"{name}/{part}") for part in PATTERN if f"{name}/{part}" in tensors}
+        values = f"{name}/values"
+        try:
+            kernel = PackedKernel.from_arrays(stored | ({"values": tensors[values]} if values in tensors else {}))
+            if (kernel.shape, kernel.groups) != (layer.pattern.shape, layer.pattern.groups):
+                raise ValueError(f"its kernel is {kernel.shape} in {kernel.groups} groups, the model's "
+                                 f"{layer.pattern.shape} in {layer.pattern.groups}")
+        except ValueError as error:
+            wrong.append(f"{name!r}: {error}")
+            tensors[values] = np.asarray(layer.values[...])  # told already
+        else:
+            layer.pattern = kernel.pattern
+            layer.values.set_value(kernel.values)
+    found = _leaves(packed)
+    wrong += [f"{name!r} is not in the model" for name in tensors if name not in found]
+    wrong += [f"{name!r} is missing" for name in found if name not in tensors]
+    wrong += [f"{name!r} is {tensors[name].dtype}{list(tensors[name].shape)}, the model has {leaf.dtype}{list(leaf.shape)}"
+              for name, (_, leaf) in found.items()
+              if name in tensors and (tensors[name].shape, tensors[name].dtype) != (leaf.shape, leaf.dtype)]
+    if not wrong:
+        nnx.update(packed, nnx.from_flat_state([(path, _with_value(leaf, jnp.asarray(tensors[name])))
+                                                for name, (path, leaf) in found.items()]))
+    return wrong
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """What JSON made of a value of the type `kind`, back: a dataclass, a NamedTuple, a tuple, a number or a text.
+
+    Raises:
+      ValueError: it is none.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    names = getattr(kind, "_fields", None)
+    if names and isinstance(value, list) and len(value) == len(names):
+        return kind(*map(_decode, typing.get_type_hints(kind).values(), value))
+    if is_dataclass(kind) and isinstance(value, dict):
+        known, hints = {field.name for field in fields(kind)}, typing.get_type_hints(kind)
+        if value.keys() != known:
+            raise ValueError(f"a {kind.__name__} with {sorted(value.keys() ^ known)} missing or unknown")  # type: ignore
+        return kind(**{name: _decode(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
+    if origin is tuple and isinstance(value, list):
+        parts = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(parts) == len(value):
+            return tuple(map(_decode, parts, value))
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if (value is None) == (option is types.NoneType):
+                return None if value is None else _decode(option, value)
+    if origin is typing.Literal and value in arguments:
+        return value
+    if kind in (float, typing.Any) and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return value if kind is typing.Any else float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise ValueError(f"{str(value)[:100]!r} in its plan is no {kind}")

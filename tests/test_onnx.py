@@ -1,0 +1,312 @@
+"""ONNX networks: every operator against ONNX Runtime, layouts, folding and packing, and what is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sparseflax
+from experiments.export_onnx import to_onnx
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, resnet18, resnet50
+from experiments.networks import Spec, pruned
+from sparseflax import onnx as sparse_onnx
+from sparseflax.onnx import load_onnx
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+IMAGE = (2, 6, 9, 8)
+U = 2.0**-24
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def node(op, inputs, outputs, **attributes):
+    return helper.make_node(op, inputs.split(), outputs.split(), name=f"the_{outputs.split()[0]}", **attributes)
+
+
+def save(path, nodes, constants=(), shape=IMAGE, outputs=("y",), opset=17, sparse=()):
+    """A model x -> outputs in a file."""
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(constants).items()]
+    graph = helper.make_graph(
+        list(nodes), "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs], tensors,
+        sparse_initializer=list(sparse))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 8
+    onnx.save(model, path)
+    return path
+
+
+def expected(path, x):
+    """ONNX Runtime's outputs, without its fusions."""
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})
+
+
+def nhwc(x):
+    return x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
+
+
+def agree(path, x, terms, scale=1.0, model=None):
+    """Asserts that our outputs are ONNX Runtime's.
+
+    Both err by less than 8 sqrt(terms) u times the largest sum of magnitudes, `scale` (Higham and Mary 2019), which is
+    taken as a multiple of the largest output.
+    """
+    model = model or load_onnx(path)
+    ours = model(jnp.asarray(nhwc(x)))
+    theirs = expected(path, x)
+    for mine, right in zip(ours if isinstance(ours, tuple) else (ours,), theirs, strict=True):
+        right = nhwc(right)
+        assert mine.shape == right.shape
+        assert np.abs(right).max() > 0
+        np.testing.assert_allclose(mine, right, rtol=0, atol=2 * 8 * terms**0.5 * U * scale * np.abs(right).max())
+    return model
+
+
+W3 = {"w": random(10, 6, 3, 3), "b": random(10, seed=1)}
+OPERATORS = {
+    "conv": ([node("Conv", "x w b", "y", pads=[1, 2, 0, 1], strides=[2, 1])], W3),
+    "conv, no bias": ([node("Conv", "x w", "y", dilations=[2, 3])], {"w": W3["w"]}),
+    "conv, groups": ([node("Conv", "x w b", "y", group=2, pads=[1, 1, 1, 1])], {"w": random(10, 3, 3, 3), "b": W3["b"]}),
+    "conv, depthwise": ([node("Conv", "x w", "y", group=6)], {"w": random(12, 1, 2, 3)}),
+    "conv, same upper": ([node("Conv", "x w b", "y", auto_pad="SAME_UPPER", strides=[2, 2])], W3),
+    "conv, same lower": ([node("Conv", "x w b", "y", auto_pad="SAME_LOWER", strides=[2, 2])], W3),
+    "conv, valid": ([node("Conv", "x w b", "y", auto_pad="VALID")], W3),
+    "conv, added bias": ([node("Conv", "x w", "c"), node("Add", "b c", "y")], {"w": W3["w"], "b": random(10, 1, 1)}),
+    "batch norm": ([node("BatchNormalization", "x s b m v", "y", epsilon=1e-3)],
+                   {"s": random(6), "b": random(6, seed=1), "m": random(6, seed=2), "v": np.abs(random(6, seed=3))}),
+    "relu": ([node("Relu", "x", "y")], {}),
+    "clip to 6": ([node("Clip", "x low high", "y")], {"low": np.float32(0), "high": np.float32(6)}),
+    "clip from below": ([node("Clip", "x low", "y")], {"low": np.float32(-0.5)}),
+    "add": ([node("Relu", "x", "r"), node("Add", "x r", "y")], {}),
+    "add, repeated": ([node("GlobalAveragePool", "x", "g"), node("Add", "g x", "y")], {}),
+    "max pool": ([node("MaxPool", "x", "y", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 0, 1])], {}),
+    "max pool, ceil": ([node("MaxPool", "x", "y", kernel_shape=[2, 3], strides=[2, 2], ceil_mode=1)], {}),
+    "max pool, ceil and pads": (
+        [node("MaxPool", "x", "y", kernel_shape=[2, 2], strides=[3, 3], pads=[1] * 4, ceil_mode=1)], {}),
+    "max pool, dilated": ([node("MaxPool", "x", "y", kernel_shape=[3, 3], dilations=[2, 3])], {}),
+    "max pool, same": ([node("MaxPool", "x", "y", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_LOWER")], {}),
+    "average pool": ([node("AveragePool", "x", "y", kernel_shape=[3, 2], strides=[2, 2])], {}),
+    "average pool, pads": ([node("AveragePool", "x", "y", kernel_shape=[3, 3], pads=[1, 2, 0, 1])], {}),
+    "average pool, pads counted": ([node("AveragePool", "x", "y", kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1)], {}),
+    "average pool, ceil": ([node("AveragePool", "x", "y", kernel_shape=[2, 3], strides=[2, 2], ceil_mode=1)], {}),
+    "global average pool": ([node("GlobalAveragePool", "x", "y")], {}),
+    "concat": ([node("Relu", "x", "r"), node("Concat", "x r x", "y", axis=1)], {}),
+    "concat, rows": ([node("Relu", "x", "r"), node("Concat", "x r", "y", axis=-2)], {}),
+    "flatten": ([node("Flatten", "x", "y")], {}),
+    "reshape": ([node("Reshape", "x s", "y")], {"s": np.array([0, -1])}),
+    "reshape, sized": ([node("Reshape", "x s", "y")], {"s": np.array([-1, 6 * 9 * 8])}),
+    "softmax": ([node("Softmax", "x", "y", axis=1)], {}),
+    "softmax, last": ([node("Softmax", "x", "y")], {}),
+    "lrn": ([node("LRN", "x", "y", size=5, alpha=0.3, beta=0.75, bias=2.0)], {}),
+    "dropout and identity": ([node("Dropout", "x", "d"), node("Identity", "d", "i"), node("Relu", "i", "y")], {}),
+    "constant": ([helper.make_node("Constant", [], ["low"], value_float=0.25), node("Clip", "x low", "y")], {}),
+    "gemm": ([node("Flatten", "x", "f"), node("Gemm", "f w b", "y", alpha=0.5, beta=2.0)],
+             {"w": random(432, 10), "b": random(1, 10)}),
+    "gemm, transposed": ([node("Flatten", "x", "f"), node("Gemm", "f w", "y", transB=1)], {"w": random(10, 432)}),
+    "gemm after relu": ([node("Flatten", "x", "f"), node("Relu", "f", "r"), node("Gemm", "r w", "y")], {"w": random(432, 10)}),
+    "matmul and bias": ([node("Reshape", "x s", "f"), node("MatMul", "f w", "m"), node("Add", "m b", "y")],
+                        {"s": np.array([2, -1]), "w": random(432, 10), "b": random(10)}),
+    "two users of a flattened image": (
+        [node("Flatten", "x", "f"), node("Gemm", "f w", "g"), node("Concat", "f g", "y", axis=1)], {"w": random(432, 10)}),
+    "unsorted": ([node("Relu", "c", "y"), node("Conv", "x w b", "c")], W3),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_agree_with_onnx_runtime(name, tmp_path):
+    nodes, constants = OPERATORS[name]
+    if name == "unsorted":  # which ONNX Runtime refuses
+        sorted_path = save(tmp_path / "sorted.onnx", nodes[::-1], constants)
+        agree(sorted_path, random(*IMAGE), 432, model=load_onnx(save(tmp_path / "m.onnx", nodes, constants)))
+        return
+    # A product of 432 terms at most; a norm or an LRN is a few of them, of terms up to 4 times the result.
+    agree(save(tmp_path / "m.onnx", nodes, constants), random(*IMAGE), 432, scale=4.0)
+
+
+def test_softmax_before_operator_set_13_is_joint(tmp_path):
+    for axis in (1, 2):
+        agree(save(tmp_path / "m.onnx", [node("Softmax", "x", "y", axis=axis)], opset=11), random(*IMAGE), 432)
+
+
+def test_old_clip_has_attributes(tmp_path):
+    agree(save(tmp_path / "m.onnx", [node("Clip", "x", "y", min=-0.5, max=0.5)], opset=9), random(*IMAGE), 1)
+
+
+def test_several_outputs_and_an_open_batch(tmp_path):
+    path = save(tmp_path / "m.onnx", [node("Relu", "x", "y"), node("Flatten", "y", "z")], shape=("n", 6, 9, 8),
+                outputs=("y", "z"))
+    agree(path, random(3, 6, 9, 8), 1)
+
+
+def test_open_sizes(tmp_path):
+    path = save(tmp_path / "m.onnx", [node("Conv", "x w b", "c"), node("Flatten", "c", "f"), node("Gemm", "f v", "y")],
+                W3 | {"v": random(10 * 7 * 6, 3)}, shape=("n", 6, "h", "w"))
+    agree(path, random(*IMAGE), 10 * 42 * 54, scale=4.0)
+
+
+def test_external_data(tmp_path):
+    nodes, constants = OPERATORS["conv"]
+    path = save(tmp_path / "whole.onnx", nodes, constants)
+    model = onnx.load(path)
+    external = tmp_path / "model.onnx"
+    onnx.save_model(model, external, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    agree(external, random(*IMAGE), 432)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ValueError, match="in another file that cannot be read .* put it beside the model"):
+        load_onnx(external)
+
+
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_sparse_initializers(tmp_path, coordinates):
+    kernel = random(10, 6, 3, 3) * (np.random.default_rng(5).random((10, 6, 3, 3)) < 0.2)
+    indices = np.argwhere(kernel) if coordinates else np.flatnonzero(kernel)
+    values = numpy_helper.from_array(kernel[kernel != 0], "w")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(indices.astype(np.int64), "i"), kernel.shape)
+    model = load_onnx(save(tmp_path / "m.onnx", [node("Conv", "x w", "y")], sparse=[sparse]))
+    np.testing.assert_array_equal(model.layers["the_y"].kernel[...], kernel.transpose(2, 3, 1, 0))
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(indices.astype(np.int64) + 600, "i"), kernel.shape)
+    with pytest.raises(ValueError):
+        load_onnx(save(tmp_path / "m.onnx", [node("Conv", "x w", "y")], sparse=[sparse]))
+
+
+def test_it_is_planned_folded_and_packed(tmp_path):
+    random_mask = np.random.default_rng(6).random((32, 16, 3, 3)) < 0.05
+    constants = {"w": random(16, 6, 3, 3), "v": random(32, 16, 3, 3) * random_mask, "s": random(32), "b": random(32, seed=1),
+                 "m": random(32, seed=2), "var": np.abs(random(32, seed=3)), "g": random(32 * 28 * 28 // 4, 10)}
+    path = save(tmp_path / "m.onnx", [
+        node("Conv", "x w", "a", pads=[1] * 4), node("Relu", "a", "c"), node("Conv", "c v", "d", pads=[1] * 4),
+        node("BatchNormalization", "d s b m var", "e"), node("Relu", "e", "r"),
+        node("MaxPool", "r", "p", kernel_shape=[2, 2], strides=[2, 2]), node("Flatten", "p", "f"), node("Gemm", "f g", "y"),
+    ], constants, shape=(2, 6, 28, 28))
+    x = random(2, 6, 28, 28)
+    model = agree(path, x, 54 * 144 * 6272, scale=1.0)
+    machine = sparseflax.detect_machine()
+    plan = sparseflax.plan(model, jnp.asarray(nhwc(x)), machine)
+    rows = {row.path: row for row in plan.layers}
+    assert rows["layers/the_d"].norm == "layers/the_e"
+    assert rows["layers/the_d"].choice == "sparse"
+    packed = sparseflax.pack_model(model, plan)
+    assert isinstance(packed.layers["the_d"], sparseflax.nnx.SparseConv)
+    agree(path, x, 54 * 144 * 6272, model=packed)
+    np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(packed, nhwc(x)), packed(jnp.asarray(nhwc(x))), rtol=1e-4, atol=1e-2)
+
+
+def refuses(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_onnx(path)
+
+
+def test_all_that_is_unsupported_is_named_at_once(tmp_path):
+    path = save(tmp_path / "m.onnx", [node("Sigmoid", "x", "a"), node("Conv", "a x", "b"), node("Tanh", "b", "c"),
+                                      node("Relu", "c", "y")])
+    refuses(path, "Sigmoid 'the_a': unknown operator; Conv 'the_b': its kernel is computed, wanted a constant; "
+                  "Tanh 'the_c': unknown operator. Replace")
+    assert "Relu" not in str(pytest.raises(ValueError, load_onnx, path).value)
+
+
+@pytest.mark.parametrize("nodes, constants, message", [
+    ([node("Conv", "x w", "y")], {"w": random(4, 6, 3)}, "its kernel has shape .*, wanted 4 dimensions"),
+    ([node("Conv", "x w", "y")], {"w": random(4, 6, 3, 3).astype(np.float16)}, "its kernel is float16, wanted float32"),
+    ([node("Conv", "x w", "y", kernel_shape=[1, 3])], W3, "its kernel_shape is .*, its kernel"),
+    ([node("Conv", "x w b", "y")], {"w": W3["w"], "b": random(9)}, r"its bias is float32 of shape \(9,\), wanted"),
+    ([node("MaxPool", "x", "y i", kernel_shape=[2, 2])], {}, "2 outputs, wanted one"),
+    ([node("MaxPool", "x", "y", kernel_shape=[2, 2, 2])], {}, "wanted two dimensions"),
+    ([node("MaxPool", "x", "y", kernel_shape=[2, 2], pads=[-1, 0, 0, 0])], {}, "wanted none below 0"),
+    ([node("Flatten", "x", "y", axis=2)], {}, r"axis=2, wanted 1"),
+    ([node("Reshape", "x s", "y")], {"s": np.array([0, 6, -1])}, r"shape=\[0, 6, -1\], wanted \(n, features\)"),
+    ([node("Gemm", "x w", "y", transA=1)], {"w": random(2, 2)}, "transA=1, wanted 0"),
+    ([node("MatMul", "x w", "y")], {"w": random(8, 2)}, r"its input has shape .*, wanted \(n, features\)"),
+    ([node("Add", "x w", "y")], {"w": random(6, 1, 1)}, "'w' is a constant, wanted a tensor"),
+    ([node("BatchNormalization", "x b b b b", "y", training_mode=1)], {"b": random(6)}, "training_mode=1"),
+    ([helper.make_node("Relu", ["x"], ["y"], name="r", domain="com.example")], {}, "com.example.Relu 'r': unknown operator"),
+])
+def test_what_is_refused(tmp_path, nodes, constants, message):
+    refuses(save(tmp_path / "m.onnx", nodes, constants), message)
+
+
+def test_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_onnx(tmp_path / "none.onnx")
+    (tmp_path / "m.onnx").write_bytes(b"")
+    refuses(tmp_path / "m.onnx", "holds no ONNX graph")
+    (tmp_path / "m.onnx").write_bytes(b"\x7fELF nonsense")
+    refuses(tmp_path / "m.onnx", "is no ONNX model")
+    refuses(save(tmp_path / "m.onnx", [node("Conv", "x w b", "y")], {"b": random(4)}), "holds 'w' of Conv 'the_y'")
+    refuses(save(tmp_path / "m.onnx", [node("Relu", "x", "a")]), "holds 'y' of the graph's output")
+    refuses(save(tmp_path / "m.onnx", [node("Add", "x b", "a"), node("Relu", "a", "b"), node("Relu", "a", "y")]),
+            "has a cycle through")
+    refuses(save(tmp_path / "m.onnx", [node("Identity", "a", "b"), node("Identity", "b", "a"), node("Add", "x a", "y")]),
+            "has a cycle through")
+    refuses(save(tmp_path / "m.onnx", [node("Relu", "x", "y")], opset=6), "operator set 6, wanted 7 or later")
+    refuses(save(tmp_path / "m.onnx", [node("Relu", "w", "y")], {"x": random(1), "w": random(1)}), "wanted one input")
+
+
+def test_inputs_of_the_wrong_shape(tmp_path):
+    nodes, constants = OPERATORS["gemm"]
+    model = load_onnx(save(tmp_path / "m.onnx", nodes, constants))
+    with pytest.raises(ValueError, match=r"shape \(2, 6, 9, 8\), wanted \(n, 9, 8, 6\): images go in as NHWC"):
+        model(jnp.ones(IMAGE))
+    with pytest.raises(ValueError, match=r"images \(9, 9, 6\), wanted \(9, 8, 6\)"):
+        model(jnp.ones((2, 9, 9, 6)))
+    model = load_onnx(save(tmp_path / "m.onnx", *OPERATORS["reshape, sized"]))
+    with pytest.raises(ValueError, match="486 features of an image to 432"):
+        model(jnp.ones((2, 9, 9, 6)))
+    model = load_onnx(save(tmp_path / "m.onnx", [node("Flatten", "x", "f"), node("Add", "x f", "y")]))
+    with pytest.raises(ValueError, match="wanted the same rank"):
+        model(jnp.ones((2, 9, 8, 6)))
+
+
+def test_onnx_is_optional(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 'sparseflax\[onnx\]'"):
+        sparse_onnx.load_onnx(tmp_path / "m.onnx")
+
+
+# Narrow, and of images as small as their strides allow.
+NETWORKS = {
+    "alexnet": (partial(AlexNet, 10, 1 / 8, 99), 99),
+    "vgg16": (partial(VGG16, 10, 1 / 16, 32), 32),
+    "googlenet": (partial(GoogLeNet, 10, 1 / 16), 64),
+    "resnet18": (partial(resnet18, 10, 1 / 16), 64),
+    "resnet50": (partial(resnet50, 10, 1 / 16), 64),
+    "mobilenet": (partial(MobileNetV1, 10, 1 / 16), 64),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_written_and_read_again(name, tmp_path):
+    make, size = NETWORKS[name]
+    model = pruned(Spec(name, make, size, lambda path, shape: 0.5))
+    x = random(2, size, size, 3)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(to_onnx(model, x))
+    (theirs,) = expected(path, x.transpose(0, 3, 1, 2))
+    run = jax.jit(lambda model, x: model(x))
+    ours, again = run(model, x), run(load_onnx(path), x)
+    # As in `agree`; layers stretch no error by much, and their errors are independent, so that their squares add up.
+    terms = sum(shape.weights // shape.oc for shape in sparseflax.conv_shapes(model, x).values())
+    tolerance = 2 * 8 * terms**0.5 * U * np.abs(theirs).max()
+    assert theirs.std(axis=0).max() > 20 * tolerance  # or another image would do
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(again, theirs, rtol=0, atol=tolerance)
+
+
+def test_what_cannot_be_written_is_named_at_once():
+    class Odd(nnx.Module):
+        def __call__(self, x):
+            return jnp.sin(x) + jnp.flip(x, 1) * jnp.cos(x)
+
+    with pytest.raises(ValueError, match=r"cannot write \['cos', 'rev', 'sin'\]"):
+        to_onnx(Odd(), np.ones((1, 4, 4, 4), np.float32))
