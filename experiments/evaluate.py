@@ -26,7 +26,7 @@ ERROR_FACTOR = 16
 def fold_only(model: nnx.Module, plan: Plan) -> nnx.Module:
     """The model with its batch norms folded and every layer dense: what XLA reaches without us."""
     layers = tuple(dataclasses.replace(layer, choice="dense") for layer in plan.layers)
-    return pack_model(model, dataclasses.replace(plan, layers=layers))
+    return pack_model(model, dataclasses.replace(plan, layers=layers), fuse=False)
 
 
 def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: float) -> dict[str, dict[str, float]]:
@@ -44,9 +44,9 @@ def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: fl
     Raises:
       AssertionError: a network's error is not that of rounding.
     """
-    calls = {name: _program(model, x) for name, model in networks.items()}
+    calls = {name: program(model, x) for name, model in networks.items()}
     first = next(iter(networks))
-    exact = _in_float64(networks[first], x)
+    exact = in_float64(networks[first], x)
     errors = {name: float(np.abs(np.asarray(call()) - exact).max() / np.abs(exact).max()) for name, call in calls.items()}
     wrong = {name: error for name, error in errors.items() if not error <= ERROR_FACTOR * errors[first]}
     if wrong:
@@ -114,14 +114,27 @@ def count_weights(model: nnx.Module) -> tuple[int, int]:
     return sum(int(jnp.count_nonzero(kernel)) for kernel in kernels), sum(kernel.size for kernel in kernels)
 
 
-def _program(model: nnx.Module, x: np.ndarray) -> Callable[[], jax.Array]:
+def program(model: nnx.Module, x: np.ndarray) -> Callable[[], jax.Array]:
+    """The call `model(x)` as one jitted program with its weights as operands, complete when it returns."""
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     images = jnp.asarray(x)
     return lambda: run(state, images).block_until_ready()
 
 
-def _in_float64(model: nnx.Module, x: np.ndarray) -> np.ndarray:
+def peak_bytes(model: nnx.Module, x: np.ndarray) -> int:
+    """What XLA reserves for the call `model(x)`: operands, weights among them, outputs and everything in between.
+
+    Beside it stand 3 bytes per kept weight of the sparse kernel's own, and its panels, a few hundred KB per thread.
+    """
+    graphdef, state = nnx.split(model)
+    compiled = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, jnp.asarray(x)).compile()
+    memory: Any = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def in_float64(model: nnx.Module, x: np.ndarray) -> np.ndarray:
+    """What a model of Flax's own layers computes in float64."""
     graphdef, state = nnx.split(model)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), nnx.to_pure_dict(state))

@@ -37,7 +37,7 @@ def densities(result: dict[str, Any]) -> str:
         unique = dict(zip(labels, handles, strict=True))
         figure.legend(unique.values(), unique, loc="upper center", ncols=3, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.93))
-        return _svg(figure)
+        return svg(figure)
 
 
 def predictions(result: dict[str, Any]) -> str:
@@ -65,7 +65,7 @@ def predictions(result: dict[str, Any]) -> str:
         axes.set_ylabel("measured, microseconds")
         axes.legend(frameon=False)
         figure.tight_layout()
-        return _svg(figure)
+        return svg(figure)
 
 
 def curves(result: dict[str, Any]) -> str:
@@ -88,15 +88,16 @@ def curves(result: dict[str, Any]) -> str:
         bottom.set_xlabel("updates")
         top.legend(frameon=False)
         figure.tight_layout()
-        return _svg(figure)
+        return svg(figure)
 
 
 def _sizes(layer: dict[str, Any]) -> str:
     return layer["shape"].removeprefix("n1 ").replace(" -> ", "→")
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as text to stand inside an HTML page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]  # without the XML head, which names a DTD on the net
+    content = text.getvalue()
+    return content[content.index("<svg") :]  # without the XML head, which names a DTD on the net

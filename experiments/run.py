@@ -7,11 +7,13 @@ stopped when it is given again, and writes result.json, report.html and the netw
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import pkgutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from flax import nnx
 from experiments import checkpoint, configs, evaluate, report, train
 from experiments.benchmark import results
 from experiments.configs import Config
-from experiments.data import CLASSES, Dataset
-from sparseflax import prune
+from experiments.data import Data
+from experiments.methods import CALIBRATION, METHODS, Task
+from sparseflax import profile, prune
 from sparseflax.machine import Machine, client_threads, detect_machine
 from sparseflax.plan import pack_model, plan
-from sparseflax.shapes import conv_shapes
+from sparseflax.shapes import ConvShape, conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
 
@@ -51,19 +54,27 @@ def run(config: Config) -> dict[str, Any]:
       FloatingPointError: training diverged.
     """
     start = time.perf_counter()
+    if config.method not in METHODS:
+        raise ValueError(f"there is no method {config.method!r}, wanted one of {list(METHODS)}")
     out = config.out or Path("runs") / f"{config.name}-seed{config.seed}"
     claim(out, config)
     print(f"{config.name}, seed {config.seed}, in {out}", flush=True)
-    data = config.dataset(config.seed, config.train_images, config.test_images)
+    data = config.data()
     machine = machine_of(out)
     print(f"machine: {machine}", flush=True)
-    model = config.network(config.widths, data.train_images.shape[-1], CLASSES, rngs=nnx.Rngs(config.seed))
-    guidance = prune.guided(conv_shapes(model, data.test_images[:1]), machine, speedup=config.speedup)
-    print(guidance, flush=True)
+    model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
+    shapes = conv_shapes(model, data.test_images[:1])
+    # Refused here, not after hours of dense training.
+    print(prune.guided(shapes, machine, speedup=config.speedup), flush=True)
+    prune.ramp(0, config.ramp_steps, total=config.prune_steps)
 
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
     steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
-    pruned = fit(config, model, data, out, "pruning", pruning_optimizer(config, guidance), steps)
+    optimizer = METHODS[config.method].prepare(task(config, model, data, shapes, machine))
+    if optimizer is None:
+        raise ValueError(f"method {config.method!r} prunes without training, so there is no run of it: compare it with "
+                         "python -m experiments.compare")
+    pruned = fit(config, model, data, out, "pruning", optimizer, steps)
 
     chosen = plan(model, data.test_images[:1], machine)
     print(chosen, flush=True)
@@ -73,13 +84,13 @@ def run(config: Config) -> dict[str, Any]:
     sizes = {name: evaluate.save_weights(networks[name], out / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
     kept, weights = evaluate.count_weights(model)
     result = {
-        "name": config.name, "seed": config.seed, "threads": client_threads(), "machine": dataclasses.asdict(machine),
+        "name": config.name, "seed": config.seed, "threads": client_threads(), "machine": profile.to_dict(machine),
         "accuracy": {
             "dense": dense.accuracies[-1][1],
             "pruned": pruned.accuracies[-1][1],
             "packed": train.accuracy(packed, data.test_images, data.test_labels),
         },
-        "test_images": config.test_images, "kept": kept, "weights": weights, "bytes": sizes,
+        "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
         "requested": config.speedup, "predicted": chosen.dense_seconds / chosen.seconds,
         "times": {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES},
         "layers": {str(n): evaluate.time_layers(folded, chosen, n, config.timing_seconds / 4) for n in BATCHES},
@@ -98,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def fit(config: Config, model: nnx.Module, data: Dataset, out: Path, title: str, optimizer: optax.GradientTransformation,
+def fit(config: Config, model: nnx.Module, data: Data, out: Path, title: str, optimizer: optax.GradientTransformation,
         steps: range) -> train.Trained:
     """One of the two trainings, with its checkpoints in a folder of its own."""
     return train.fit(model, optimizer, data, title=title, folder=out / title.replace(" ", "-"), seed=config.seed,
@@ -111,20 +122,28 @@ def dense_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True))
 
 
-def pruning_optimizer(config: Config, guidance: prune.Guidance) -> optax.GradientTransformation:
-    """The same with pruning at the end; the learning rate falls along a cosine from its peak to its end."""
+def task(config: Config, model: nnx.Module, data: Data, shapes: Mapping[str, ConvShape], machine: Machine,
+         dense_seconds: float | None = None, other_seconds: float = 0.0) -> Task:
+    """What a method is asked: the same optimizer, with a learning rate that falls along a cosine from its peak to its end."""
     rate = optax.cosine_decay_schedule(config.prune_peak_lr, config.prune_steps, config.prune_end_lr / config.prune_peak_lr)
-    ramp = prune.ramp(0, config.ramp_steps, total=config.prune_steps)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True),
-                       prune.magnitude(guidance, ramp, every=config.prune_every))
+    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True))
+    return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, dense_seconds, other_seconds, rate,
+                optimizer, config.prune_steps, config.ramp_steps, config.prune_every)
 
 
 def settings(config: Config) -> dict[str, Any]:
     """What decides the run's result, in plain values: all fields but where it goes and how long it is measured."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name in ("out", "results", "timing_seconds"):
+    for name in ("out", "results", "timing_seconds", "folder"):
         del fields[name]
-    return json.loads(json.dumps(fields, default=lambda function: f"{function.__module__}.{function.__qualname__}"))
+    return json.loads(json.dumps(fields, default=_name))
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        keywords = ", ".join(f"{key}={value}" for key, value in function.keywords.items())
+        return f"{_name(function.func)}({keywords})"
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def claim(out: Path, config: Config) -> None:
@@ -148,8 +167,8 @@ def machine_of(out: Path) -> Machine:
     """This machine, as measured when the run began: the guide has to stay the same when the run goes on."""
     path = out / "machine.json"
     if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(dataclasses.asdict(detect_machine()), indent=1))
-    return Machine(**json.loads(path.read_text()))
+        checkpoint.write_atomically(path, json.dumps(profile.to_dict(detect_machine()), indent=1))
+    return profile.from_dict(json.loads(path.read_text()))
 
 
 if __name__ == "__main__":

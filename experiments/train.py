@@ -11,8 +11,12 @@ import optax
 from flax import nnx
 
 from experiments import checkpoint
-from experiments.data import Dataset, batch_indices
+from experiments.data.dataset import Data, Images
 from experiments.progress import progress
+from sparseflax import prune
+
+CURVES = "losses", "accuracies", "densities"
+DENSITIES = 5  # times that densities are recorded between two checkpoints
 
 
 class TrainState(NamedTuple):
@@ -30,17 +34,20 @@ class Trained(NamedTuple):
       optimizer: the optax state, with the masks in it where something was pruned.
       losses: mean training loss of every `save_every` steps, as (steps done, loss).
       accuracies: test accuracy in [0, 1] at the same moments, as (steps done, accuracy).
+      densities: kept / all weights of every kernel that has lost some, as (steps done, {layer: density}), DENSITIES times as
+        often.
     """
 
     optimizer: Any
     losses: list[tuple[int, float]]
     accuracies: list[tuple[int, float]]
+    densities: list[tuple[int, dict[str, float]]]
 
 
 def fit(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    data: Dataset,
+    data: Data,
     *,
     title: str,
     folder: Path,
@@ -68,42 +75,54 @@ def fit(
 
     Raises:
       FloatingPointError: the loss is not finite, or a parameter after the update; the last good checkpoint stays.
-      ValueError: a damaged checkpoint.
+      ValueError: no steps, fewer steps than a checkpoint in the folder has, or a damaged checkpoint.
     """
+    if min(steps, save_every) < 1:
+        raise ValueError(f"{title} of steps={steps} with save_every={save_every}, wanted at least 1 of both")
     model.train()
     graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, statistics = nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
     state = TrainState(params, statistics, optimizer.init(params))
-    done, losses, accuracies = 0, [], []
+    done, losses, accuracies, densities = 0, [], [], []
     if found := checkpoint.restore(folder, state):
         done, state, note = found
-        losses, accuracies = ([tuple(point) for point in note[curve]] for curve in ("losses", "accuracies"))
+        losses, accuracies, densities = ([tuple(point) for point in note[curve]] for curve in CURVES)
+    if done > steps:
+        raise ValueError(f"{folder} holds {title} of {done} steps, wanted at most {steps}: choose another out, or delete it")
     recent = []
     with progress(title, steps, done) as advance:
         while done < steps:
-            chosen = batch_indices(seed, first_step + done, batch, len(data.train_labels))
-            loss, norm, state = _step(graphdef, optimizer, state, data.train_images[chosen], data.train_labels[chosen])
+            images, labels = data.train_batch(seed, first_step + done, batch)
+            loss, norm, state = _step(graphdef, optimizer, state, images, labels)
             done, loss, norm = done + 1, float(loss), float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(_diverged(title, done, loss, norm, folder))
             recent.append(loss)
             advance(done, f"loss {loss:.3f}")
+            if done % max(1, save_every // DENSITIES) == 0 or done == steps:
+                densities.append((done, _densities(state.params)))
             if done % save_every == 0 or done == steps:
                 losses.append((done, float(np.mean(recent))))
                 recent = []
                 nnx.update(model, state.params, state.statistics)
                 accuracies.append((done, accuracy(model, data.test_images, data.test_labels)))
-                checkpoint.save(folder, done, state, {"losses": losses, "accuracies": accuracies})
+                curves = losses, accuracies, densities
+                checkpoint.save(folder, done, state, dict(zip(CURVES, curves, strict=True)))
     nnx.update(model, state.params, state.statistics)
     model.eval()
-    return Trained(state.optimizer, losses, accuracies)
+    return Trained(state.optimizer, losses, accuracies, densities)
 
 
-def accuracy(model: nnx.Module, images: np.ndarray, labels: np.ndarray, batch: int = 250) -> float:
+def accuracy(model: nnx.Module, images: Images, labels: np.ndarray, batch: int = 250) -> float:
     """Share of the images (n, h, w, c) whose largest logit is their label's (n,); the model is left in evaluation mode."""
     model.eval()
     right = [np.asarray(_predict(model, images[i : i + batch])) == labels[i : i + batch] for i in range(0, len(images), batch)]
     return float(np.mean(np.concatenate(right)))
+
+
+def _densities(params: Any) -> dict[str, float]:
+    shares = {layer: int(np.count_nonzero(kernel)) / kernel.size for layer, kernel in prune.kernels(params).items()}
+    return {layer: share for layer, share in shares.items() if share < 1}
 
 
 @nnx.jit

@@ -5,6 +5,7 @@ import pytest
 from scipy import ndimage
 
 from experiments import data
+from experiments.data import digits as drawing
 
 
 def test_the_seed_decides_every_bit():
@@ -24,16 +25,16 @@ def test_shapes_and_statistics():
 
 
 def test_training_and_testing_share_no_source_image(monkeypatch):
-    pixels, _ = data.load_digits(return_X_y=True)
+    pixels, _ = drawing.load_digits(return_X_y=True)
     everyone = np.arange(len(pixels))
-    monkeypatch.setattr(data, "load_digits", lambda return_X_y: (pixels, everyone))
+    monkeypatch.setattr(drawing, "load_digits", lambda return_X_y: (pixels, everyone))
     digits = data.cluttered_digits(0, 2000, 200, noise=0)
     used = np.unique(digits.train_labels)
     assert len(used) > 900 and not np.isin(digits.test_labels, used).any()
     # Ink in the sources seen in training, and nowhere else: none of it may appear in a test canvas, not even as clutter.
     ink = np.zeros_like(pixels)
     ink[used] = 16
-    monkeypatch.setattr(data, "load_digits", lambda return_X_y: (ink, everyone))
+    monkeypatch.setattr(drawing, "load_digits", lambda return_X_y: (ink, everyone))
     digits = data.cluttered_digits(0, 2000, 200, noise=0)
     assert np.ptp(digits.test_images) == 0 and np.ptp(digits.train_images) > 1
 
@@ -43,13 +44,13 @@ def test_training_and_testing_share_no_source_image(monkeypatch):
 def test_pasting_agrees_with_scipy(scale, degrees, centre):
     image = np.random.default_rng(0).random((8, 8), np.float32)
     angle = np.deg2rad(degrees)
-    side = data.SIDE + 2 * data.MARGIN
+    side = drawing.SIDE + 2 * drawing.MARGIN
     canvas = np.zeros((1, side, side), np.float32)
-    data._paste(canvas, image[None], np.array([scale]), np.array([angle]), np.array([centre]), 42)
+    drawing._paste(canvas, image[None], np.array([scale]), np.array([angle]), np.array([centre]), 42)
 
     inverse = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     padded = np.pad(image, 1).astype(np.float64)
-    offset = np.array([4.5, 4.5]) - inverse @ (np.array(centre) + data.MARGIN)
+    offset = np.array([4.5, 4.5]) - inverse @ (np.array(centre) + drawing.MARGIN)
     expected = ndimage.affine_transform(padded, inverse, offset, (side, side), order=1, mode="constant")
     # Two interpolations, each of weights rounded to float32, two products and a sum, on pixels of at most 1.
     np.testing.assert_allclose(canvas[0], expected, atol=8 * 2**-24)
@@ -60,7 +61,7 @@ def test_pasting_agrees_with_scipy(scale, degrees, centre):
 def test_pasting_keeps_the_brighter_pixel():
     canvas = np.full((1, 64, 64), 0.5, np.float32)
     image = np.array([[[0.2, 0.9], [0.9, 0.2]]], np.float32)
-    data._paste(canvas, image, np.ones(1), np.zeros(1), np.array([[10.5, 10.5]]), 16)
+    drawing._paste(canvas, image, np.ones(1), np.zeros(1), np.array([[10.5, 10.5]]), 16)
     np.testing.assert_array_equal(canvas[0, 18:20, 18:20], np.float32([[0.5, 0.9], [0.9, 0.5]]))
 
 

@@ -17,6 +17,7 @@ from experiments import checkpoint, evaluate, report, run
 from experiments.benchmark import results
 from experiments.configs import digits, smoke
 from experiments.models import VGG
+from sparseflax import profile
 from sparseflax.machine import Machine
 from sparseflax.nnx import SparseConv
 from sparseflax.packing import PackedKernel
@@ -32,7 +33,7 @@ def finished(tmp_path_factory):
     """(config, result) of one smoke run; its folder is config.out."""
     out = tmp_path_factory.mktemp("smoke")
     config = dataclasses.replace(smoke.config, out=out, results=out / "all.jsonl")
-    checkpoint.write_atomically(out / "machine.json", json.dumps(dataclasses.asdict(MACHINE)))
+    checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
     return config, run.run(config)
 
 
@@ -44,7 +45,7 @@ def result(finished):
 def test_the_main_job(finished, capsys):
     config, result = finished
     assert json.loads((config.out / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert result["machine"] == dataclasses.asdict(MACHINE)
+    assert result["machine"] == profile.to_dict(MACHINE)
     assert set(result["times"]) == set(result["layers"]) == {"1", "16"}
     layers = {layer["path"]: layer for layer in result["layers"]["1"]}
     assert layers["stages/1/0/conv"]["choice"] == "sparse" and layers["head"]["choice"] == "dense"
@@ -178,6 +179,7 @@ def test_no_table_of_nothing_or_of_two_machines(result):
 def test_networks_that_differ_are_not_timed():
     model = VGG(((4,), (8,)), 1, 10, rngs=nnx.Rngs(0))
     model.eval()
+    model.stages[1][0].conv.kernel[0] = 0.0  # an unpruned layer stays dense
     x = np.random.default_rng(0).standard_normal((2, 16, 16, 1), np.float32)
     packed = pack_model(model, plan(model, x, dataclasses.replace(MACHINE, alpha=0.1)))
     assert isinstance(packed.stages[1][0].conv, SparseConv)

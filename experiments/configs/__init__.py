@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from experiments.data import Dataset
+from experiments.data import Data
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Config:
 
     name: str
     """Of the run; part of the names of its files."""
-    dataset: Callable[[int, int, int], Dataset]
-    """(seed, train_images, test_images) -> Dataset."""
+    dataset: Callable[..., Data]
+    """(seed, train_images, test_images) -> Data of what is made here, (folder) -> Data of what lies in files."""
     network: Callable[..., nnx.Module]
     """(widths, channels, classes, rngs=) -> model."""
     widths: tuple[tuple[int, ...], ...]
@@ -31,8 +31,12 @@ class Config:
     """Updates between two checkpoints; each also evaluates the network."""
     seed: int = 0
     """Decides the data, the initial weights and the order of the examples."""
+    folder: Path | None = None
+    """Of a data set that lies in files; what is made here needs none."""
     train_images: int = 16_000
     test_images: int = 2_000
+    """Of what is made here; of files, all are taken."""
+    classes: int = 10
     batch: int = 32
     """Examples per update."""
     warmup_steps: int = 80
@@ -50,6 +54,8 @@ class Config:
     """Of all parameters, added to the gradient before momentum."""
     speedup: float = 3.0
     """Requested of the whole network, as the performance model predicts it for batch 1 on this machine."""
+    method: str = "GMP, guided"
+    """A name in experiments/methods.py."""
     prune_every: int = 10
     """Updates between two takings of the masks."""
     timing_seconds: float = 2.0
@@ -58,3 +64,9 @@ class Config:
     """Folder of the run; runs/<name>-seed<seed> by default. The same command with the same folder goes on where it stopped."""
     results: Path | None = None
     """File of JSON lines to append the result to, such as experiments/results/digits.jsonl."""
+
+    def data(self) -> Data:
+        """What the run learns from."""
+        if self.folder is None:
+            return self.dataset(self.seed, self.train_images, self.test_images)
+        return self.dataset(self.folder)

@@ -1,24 +1,15 @@
-"""What the networks learn from: images and labels in memory, deterministic from a seed."""
-
-from typing import NamedTuple
+"""Cluttered digits: drawn from scikit-learn's, deterministic from a seed, small enough to train on in minutes."""
 
 import numpy as np
 from sklearn.datasets import load_digits
+
+from experiments.data.dataset import Dataset
 
 SIDE = 48
 CLASSES = 10
 TEST_SOURCES = 500  # of scikit-learn's 1797 digits; canvases for testing are made from these and no others
 MARGIN = 8  # pixels around the canvas while drawing, so that what is cut off at an edge needs no special case
 MEAN, DEVIATION = 0.16, 0.29
-
-
-class Dataset(NamedTuple):
-    """Images float32 (count, height, width, channels) and labels int32 (count,), for training and for testing."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
 
 
 def cluttered_digits(seed: int, train: int, test: int, fragments: int = 4, noise: float = 0.1) -> Dataset:
@@ -50,30 +41,6 @@ def cluttered_digits(seed: int, train: int, test: int, fragments: int = 4, noise
         np.random.default_rng((seed, 2)), images[for_test], labels[for_test], test, fragments, noise
     )
     return Dataset(train_images, train_labels, test_images, test_labels)
-
-
-def batch_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """Which examples are the batch of a step: a new permutation every epoch, a function of (seed, step) and nothing else.
-
-    Args:
-      seed: of the run.
-      step: from 0.
-      batch: examples per step; the remainder of an epoch is left out.
-      count: examples in the training set.
-
-    Returns:
-      int64 (batch,), without repetition within an epoch.
-
-    Raises:
-      ValueError: if the batch is larger than the training set.
-    """
-    if not 0 < batch <= count:
-        raise ValueError(
-            f"a batch of {batch} cannot be drawn from {count} training examples; choose batch between 1 and {count}"
-        )
-    epoch, position = divmod(step, count // batch)
-    order = np.random.default_rng((seed, 3, epoch)).permutation(count)
-    return order[position * batch : (position + 1) * batch]
 
 
 def _canvases(rng, images, labels, count, fragments, noise):

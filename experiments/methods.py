@@ -1,0 +1,252 @@
+"""The pruning methods that are compared, under the names they are shown by: to add one, add a row to METHODS.
+
+A method makes an optimizer out of a Task: a dense network, what is known of the machine, a requested speedup, and the length
+of the training. What knows nothing of speed gets the densities at which the performance model *predicts* the requested
+speedup (`Task.matched`), so that all methods are asked for the same and accuracy tells them apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from sparseflax import cost, prune
+from sparseflax.cost import Work, conv_seconds
+from sparseflax.machine import Machine
+from sparseflax.shapes import ConvShape
+
+MIN_DENSITY = 0.01  # of a layer, for guided and unguided methods alike
+L1 = 5e-3  # first strength of the lasso, per learning rate, for some hundred updates; it adapts, tenfold in 25
+CALIBRATION = 512  # images that one-shot methods may look at
+
+
+class Speed:
+    """What the performance model predicts of a network, layers running dense or sparse, whichever is faster.
+
+    Args:
+      shapes: of its layers, at the batch it is to be fast at.
+      machine: on which.
+      dense_seconds: measured time of the whole network dense, if it was measured; else it is predicted too.
+      other_seconds: time of everything in the packed network that is no layer.
+    """
+
+    def __init__(self, shapes: Mapping[str, ConvShape], machine: Machine, dense_seconds: float | None = None,
+                 other_seconds: float = 0.0):
+        self._names, self._other = list(shapes), other_seconds
+        work = Work.stack(shapes.values(), machine)
+        self._layers = np.asarray(cost.dense_seconds(work, machine), float)
+        self._whole = dense_seconds or other_seconds + float(self._layers.sum())
+        self._weights = np.array([shape.weights for shape in shapes.values()], float)
+        self._sparse = jax.jit(lambda density: conv_seconds(work, density, machine))
+
+    def speedup(self, densities: Mapping[str, float]) -> float:
+        """Time dense over predicted time at these densities {layer: kept / all}; other layers are dense."""
+        density = np.maximum(self._vector(densities), 1 / self._weights)
+        sparse = np.asarray(self._sparse(jnp.asarray(density, jnp.float32)), float)
+        return self._whole / float(self._other + np.minimum(sparse, self._layers).sum())
+
+    def density(self, densities: Mapping[str, float]) -> float:
+        """Kept / all weights of the network at these densities of its layers."""
+        return float(self._vector(densities) @ self._weights / self._weights.sum())
+
+    def _vector(self, densities: Mapping[str, float]) -> np.ndarray:
+        return np.array([densities.get(name, 1.0) for name in self._names])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method may know before it prunes.
+
+    Attributes:
+      model: the trained dense network; a one-shot method prunes it in place.
+      images: training images (count, h, w, c), for methods that look at activations.
+      shapes: of its layers.
+      machine: on which it is to be fast.
+      speedup: requested of the whole network, as predicted.
+      dense_seconds: measured time of the whole network dense, if it was measured.
+      other_seconds: time of everything in the packed network that is no layer.
+      rate: learning rate, a schedule over the updates.
+      optimizer: that follows it; the method comes after it in the chain.
+      steps: updates there will be.
+      ramp_steps: of them, those in which the densities fall.
+      every: updates between two takings of the masks.
+    """
+
+    model: nnx.Module
+    images: np.ndarray
+    shapes: Mapping[str, ConvShape]
+    machine: Machine
+    speedup: float
+    dense_seconds: float | None
+    other_seconds: float
+    rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+    steps: int
+    ramp_steps: int
+    every: int
+
+    @property
+    def params(self) -> Any:
+        return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+
+    @functools.cached_property
+    def speed(self) -> Speed:
+        """The performance model's predictions of this network."""
+        return Speed(self.shapes, self.machine, self.dense_seconds, self.other_seconds)
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """Some training images, to calibrate with."""
+        count = min(CALIBRATION, len(self.images))
+        return [self.images[i : i + CALIBRATION // 4] for i in range(0, count, CALIBRATION // 4)]
+
+    @property
+    def ramp(self) -> optax.Schedule:
+        return prune.ramp(0, self.ramp_steps, total=self.steps)
+
+    def guide(self) -> prune.Guidance:
+        """The performance model's. Raises ValueError for a speedup out of reach."""
+        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY,
+                            other_seconds=self.other_seconds, whole_seconds=self.dense_seconds)
+
+    def matched(self, allocate: Callable[[float], prune.Guidance]) -> prune.Guidance:
+        """The guide without a performance model that is predicted to reach the requested speedup with the most weights.
+
+        Args:
+          allocate: the guide at a density of the whole network, faster the smaller it is.
+
+        Raises:
+          ValueError: for a speedup out of reach, saying the highest.
+        """
+        def reached(log_density: float) -> float:
+            return self.speed.speedup(allocate(math.exp(log_density)).densities)
+
+        low, high = math.log(MIN_DENSITY), 0.0
+        if (best := reached(low)) < self.speedup:
+            raise ValueError(f"a speedup of {self.speedup:g} cannot be reached: the highest is {best:.2f}, at a density of "
+                             f"{MIN_DENSITY:g}")
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if reached(middle) >= self.speedup else (low, middle)
+        return allocate(math.exp(low))
+
+    def then(self, method: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.chain(self.optimizer, method)
+
+
+class Method(NamedTuple):
+    """A row of the comparison.
+
+    Attributes:
+      guided: whether the performance model says how far each layer is pruned.
+      prepare: the optimizer to prune and train with; None if the model of the task has been pruned and needs no training.
+        Raises ValueError where the requested speedup is out of reach.
+      twin: of a guided method, the name of the same method without guidance.
+    """
+
+    guided: bool
+    prepare: Callable[[Task], optax.GradientTransformation | None]
+    twin: str | None = None
+
+
+Guide = Callable[[Task], prune.Guidance]
+Prepare = Callable[[Task], optax.GradientTransformation | None]
+
+
+def uniform(task: Task) -> prune.Guidance:
+    return task.matched(lambda density: prune.uniform(task.params, density))
+
+
+def erk(task: Task) -> prune.Guidance:
+    return task.matched(lambda density: prune.erk(task.params, density))
+
+
+def one_threshold(task: Task) -> prune.Guidance:
+    params = task.params
+    return task.matched(lambda density: prune.global_magnitude(params, density))
+
+
+def _magnitude(guide: Guide) -> Prepare:
+    return lambda task: task.then(prune.magnitude(guide(task), task.ramp, every=task.every))
+
+
+def _lasso(guide: Guide) -> Prepare:
+    return lambda task: task.then(prune.lasso(guide(task), lambda step: L1 * task.rate(step), task.ramp))
+
+
+def _surgery(guide: Guide) -> Prepare:
+    return lambda task: task.then(prune.surgery(guide(task), task.ramp))
+
+
+def _soft_threshold(guide: Guide) -> Prepare:
+    return lambda task: prune.soft_threshold(task.optimizer, guide(task), task.ramp, every=task.every)
+
+
+def _rigl(guide: Guide) -> Prepare:
+    return lambda task: prune.rigl(task.optimizer, guide(task), end=3 * task.steps // 4, every=task.every)
+
+
+def _acdc(guide: Guide) -> Prepare:
+    # Four phases: compressed, decompressed, twice; then compressed for good.
+    return lambda task: task.then(prune.acdc(guide(task), begin=0, end=task.ramp_steps, phase=max(1, task.ramp_steps // 4)))
+
+
+def _budget(task: Task) -> optax.GradientTransformation:
+    return task.then(prune.budget(task.guide(), task.machine, task.ramp, every=task.every))
+
+
+def _one_shot(guide: Guide) -> Prepare:
+    def prepare(task: Task) -> None:
+        nnx.update(task.model, prune.one_shot(nnx.state(task.model, nnx.Param), guide(task)))
+        nnx.update(task.model, nnx.state(prune.recalibrate(task.model, task.batches)))
+
+    return prepare
+
+
+def _obs(guide: Guide) -> Prepare:
+    def prepare(task: Task) -> None:
+        pruned = prune.obs(task.model, task.batches, guide(task))
+        nnx.update(task.model, nnx.state(prune.recalibrate(pruned, task.batches)))
+
+    return prepare
+
+
+def _obs_then_trained(guide: Guide) -> Prepare:
+    def prepare(task: Task) -> optax.GradientTransformation:
+        _obs(guide)(task)
+        return task.then(prune.fixed())
+
+    return prepare
+
+
+# Unguided methods get an allocation of their own kind: that of one l1 strength for all layers is that of one threshold, and
+# the thresholds of DNS are multiples of a layer's mean weight, nearly uniform.
+METHODS: dict[str, Method] = {
+    "GMP, uniform": Method(False, _magnitude(uniform)),
+    "GMP, ERK": Method(False, _magnitude(erk)),
+    "GMP, global": Method(False, _magnitude(one_threshold)),
+    "GMP, guided": Method(True, _magnitude(Task.guide), twin="GMP, uniform"),
+    "ESL": Method(False, _lasso(one_threshold)),
+    "GESL": Method(True, _lasso(Task.guide), twin="ESL"),
+    "DNS": Method(False, _surgery(uniform)),
+    "GDNS": Method(True, _surgery(Task.guide), twin="DNS"),
+    "STR": Method(False, _soft_threshold(uniform)),
+    "STR, guided": Method(True, _soft_threshold(Task.guide), twin="STR"),
+    "RigL, ERK": Method(False, _rigl(erk)),
+    "AC/DC, uniform": Method(False, _acdc(uniform)),
+    "one-shot": Method(False, _one_shot(uniform)),
+    "OBS one-shot": Method(False, _obs(uniform)),
+    "OBS one-shot, guided": Method(True, _obs(Task.guide), twin="OBS one-shot"),
+    "OBS, then trained": Method(False, _obs_then_trained(uniform)),
+    "OBS, then trained, guided": Method(True, _obs_then_trained(Task.guide), twin="OBS, then trained"),
+    "speed in the loss": Method(True, _budget),
+}
