@@ -2,6 +2,7 @@
 
     needs                        the packages it is made of; it is absent where one is not installed
     rivals(problem, threads)     a list of `Rival`, empty where it has nothing for this layer
+    network(model, x, threads)   the same for a whole network: its ONNX file's bytes, and images (n, h, w, c); not in all files
 
 and `yardstick`, which runs in a process of its own. All get float32 weights with their zeros in place, in whatever
 layout they like best, and prepare as long as they like: only `run` is timed.
@@ -20,12 +21,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rival:
-    """One way to compute relu(conv(x, kernel) + bias), ready to run.
+    """One way to compute relu(conv(x, kernel) + bias), or a network, ready to run.
 
     Attributes:
       name: e.g. "onednn nhwc".
       run: computes, and returns when the output is complete.
-      output: turns what `run` returned into a NumPy array (n, oh, ow, oc).
+      output: turns what `run` returned into a NumPy array (n, oh, ow, oc), of a network (n, classes).
       dense: False where it uses the zeros.
     """
 
@@ -36,14 +37,25 @@ class Rival:
 
 
 def field(names: Sequence[str] = ()) -> tuple[list[ModuleType], list[str]]:
-    """(rivals whose packages are installed, names of the others), among `names` or all.
+    """Rivals for single layers: (those whose packages are installed, names of the others), among `names` or all.
 
     Raises:
       ValueError: a name that is none of theirs.
     """
     from experiments.baselines import bcsr, onednn, onnxruntime, openvino, xla
 
-    rivals = {module.__name__.rpartition(".")[2]: module for module in (xla, onednn, onnxruntime, openvino, bcsr)}
+    return _present((xla, onednn, onnxruntime, openvino, bcsr), names)
+
+
+def network_field(names: Sequence[str] = ()) -> tuple[list[ModuleType], list[str]]:
+    """The same for whole networks; inductor only if it is named."""
+    from experiments.baselines import inductor, onednn, onnxruntime, openvino
+
+    return _present((onednn, onnxruntime, openvino, inductor), names or ("onednn", "onnxruntime", "openvino"))
+
+
+def _present(modules: Sequence[ModuleType], names: Sequence[str]) -> tuple[list[ModuleType], list[str]]:
+    rivals = {module.__name__.rpartition(".")[2]: module for module in modules}
     if unknown := set(names) - set(rivals):
         raise ValueError(f"no rival is called {sorted(unknown)}, wanted some of {list(rivals)}")
     names = [name for name in rivals if not names or name in names]

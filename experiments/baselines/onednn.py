@@ -6,6 +6,10 @@ The last is TorchScript's `optimize_for_inference`, the only public way to have 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from experiments.baselines import Rival, nchw, nhwc, oihw
 from experiments.layers import Problem
@@ -45,3 +49,31 @@ def rivals(problem: Problem, threads: int) -> list[Rival]:
         fused = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(Conv().eval(), x)))
     return [rival("onednn nchw", Conv().forward, x), rival("onednn nhwc", Conv(**last).forward, x.contiguous(**last)),
             rival("onednn fused", fused, x)]
+
+
+def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
+    """PyTorch's eager mode, channels-last."""
+    return [on_images("torch", load(model, threads), x)]
+
+
+def load(model: bytes, threads: int) -> Any:
+    """An ONNX network as a PyTorch module, channels-last, in evaluation mode."""
+    import torch
+
+    from experiments.baselines.torch_graph import torch_graph
+
+    torch.set_num_threads(threads)
+    return torch_graph(model).to(memory_format=torch.channels_last).eval()
+
+
+def on_images(name: str, forward: Callable, x: np.ndarray) -> Rival:
+    """Runs `forward` on images (n, h, w, c), channels-last."""
+    import torch
+
+    images = torch.from_numpy(nchw(x)).contiguous(memory_format=torch.channels_last)
+
+    def run():
+        with torch.inference_mode():
+            return forward(images)
+
+    return Rival(name, run, lambda y: y.numpy())

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
 from experiments.baselines import Rival, nchw, nhwc, oihw
 from experiments.layers import Problem
 
@@ -9,19 +14,29 @@ needs = ("onnx", "onnxruntime")
 
 
 def rivals(problem: Problem, threads: int) -> list[Rival]:
+    run, output = _bound(conv_model(problem), problem.x, threads)
+    return [Rival("onnxruntime", run, lambda _: nhwc(output()))]
+
+
+def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
+    run, output = _bound(model, x, threads)
+    return [Rival("onnxruntime", run, lambda _: output())]
+
+
+def _bound(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], Any], Callable[[], np.ndarray]]:
+    """(runs x (n, h, w, c) through the model, returns what it then has in its output)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.force_spinning_stop", "1")  # or it disturbs whoever is timed next
-    session = onnxruntime.InferenceSession(conv_model(problem), options, providers=["CPUExecutionProvider"])
-    shape = problem.shape
-    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type([shape.n, shape.oc, shape.oh, shape.ow], "float32")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type(session.get_outputs()[0].shape, "float32")
     binding = session.io_binding()
-    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(nchw(problem.x)))
+    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(nchw(x)))
     binding.bind_ortvalue_output("y", y)
-    return [Rival("onnxruntime", lambda: session.run_with_iobinding(binding), lambda _: nhwc(y.numpy()))]
+    return lambda: session.run_with_iobinding(binding), lambda: y.numpy()
 
 
 def conv_model(problem: Problem) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
+
 from experiments.baselines import Rival, nchw, nhwc, oihw
 from experiments.layers import Problem
 
@@ -12,12 +14,8 @@ needs = ("openvino",)
 
 
 def rivals(problem: Problem, threads: int) -> list[Rival]:
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing openvino would report it home
-    import openvino as package
-    from openvino import opset13 as ops  # type: ignore[attr-defined]
-
-    openvino: Any = package  # its stubs lack what it exports
-
+    openvino = _package()
+    ops = openvino.opset13
     shape = problem.shape
     (top, bottom), (left, right) = shape.padding
     window = list(shape.strides), [top, left], [bottom, right], list(shape.kernel_dilation)
@@ -28,9 +26,29 @@ def rivals(problem: Problem, threads: int) -> list[Rival]:
     else:
         conv = ops.group_convolution(x, ops.constant(weights.reshape(shape.groups, -1, *weights.shape[1:])), *window)
     y = ops.relu(ops.add(conv, ops.constant(problem.bias.reshape(1, -1, 1, 1))))
+    request = _request(openvino.Model([y], [x]), problem.x, threads)
+    return [Rival("openvino", lambda: request.infer(share_outputs=True), lambda _: nhwc(request.get_output_tensor().data))]
+
+
+def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
+    request = _request(_package().Core().read_model(model, b""), x, threads)
+    return [Rival("openvino", lambda: request.infer(share_outputs=True), lambda _: request.get_output_tensor().data)]
+
+
+def _request(model: Any, x: np.ndarray, threads: int) -> Any:
+    """An inference request for x (n, h, w, c)."""
     # Without the first it would compute in bfloat16 where the CPU can; without the last it would move our threads.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
                 "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
-    request = openvino.compile_model(openvino.Model([y], [x]), "CPU", settings).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(nchw(problem.x)))
-    return [Rival("openvino", lambda: request.infer(share_outputs=True), lambda _: nhwc(request.get_output_tensor().data))]
+    openvino = _package()
+    request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(nchw(x)))
+    return request
+
+
+def _package() -> Any:  # its stubs lack what it exports
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing openvino would report it home
+    import openvino
+    import openvino.opset13
+
+    return openvino

@@ -1,8 +1,9 @@
-"""A rival that cannot live in this process: a command that times one convolution and prints a JSON line.
+"""A rival that cannot live in this process: a command that times one convolution or a network and prints a JSON line.
 
 It is called as
 
     COMMAND --conv ic,ih,iw,oc,kh,kw,stride,pad,groups --matrix FILE --batch N --threads T --seconds S
+    COMMAND MODEL.onnx --batch N --threads T --seconds S
 
 with the weights as MatrixMarket, (oc, ic / groups * kh * kw), and its last line has to be JSON with "engine", a name, and
 "seconds", the median of one call.
@@ -43,7 +44,23 @@ def time_command(command: str, problem: Problem, threads: int, seconds: float) -
         write_matrix(matrix, oihw(problem.kernel).reshape(shape.oc, -1))
         arguments = ["--conv", ",".join(map(str, sizes)), "--matrix", str(matrix), "--batch", str(shape.n),
                      "--threads", str(threads), "--seconds", str(seconds)]
-        ran = subprocess.run([*shlex.split(command), *arguments], capture_output=True, text=True, timeout=PATIENCE)
+        return _ask(command, arguments)
+
+
+def time_network(command: str, model: bytes, n: int, threads: int, seconds: float) -> tuple[str, float]:
+    """(name of the engine, seconds of one call) for n images through an ONNX model, measured by the command.
+
+    Raises:
+      RuntimeError: it failed, or printed something else.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        file.write_bytes(model)
+        return _ask(command, [str(file), "--batch", str(n), "--threads", str(threads), "--seconds", str(seconds)])
+
+
+def _ask(command: str, arguments: list[str]) -> tuple[str, float]:
+    ran = subprocess.run([*shlex.split(command), *arguments], capture_output=True, text=True, timeout=PATIENCE)
     try:
         answer = json.loads(ran.stdout.splitlines()[-1])
         return str(answer["engine"]), float(answer["seconds"])

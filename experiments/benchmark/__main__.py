@@ -1,8 +1,10 @@
-"""Times single layers against every rival that is installed, and draws the results.
+"""Times single layers and whole networks against every rival that is installed, and draws the results.
 
     python -m experiments.benchmark layers                      # thirteen layers, one image and sixteen, 3 minutes
     python -m experiments.benchmark layers --threads 2 --batch 64 --layer 3x3 --density 0.05 0.1 0.2
     python -m experiments.benchmark layers --matrices DIR       # the pruned AlexNet's weights
+    python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
+    python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
     python -m experiments.benchmark plot --out speed.svg
 """
 
@@ -39,6 +41,20 @@ def main() -> None:
     layers.add_argument("--page-faults", action="store_true", help="let malloc unmap large outputs, as it does by default")
     layers.add_argument("--out", type=Path, default=results.LAYERS, help="JSON lines, appended")
     layers.set_defaults(run=run_layers)
+    networks = commands.add_parser("networks", help="time whole networks with pruned weights, append to the results")
+    networks.add_argument("--threads", type=int, default=1)
+    networks.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
+    networks.add_argument("--network", nargs="+", default=[], metavar="NAME", help="only these, e.g. resnet50")
+    networks.add_argument("--matrices", type=Path, metavar="DIR", help="the pruned AlexNet's weights, for its convolutions")
+    networks.add_argument("--rival", nargs="+", default=[], metavar="NAME",
+                          help="only these, by their file in baselines/; inductor, which compiles for minutes, only so")
+    networks.add_argument("--yardstick", metavar="COMMAND",
+                          help="a rival in a process of its own, see baselines/yardstick.py; its times are shown, not written")
+    networks.add_argument("--predicted", action="store_true", help="choose dense or sparse by the performance model alone")
+    networks.add_argument("--seconds", type=float, default=10.0, help="for each network and batch, all contenders together")
+    networks.add_argument("--explain", action="store_true", help="show where our time goes")
+    networks.add_argument("--out", type=Path, default=results.NETWORKS, help="JSON lines, appended")
+    networks.set_defaults(run=run_networks)
     plot = commands.add_parser("plot", help="draw speed against density from the results")
     plot.add_argument("--threads", type=int, default=1)
     plot.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -78,15 +94,50 @@ def run_layers(args: argparse.Namespace) -> None:
         console.print(text, soft_wrap=True, highlight=False)
 
 
+def run_networks(args: argparse.Namespace) -> None:
+    use_threads(args.threads)
+    memory = "kept" if keep_memory() else "fresh"
+    # Imported after that: JAX and the rivals have to see it.
+    from experiments.baselines import network_field
+    from experiments.benchmark import networks_table
+    from experiments.benchmark.networks import measure
+    from experiments.layers import ALEXNET, alexnet_problem
+    from experiments.networks import NETWORKS
+    from sparseflax import detect_machine
+
+    if unknown := set(args.network) - set(NETWORKS):
+        raise ValueError(f"no network is called {sorted(unknown)}, wanted some of {list(NETWORKS)}")
+    baselines, absent = network_field(args.rival)
+    console, machine = Console(), detect_machine()
+    if absent:
+        console.print(f"not installed: {', '.join(absent)}")
+    origin = results.provenance({"jax", "jaxlib", *(need for baseline in baselines for need in baseline.needs)})
+    trained = {name: alexnet_problem(name, args.matrices, 1).kernel for name in ALEXNET} if args.matrices else {}
+    lines = []
+    with shown(console, networks_table.HEAD) as show:
+        for name in args.network or NETWORKS:
+            kernels = trained if name == "alexnet" else {}
+            for n in args.batch:
+                line = measure(NETWORKS[name], n, baselines, machine, threads=args.threads, seconds=args.seconds,
+                               kernels=kernels, yardstick=args.yardstick, measured=not args.predicted)
+                written = {key: value for key, value in line.items() if key != "yardstick"}
+                lines.append({"set": "networks"} | line)
+                results.append(args.out, {"set": "networks"} | written | {"drawn": "trained" if kernels else "random",
+                                                                         "memory": memory, "absent": absent} | origin)
+                show(networks_table.row(lines[-1]))
+    for text in (*table.disturbed(lines), *(text for line in lines if args.explain for text in networks_table.breakdown(line))):
+        console.print(text, soft_wrap=True, highlight=False)
+
+
 @contextmanager
-def shown(console: Console) -> Iterator[Callable[[tuple[str, ...]], None]]:
+def shown(console: Console, head: tuple[str, ...] = table.HEAD) -> Iterator[Callable[[tuple[str, ...]], None]]:
     """Yields the function that shows a row: in a growing table on a terminal, as a line anywhere else."""
     if console.is_terminal:
-        grid = Table(*table.HEAD)
+        grid = Table(*head)
         with Live(grid, console=console, auto_refresh=False) as live:  # its refreshing thread would disturb the times
             yield lambda row: (grid.add_row(*row), live.refresh())[-1]
     else:
-        print(" | ".join(table.HEAD), flush=True)
+        print(" | ".join(head), flush=True)
         yield lambda row: print(" | ".join(row), flush=True)
 
 

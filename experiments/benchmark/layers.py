@@ -16,7 +16,7 @@ from experiments.baselines.yardstick import can_run, time_command
 from experiments.benchmark.table import OURS
 from experiments.benchmark.timing import Others, alternate
 from experiments.layers import Problem
-from sparseflax import ffi, pack, sparse_conv
+from sparseflax import ffi, sparse_conv
 
 TURNS = 2  # with the yardstick
 
@@ -30,7 +30,7 @@ def ours(problem: Problem, isa: str | None) -> Rival:
         return sparse_conv(x, packed, bias, strides=shape.strides, padding=shape.padding, kernel_dilation=shape.kernel_dilation,
                            feature_group_count=shape.groups, activation="relu", kernel=isa)
 
-    operands = jnp.asarray(problem.x), pack(problem.kernel, shape.groups), jnp.asarray(problem.bias)
+    operands = jnp.asarray(problem.x), shape.pack(problem.kernel), jnp.asarray(problem.bias)
     return Rival(OURS, lambda: conv(*operands).block_until_ready(), np.asarray, dense=False)
 
 
@@ -58,7 +58,7 @@ def measure(problem: Problem, baselines: Iterable[ModuleType], *, threads: int, 
         check(contender, expected, tolerance)
     with Others() as others:
         timings, peak = alternate({c.name: c.run for c in contenders}, seconds, threads, _fma_peak(isa))
-    shape, packed = problem.shape, pack(problem.kernel, problem.shape.groups)
+    shape, packed = problem.shape, problem.shape.pack(problem.kernel)
     line = {
         "layer": problem.name, "n": shape.n, "threads": threads, "isa": isa or ffi.isa(), "density": problem.density,
         "flops": shape.flops, "bytes_per_weight": packed.nbytes / max(1, packed.nnz), "peak": peak,
@@ -66,20 +66,28 @@ def measure(problem: Problem, baselines: Iterable[ModuleType], *, threads: int, 
         "times": {c.name: vars(timings[c.name]) | {"dense": c.dense} for c in contenders},
     }
     if yardstick and can_run(problem):
-        line["yardstick"] = _beside(yardstick, contenders[0], problem, threads, seconds / 4)
+        line["yardstick"] = beside(contenders[0], lambda: time_command(yardstick, problem, threads, seconds / 4), threads,
+                                   seconds / 4)
     return line
 
 
-def _beside(command: str, ours: Rival, problem: Problem, threads: int, seconds: float) -> dict[str, Any]:
-    """Ours and a command's time in turn: seconds of both, and the median of their quotients."""
-    mine, theirs, engine = [], [], ""
+def beside(ours: Rival, theirs: Callable[[], tuple[str, float]], threads: int, seconds: float) -> dict[str, Any]:
+    """Ours and a yardstick in turn: seconds of both, and the median of their quotients.
+
+    Args:
+      ours: what we run.
+      theirs: has the yardstick time itself; returns the engine's name and seconds.
+      threads: that both run on.
+      seconds: for one turn of ours.
+    """
+    mine, others, engine = [], [], ""
     for _ in range(TURNS):
         timings, _ = alternate({OURS: ours.run}, seconds, threads)
         mine.append(timings[OURS].seconds)
-        engine, other = time_command(command, problem, threads, seconds)
-        theirs.append(other)
-    return {"engine": engine, "seconds": theirs, "ours": mine,
-            "speedup": statistics.median(b / a for a, b in zip(mine, theirs, strict=True))}
+        engine, other = theirs()
+        others.append(other)
+    return {"engine": engine, "seconds": others, "ours": mine,
+            "speedup": statistics.median(b / a for a, b in zip(mine, others, strict=True))}
 
 
 def reference(problem: Problem) -> tuple[np.ndarray, float]:

@@ -1,4 +1,4 @@
-"""What was measured, one JSON line for each layer, batch, density and number of threads: only ever appended."""
+"""What was measured, one JSON line for each layer or network, batch, density and number of threads: only ever appended."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 Line = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 LAYERS = ROOT / "experiments" / "results" / "layers.jsonl"
+NETWORKS = LAYERS.with_name("networks.jsonl")
+OTHER_LAYERS = (LAYERS.with_name("layers_xeon.jsonl"),)  # of other CPUs, a file each
 KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory")  # two lines that agree in these measure the same
 MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another here
 

@@ -115,7 +115,7 @@ def layers_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int
     rows = [[name, *(cell for n in batches for cell in _cells(found.get((name, n))))] for name in names]
     means = [geometric_mean(speedup(line) for line in lines if line["n"] == n) for n in batches]
     rows.append(["**geometric mean**", *(cell for mean in means for cell in ("", "", "", f"**{mean:.2f}x**"))])
-    return "\n".join([_markdown(head, rows), "", caption(lines), "", *(f"- {text}" for text in summaries(lines))])
+    return "\n".join([markdown(head, rows), "", caption(lines), "", *(f"- {text}" for text in summaries(lines))])
 
 
 def threads_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int = 2, density: float = 0.1,
@@ -135,7 +135,7 @@ def threads_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: in
     long = {n: [gain for key, gain in gains.items() if key[1] == n and one[key] > LONG] for n in batches}
     rows.append(["**geometric mean above 200 us**", *(cell for n in batches for cell in (
         "", "", f"**{geometric_mean(long[n]):.2f}x**" if long[n] else ""))])
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | None) -> list[Line]:
@@ -148,7 +148,8 @@ def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | No
     return [line for line in lines if (line["isa"], line["memory"]) == (last["isa"], last["memory"])]
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 

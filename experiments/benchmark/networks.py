@@ -1,0 +1,102 @@
+"""One network, measured: ours, XLA's dense one, and every engine with the same pruned weights, compared and timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from experiments.baselines import Rival
+from experiments.baselines.yardstick import time_network
+from experiments.benchmark.layers import beside
+from experiments.benchmark.table import OURS
+from experiments.benchmark.timing import Others, alternate
+from experiments.benchmark.where import where_time_goes
+from experiments.evaluate import ERROR_FACTOR, count_weights, fold_only, in_float64, peak_bytes, program
+from experiments.export_onnx import to_onnx
+from experiments.networks import Spec, pruned
+from sparseflax import ffi
+from sparseflax.machine import Machine
+from sparseflax.plan import Plan, pack_model, plan
+
+XLA, XLA_FOLDED = "xla", "xla, batch norm folded"
+
+
+def measure(spec: Spec, n: int, baselines: Iterable[ModuleType], machine: Machine, *, threads: int, seconds: float,
+            kernels: Mapping[str, np.ndarray] | None = None, yardstick: str | None = None,
+            measured: bool = True) -> dict[str, Any]:
+    """Times one network.
+
+    Rivals get it with batch norms folded into the convolutions, as all but PyTorch would do by themselves.
+
+    Args:
+      spec: the network.
+      n: images in a batch.
+      baselines: modules of experiments.baselines that have a `network`.
+      machine: that is planned for.
+      threads: that the process was confined to.
+      seconds: for all contenders together.
+      kernels: trained ones, see `pruned`.
+      yardstick: command of a rival in another process, see baselines/yardstick.py.
+      measured: whether each layer is timed both ways to choose; else the performance model chooses.
+
+    Returns:
+      Its line of the results, without provenance. Seconds.
+
+    Raises:
+      RuntimeError: an output disagrees, or the yardstick fails.
+    """
+    model = pruned(spec, kernels)
+    x = np.random.default_rng(1).standard_normal((n, spec.image, spec.image, 3), np.float32)
+    planned = plan(model, x, machine, measure=measured)
+    folded, packed = fold_only(model, planned), pack_model(model, planned)
+    file = to_onnx(folded, x)
+    dense = {XLA: model} | ({XLA_FOLDED: folded} if any(layer.norm for layer in planned.layers) else {})
+    contenders = [Rival(OURS, program(packed, x), np.asarray, dense=False),
+                  *(Rival(name, program(network, x), np.asarray) for name, network in dense.items()),
+                  *(rival for baseline in baselines for rival in baseline.network(file, x, threads))]
+    errors = check(contenders, in_float64(model, x))
+    with Others() as others:
+        timings, _ = alternate({c.name: c.run for c in contenders}, seconds, threads)
+    kept, weights = count_weights(model)
+    line = {
+        "layer": spec.name, "n": n, "threads": threads, "isa": ffi.isa(), "density": kept / weights,
+        "flops": sum(layer.shape.flops for layer in planned.layers if layer.shape), "others": others.load,
+        "peak_bytes": {OURS: peak_bytes(packed, x)} | {name: peak_bytes(network, x) for name, network in dense.items()},
+        "times": {c.name: vars(timings[c.name]) | {"dense": c.dense, "error": errors[c.name]} for c in contenders},
+        "measured": measured,
+    } | breakdown(packed, planned, x)
+    if yardstick:
+        line["yardstick"] = beside(contenders[0], lambda: time_network(yardstick, file, n, threads, seconds / 4), threads,
+                                   seconds / 4)
+    return line
+
+
+def check(contenders: Iterable[Rival], exact: np.ndarray) -> dict[str, float]:
+    """{name: largest error of an output over the largest output}, each of the size of XLA's.
+
+    Raises:
+      RuntimeError: an error is more than that, or an output has another shape.
+    """
+    errors = {}
+    for contender in contenders:
+        output = contender.output(contender.run())
+        if output.shape != exact.shape:
+            raise RuntimeError(f"{contender.name} returned {output.shape}, wanted {exact.shape}: it computes another network")
+        errors[contender.name] = float(np.abs(output - exact).max() / np.abs(exact).max())
+    wrong = {name: error for name, error in errors.items() if not error <= ERROR_FACTOR * errors[XLA]}
+    if wrong:
+        raise RuntimeError(f"the outputs of {wrong} are off by these shares of the largest, wanted at most {ERROR_FACTOR} "
+                           f"times XLA's {errors[XLA]:.1e}: their times mean nothing")
+    return errors
+
+
+def breakdown(packed: nnx.Module, planned: Plan, x: np.ndarray) -> dict[str, Any]:
+    """Where the packed network's time goes: "layers" with predicted and measured seconds, "rest" by operation."""
+    layers, rest = where_time_goes(packed, x)
+    rows = [{"path": layer.path, "shape": str(layer.shape), "density": layer.density, "choice": layer.choice,
+             "predicted": layer.seconds, "measured": layers.get(layer.path, 0.0)} for layer in planned.layers]
+    return {"layers": rows, "rest": rest}

@@ -1,0 +1,99 @@
+"""The results of whole networks as tables: on the terminal, and as Markdown from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.benchmark.networks import XLA, XLA_FOLDED
+from experiments.benchmark.results import Line, newest, read
+from experiments.benchmark.table import OURS, fastest_dense, markdown, speedup
+
+HEAD = ("network", "n", "threads", "weights kept", "ms", "spread", "xla", "fastest dense", "ms", "spread", "speedup",
+        "over xla", "over yardstick")
+
+
+def over_xla(line: Line) -> float:
+    """The faster of XLA's dense networks over ours."""
+    times = line["times"]
+    return min(times[name]["seconds"] for name in (XLA, XLA_FOLDED) if name in times) / times[OURS]["seconds"]
+
+
+def row(line: Line) -> tuple[str, ...]:
+    """The cells under HEAD."""
+    ours, name = line["times"][OURS], fastest_dense(line)
+    dense = line["times"][name]
+    return (line["layer"], str(line["n"]), str(line["threads"]), f"{line['density']:.1%}", _ms(ours["seconds"]),
+            f"{ours['spread']:.0%}", _ms(over_xla(line) * ours["seconds"]), name, _ms(dense["seconds"]),
+            f"{dense['spread']:.0%}", f"{speedup(line):.2f}x", f"{over_xla(line):.2f}x",
+            f"{line['yardstick']['speedup']:.2f}x" if "yardstick" in line else "-")
+
+
+def breakdown(line: Line, most: int = 12) -> list[str]:
+    """Where our time goes, in sentences and lines: the layers that take longest, and the rest by operation."""
+    layers, rest = line["layers"], line["rest"]
+    inside, outside = sum(layer["measured"] for layer in layers), sum(rest.values())
+    text = [f"{line['layer']}, n={line['n']}: layers {_ms(inside)} ms (predicted "
+            f"{_ms(sum(layer['predicted'] for layer in layers))}), the rest {_ms(outside)} ms"]
+    for layer in sorted(layers, key=lambda layer: -layer["measured"])[:most]:
+        text.append(f"  {layer['path']:32} {layer['shape']:36} {layer['choice']:6} {layer['density']:5.1%}  "
+                    f"predicted {_ms(layer['predicted']):>7}  measured {_ms(layer['measured']):>7} ms")
+    text += [f"  {name:32} {_ms(seconds):>7} ms" for name, seconds in list(rest.items())[:most] if seconds > 0.01 * inside]
+    return text
+
+
+def networks_table(path: Path) -> str:
+    """The newest results as a Markdown table, a row for each network, batch and number of threads, and where they lose.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is empty or damaged.
+    """
+    lines = newest(read(path))
+    if not lines:
+        raise ValueError(f"{path} holds no results: measure them with `python -m experiments.benchmark networks`")
+    lines.sort(key=lambda line: (line["layer"], line["n"], line["threads"]))
+    head = ["network", "n", "threads", "weights kept", "ms", "XLA dense, ms", "speedup", "fastest dense engine, ms", "speedup",
+            "memory, MB (XLA dense)"]
+    rows = []
+    for line in lines:
+        name = _engine(line)
+        seconds, ours = line["times"][name]["seconds"], line["times"][OURS]["seconds"]
+        rows.append([line["layer"], str(line["n"]), str(line["threads"]), f"{line['density']:.1%}", _ms(ours),
+                     _ms(over_xla(line) * ours), f"{over_xla(line):.2f}x", f"{_ms(seconds)} ({name})",
+                     f"**{seconds / ours:.2f}x**", _memory(line)])
+    last = lines[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    caption = (f"{last['cpu']}, {last['isa']}, float32; batch norm folded for the engines and, where that is faster, for XLA "
+               f"({versions}); memory is what the program reserves, weights included. Measured {last['date'][:10]} at "
+               f"{commits}.")
+    return "\n".join([markdown(head, rows), "", caption, *_where(lines)])
+
+
+def _memory(line: Line) -> str:
+    ours = line["peak_bytes"][OURS]
+    dense = min(size for name, size in line["peak_bytes"].items() if name != OURS)
+    return f"{ours / 1e6:.0f} ({dense / 1e6:.0f})"
+
+
+def _engine(line: Line) -> str:
+    """The fastest of the dense engines beside XLA; XLA where there are none."""
+    engines = {name: time["seconds"] for name, time in line["times"].items() if time["dense"] and name not in (XLA, XLA_FOLDED)}
+    return min(engines, key=engines.__getitem__) if engines else fastest_dense(line)
+
+
+def _where(lines: Sequence[Line]) -> list[str]:
+    """For each network: how much of its time is spent in layers, and what takes most of the rest."""
+    text = []
+    for line in lines:
+        inside, outside = sum(layer["measured"] for layer in line["layers"]), sum(line["rest"].values())
+        most = ", ".join(f"{name} {_ms(seconds)} ms" for name, seconds in list(line["rest"].items())[:3])
+        text.append(f"- {line['layer']}, n={line['n']}, {line['threads']} thread{'s' * (line['threads'] > 1)}: "
+                    f"{inside / (inside + outside):.0%} of the time in layers, which takes "
+                    f"{inside / sum(layer['predicted'] for layer in line['layers']):.2f}x the prediction; then {most}")
+    return ["", *text] if text else []
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
