@@ -14,7 +14,9 @@ from typing import Any
 
 from experiments import plots
 from experiments.benchmark import results
+from experiments.benchmark.networks_table import networks_table
 from experiments.benchmark.table import layers_table, threads_table
+from experiments.calibrate import check
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
 
@@ -22,7 +24,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "digits.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MODEL_BEGIN, MODEL_END = "<!-- model:begin -->", "<!-- model:end -->"
 LAYERS_BEGIN, LAYERS_END = "<!-- layers:begin -->", "<!-- layers:end -->"
+NETWORKS_BEGIN, NETWORKS_END = "<!-- networks:begin -->", "<!-- networks:end -->"
 OFF = 1.5  # a prediction this many times wrong is worth a line
 
 Result = dict[str, Any]
@@ -187,15 +191,29 @@ def table(lines: Sequence[Result]) -> str:
 
 
 def with_tables(readme: str, runs: Path = RESULTS) -> str:
-    """The README with both its tables made anew from the result files."""
-    return with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
+    """The README with its tables made anew from the result files."""
+    readme = with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
+    readme = with_table(readme, networks_table(results.NETWORKS), NETWORKS_BEGIN, NETWORKS_END)
+    return with_table(readme, check.table(results.read(check.LINES)), MODEL_BEGIN, MODEL_END)
 
 
-def layers(path: Path = results.LAYERS) -> str:
-    """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to `path`."""
-    parts = [layers_table(path), "Two threads over one:", threads_table(path),
-             "The pruned AlexNet of Park et al., its own weights:", layers_table(path, layers="alexnet")]
+def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_LAYERS) -> str:
+    """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to files.
+
+    Args:
+      first: of the CPU whose tables are shown.
+      others: each of one more CPU, whose tables are folded away.
+    """
+    parts = [_layers(first)]
+    for path in others:
+        cpu = results.read(path)[-1]["cpu"]
+        parts += [f"<details><summary>The same on {cpu}</summary>", _layers(path), "</details>"]
     return "\n\n".join(parts)
+
+
+def _layers(path: Path) -> str:
+    return "\n\n".join([layers_table(path), "Two threads over one:", threads_table(path),
+                        "The pruned AlexNet of Park et al., its own weights:", layers_table(path, layers="alexnet")])
 
 
 def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:

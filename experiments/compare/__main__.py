@@ -1,0 +1,97 @@
+"""Pruning methods compared on cluttered digits: accuracy, size, and measured time, on one page.
+
+    python -m experiments.compare [--quick] [--networks ...] [--methods ...] [--speedups ...] [--seeds ...] [--out DIR]
+    python -m experiments.compare measure train      what needs no quiet machine once `measure` is done
+    python -m experiments.compare time report        on a quiet one
+    python -m experiments.compare readme             rewrites the README's table and figure from the committed results
+
+Everything runs on one thread, for which `python -m experiments.calibrate --threads 1` makes good predictions: run it first.
+By default the first network runs every method and the others the best guided and the best unguided one of those, by accuracy.
+A run takes about half a minute, and all of them two hours of one core. The same command goes on where it was killed:
+finished runs are skipped, others continue from their checkpoints. Processes may share a folder if they share no seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import report
+from experiments.benchmark import results
+from experiments.benchmark.results import ROOT
+from experiments.benchmark.timing import keep_memory, use_threads
+from experiments.checkpoint import write_atomically
+from experiments.compare import figures, networks, page, runs, summary, timing, training
+from experiments.compare.runs import Run
+from experiments.methods import METHODS
+
+COMMITTED = ROOT / "experiments" / "results" / "compare.jsonl"
+STAGES = "measure", "train", "time", "report"
+
+
+def main(flags: Sequence[str] | None = None) -> None:
+    arguments = _arguments(flags)
+    # Before the first array is made: JAX sees it then.
+    use_threads(arguments.threads)
+    keep_memory()
+    configs = networks.QUICK if arguments.quick else networks.NETWORKS
+    out: Path = arguments.out or Path("runs", "compare-quick" if arguments.quick else "compare")
+    if "readme" in arguments.stages:
+        _rewrite_readme(arguments.results)
+    seeds = arguments.seeds or (networks.QUICK_SEEDS if arguments.quick else networks.SEEDS)
+    speedups = arguments.speedups or (networks.QUICK_SPEEDUPS if arguments.quick else networks.SPEEDUPS)
+
+    def wanted(name: str) -> list[Run]:
+        methods = arguments.methods
+        if not methods and name != next(iter(configs)):
+            trained = [line for run, line in runs.lines(out / runs.TRAINED).items() if run.network == next(iter(configs))]
+            methods = summary.best([line for line in trained if line["seed"] in seeds])
+        return [Run(name, method, speedup, seed) for seed in seeds for method in methods or METHODS for speedup in speedups]
+
+    chosen = [configs[name] for name in arguments.networks or configs]
+    if "measure" in arguments.stages or "train" in arguments.stages:
+        for config in chosen:
+            training.measure(config, out)
+    if "train" in arguments.stages:
+        for config in chosen:
+            training.prune_all(config, wanted(config.name), out)
+    if "time" in arguments.stages:
+        for config in chosen:
+            timing.time_all(config, wanted(config.name), out)
+    if "report" in arguments.stages:
+        lines = list(runs.lines(out / runs.RESULTS).values())
+        write_atomically(out / "compare.html", page.page(lines))
+        print(page.terminal(lines))
+        print(f"page: {out / 'compare.html'}")
+
+
+def _rewrite_readme(path: Path) -> None:
+    lines = results.read(path)
+    text = page.table(lines)
+    write_atomically(path.with_suffix(".svg"), figures.pareto(lines, lines[0]["network"]))
+    write_atomically(report.README, report.with_table(report.README.read_text(), text, page.BEGIN, page.END))
+
+
+def _arguments(flags: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="stage", default=STAGES, help=f"of {', '.join(STAGES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="see that everything works, in under 5 minutes")
+    parser.add_argument("--networks", nargs="+", choices=networks.NETWORKS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(map(repr, METHODS))}")
+    parser.add_argument("--speedups", nargs="+", type=float, help="requested of the whole network at batch 1")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--threads", type=int, default=1, help="of training and of what is timed; of a folder always the same")
+    parser.add_argument("--out", type=Path, help="folder of everything; runs/compare by default")
+    parser.add_argument("--results", type=Path, default=COMMITTED, help="JSON lines the README's table is made from")
+    arguments = parser.parse_args(flags)
+    if unknown := [stage for stage in arguments.stages if stage not in (*STAGES, "readme")]:
+        parser.error(f"there is no stage {', '.join(unknown)}, wanted some of {', '.join((*STAGES, 'readme'))}")
+    if small := [speedup for speedup in arguments.speedups or () if not speedup >= 1]:
+        parser.error(f"a requested speedup is at least 1, got {small}")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What the runs say together: means over seeds, which method wins at equal accuracy, and whether requests were met."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from experiments.benchmark.results import Line, geometric_mean
+from experiments.evaluate import DENSE, FOLDED, PACKED
+from experiments.methods import METHODS
+
+EQUAL = 0.5  # points of accuracy below dense, mean over seeds, that still count as equal
+MET = 0.1  # a measured speedup this close to the requested one, relatively, meets it
+
+
+class Point(NamedTuple):
+    """A method at a requested speedup on a network; means over the seeds, geometric ones of times and ratios.
+
+    Attributes:
+      network, method, guided, requested: which.
+      seeds: number of runs.
+      accuracy: of the packed network, in %.
+      spread: largest minus smallest accuracy, in points.
+      lost: accuracy of the dense network minus that of the packed one, in points.
+      density: kept / all weights.
+      bytes: of the packed network's file.
+      compression: dense file over packed file.
+      predicted: speedup at batch 1.
+      seconds: {batch: of the packed network}.
+      dense_seconds: {batch: of the faster of its two dense forms, in the same run}.
+      training: seconds of pruning and recovering.
+    """
+
+    network: str
+    method: str
+    guided: bool
+    requested: float
+    seeds: int
+    accuracy: float
+    spread: float
+    lost: float
+    density: float
+    bytes: float
+    compression: float
+    predicted: float
+    seconds: dict[int, float]
+    dense_seconds: dict[int, float]
+    training: float
+
+    def speedup(self, batch: int = 1) -> float:
+        """Measured, over dense in the same run."""
+        return self.dense_seconds[batch] / self.seconds[batch]
+
+
+def points(lines: Iterable[Line]) -> list[Point]:
+    """A Point for every method, network and requested speedup that was timed, in the order of the lines."""
+    groups: dict[tuple[str, str, float], list[Line]] = {}
+    for line in lines:
+        if "times" in line:
+            groups.setdefault((line["network"], line["method"], line["requested"]), []).append(line)
+    return [_point(group) for group in groups.values()]
+
+
+def fastest(found: Iterable[Point], network: str, guided: bool) -> Point | None:
+    """The point measured fastest at batch 1 of those that lose at most EQUAL points, over as many seeds as any."""
+    here = [point for point in found if point.network == network]
+    seeds = max((point.seeds for point in here), default=0)
+    equal = [point for point in here if point.guided == guided and point.lost <= EQUAL and point.seeds == seeds]
+    return max(equal, key=Point.speedup, default=None)
+
+
+def best(lines: Sequence[Line]) -> list[str]:
+    """The unguided and the guided method of the highest mean accuracy over their runs; a refused run counts as 0."""
+    chosen = []
+    for guided in (False, True):
+        accuracies: dict[str, list[float]] = {}
+        for line in lines:
+            if line["guided"] == guided:
+                accuracies.setdefault(line["method"], []).append(line.get("accuracy", 0.0))
+        if accuracies:
+            chosen.append(max(accuracies, key=lambda method: statistics.mean(accuracies[method])))
+    return chosen
+
+
+def conclusions(lines: Sequence[Line]) -> list[str]:
+    """What came out, in sentences: a comparison for each network, and whether the requested speedups were met."""
+    found = points(lines)
+    networks = list(dict.fromkeys(point.network for point in found))
+    return [*(sentence for network in networks for sentence in (_comparison(found, network), *_twins(found, network))),
+            *_requests(found), *_refusals(lines)]
+
+
+def _point(group: list[Line]) -> Point:
+    first, accuracies = group[0], [100 * line["packed_accuracy"] for line in group]
+    batches = list(first["times"])
+
+    def mean(value: Callable[[Line], float]) -> float:
+        return statistics.mean(map(value, group))
+
+    def geometric(value: Callable[[Line], float]) -> float:
+        return geometric_mean(map(value, group))
+
+    return Point(
+        first["network"], first["method"], first["guided"], first["requested"], len(group),
+        accuracy=statistics.mean(accuracies), spread=max(accuracies) - min(accuracies),
+        lost=mean(lambda line: 100 * (line["dense_accuracy"] - line["packed_accuracy"])),
+        density=mean(lambda line: line["kept"] / line["weights"]),
+        bytes=mean(lambda line: line["bytes"][PACKED]["disk"]),
+        compression=geometric(lambda line: line["bytes"][DENSE]["disk"] / line["bytes"][PACKED]["disk"]),
+        predicted=geometric(lambda line: line["predicted"]),
+        seconds={int(n): geometric(lambda line, n=n: line["times"][n][PACKED]["seconds"]) for n in batches},
+        dense_seconds={int(n): geometric(lambda line, n=n: min(line["times"][n][form]["seconds"] for form in (DENSE, FOLDED)))
+                       for n in batches},
+        training=mean(lambda line: line["training_seconds"]),
+    )
+
+
+def _comparison(found: list[Point], network: str) -> str:
+    unguided, guided = (fastest(found, network, kind) for kind in (False, True))
+    if not (unguided and guided):
+        missing = " and no ".join(kind for kind, point in (("unguided", unguided), ("guided", guided)) if not point)
+        return f"{network}: no {missing} method stays within {EQUAL} points of the dense network's accuracy."
+    ratio = guided.speedup() / unguided.speedup()
+    seeds = f"mean of {guided.seeds} seeds" if guided.seeds > 1 else "one seed"
+    verdict = (f"{ratio:.2f} times as fast as" if ratio > 1 else
+               f"not faster ({ratio:.2f} times as fast: guidance does not win here) than")
+    return (f"{network}: at equal accuracy (at most {EQUAL} points below dense, {seeds}) the best guided method, "
+            f"{_named(guided)}, is measured {verdict} the best unguided one, {_named(unguided)}, at batch 1.")
+
+
+def _twins(found: list[Point], network: str) -> list[str]:
+    """What the guide changes in a method, all else being equal: accuracy at the highest speedup that both were timed at."""
+    here = {(point.method, point.requested): point for point in found if point.network == network}
+    gains = []
+    for name, method in METHODS.items():
+        twin = method.twin or ""
+        both = [(here[name, speedup], here[twin, speedup]) for of, speedup in here if of == name and (twin, speedup) in here]
+        if both:
+            guided, unguided = max(both, key=lambda pair: pair[0].requested)
+            gains.append(f"{name} {unguided.lost - guided.lost:+.2f} points at {guided.requested:g}x over {unguided.method}")
+    if not gains:
+        return []
+    return [f"{network}: the same method with the guide and without: {'; '.join(gains)}. Those without are told the density at "
+            "which the performance model predicts the requested speedup, so they lack only how to share it out over layers."]
+
+
+def _named(point: Point) -> str:
+    return f"{point.method} ({point.speedup():.2f}x dense, {-point.lost:+.2f} points)"
+
+
+def _requests(found: list[Point]) -> list[str]:
+    asked = [point for point in found if point.guided]
+    if not asked:
+        return []
+    off = [point for point in asked if abs(point.speedup() / point.requested - 1) > MET]
+    named = "; ".join(f"{point.network}, {point.method}: {point.requested:g}x asked, {point.speedup():.2f}x measured"
+                      for point in off)
+    return [f"Requested speedups met within {MET:.0%} as measured at batch 1: {len(asked) - len(off)} of {len(asked)} by "
+            f"guided methods{f'. Not met: {named}.' if off else '.'}"]
+
+
+def _refusals(lines: Sequence[Line]) -> list[str]:
+    why: dict[tuple[str, str, float], str] = {
+        (line["network"], line["method"], line["requested"]): line["refused"] for line in lines if "refused" in line}
+    return [f"{network}, {method}, {requested:g}x: {reason}" for (network, method, requested), reason in why.items()]

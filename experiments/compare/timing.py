@@ -1,0 +1,60 @@
+"""The second stage: every pruned network packed and timed, beside its dense form in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from experiments import evaluate, train
+from experiments.benchmark import results
+from experiments.benchmark.results import Line
+from experiments.benchmark.timing import Others
+from experiments.compare import runs, training
+from experiments.compare.runs import Run
+from experiments.configs import Config
+from experiments.methods import Speed
+from sparseflax.cost import useful_range
+from sparseflax.machine import client_threads
+from sparseflax.plan import pack_model, plan
+
+BATCHES = 1, 16
+
+
+def time_all(config: Config, wanted: Iterable[Run], out: Path) -> None:
+    """Time the trained runs of one network that were not timed yet: a line each in results.jsonl.
+
+    Raises:
+      ValueError: weights are missing or damaged.
+      AssertionError: a packed network computes something else than its dense form.
+    """
+    trained, done = runs.lines(out / runs.TRAINED), runs.lines(out / runs.RESULTS)
+    todo = [run for run in wanted if run in trained and run not in done]
+    for i, run in enumerate(todo):
+        print(f"timing {run} ({i + 1} of {len(todo)})", flush=True)
+        line = trained[run]
+        measured = {} if "refused" in line else _time(replace(config, seed=run.seed), run, out)
+        results.append(out / runs.RESULTS, line | measured | results.provenance(["flax", "jax", "jaxlib", "optax"]))
+
+
+def _time(config: Config, run: Run, out: Path) -> Line:
+    machine, whole = training.measure(config, out)
+    data, folder = training.dataset(config), run.folder(out)
+    model = training.pruned_network(config, folder)
+    chosen = plan(model, data.test_images[:1], machine)
+    packed = pack_model(model, chosen)
+    networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen), evaluate.PACKED: packed}
+    sizes = {name: evaluate.save_weights(networks[name], folder / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
+    kept, weights = evaluate.count_weights(model)
+    layers = [layer for layer in chosen.layers if layer.shape is not None]
+    shapes = {layer.path: layer.shape for layer in layers if layer.shape is not None}
+    with Others() as others:
+        times = {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES}
+    return {
+        "packed_accuracy": train.accuracy(packed, data.test_images, data.test_labels), "test_images": config.test_images,
+        "kept": kept, "weights": weights, "bytes": sizes, "times": times, "threads": client_threads(),
+        "predicted": Speed(shapes, machine, *whole).speedup({layer.path: layer.density for layer in layers}),
+        "load_of_others": others.load,
+        "layers": [{"path": layer.path, "shape": str(layer.shape), "density": layer.density, "choice": layer.choice,
+                    "useful": [float(bound) for bound in useful_range(shapes[layer.path], machine)]} for layer in layers],
+    }

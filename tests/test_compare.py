@@ -1,0 +1,288 @@
+"""The comparison of pruning methods: from end to end as small as it can be, its arithmetic, and what it says about itself."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_report import MACHINE, Links
+
+from experiments import checkpoint, evaluate, report, train
+from experiments.benchmark import results
+from experiments.compare import __main__ as compare
+from experiments.compare import networks, page, runs, summary, training
+from experiments.compare.published import PUBLISHED
+from experiments.compare.runs import Run
+from experiments.methods import METHODS, Speed
+from sparseflax import profile, prune
+from sparseflax.cost import conv_seconds, dense_seconds
+from sparseflax.shapes import ConvShape, conv_shapes
+
+CONFIG = dataclasses.replace(networks.QUICK["vgg"], widths=((8,), (32,)), dense_steps=4, prune_steps=4, ramp_steps=3,
+                             prune_every=1, save_every=2, train_images=64, test_images=32, timing_seconds=0.01, warmup_steps=1)
+CHOSEN = ("GMP, guided", "one-shot")
+SHAPES = {"a": ConvShape(1, 14, 14, 32, 64, 3, 3), "b": ConvShape(1, 14, 14, 64, 64, 3, 3),
+          "c": ConvShape(1, 28, 28, 3, 8, 3, 3)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a finished comparison: two speedups, the second out of reach."""
+    out = tmp_path_factory.mktemp("compare")
+    checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
+    model, data = CONFIG.network(CONFIG.widths, 1, CONFIG.classes, rngs=nnx.Rngs(0)), CONFIG.data()
+    dense = prune.guided(conv_shapes(model, data.test_images[:1]), MACHINE, speedup=1).dense_seconds
+    checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(training.Whole(dense, 0.0)._asdict()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "use_threads", lambda threads: None)
+        patch.setattr(compare, "keep_memory", lambda: True)
+        patch.setattr(networks, "QUICK", {"vgg": CONFIG})
+        compare.main(flags(out))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def all_cpus(monkeypatch):
+    """The process is the other tests' too, which want all its CPUs."""
+    monkeypatch.setattr(compare, "use_threads", lambda threads: None)
+    monkeypatch.setattr(compare, "keep_memory", lambda: True)
+
+
+def flags(out):
+    return ["--quick", "--out", str(out), "--speedups", "1.2", "1000", "--methods", *CHOSEN]
+
+
+def test_a_line_for_every_run(folder):
+    lines = runs.lines(folder / runs.RESULTS)
+    assert list(lines) == [Run("vgg", method, speedup, 0) for method in CHOSEN for speedup in (1.2, 1000.0)]
+    for run, line in lines.items():
+        if run.speedup == 1000:
+            assert re.match("a speedup of 1000 cannot be reached: the highest is [0-9.]+", line["refused"])
+            assert "times" not in line
+            continue
+        assert line["guided"] == (run.method == "GMP, guided")
+        assert 0 < line["kept"] < line["weights"] and line["packed_accuracy"] == line["accuracy"]
+        assert set(line["times"]) == {"1", "16"} and line["times"]["1"][evaluate.PACKED]["error"] < 1e-5
+        assert line["predicted"] == pytest.approx(1.2, rel=0.02)
+        assert line["bytes"][evaluate.PACKED]["disk"] > 0 and line["training_seconds"] > 0
+        steps, densities, speedups = zip(*line["curve"], strict=True) if line["curve"] else ((), (), ())
+        if run.method == "one-shot":
+            assert not steps
+        else:
+            assert steps == (1, 2, 3, 4) and densities[-1] == pytest.approx(line["kept"] / line["weights"], rel=0.02)
+            assert list(densities) == sorted(densities, reverse=True)
+            assert speedups[-1] == pytest.approx(line["predicted"], rel=0.02)
+    assert len({line["dense_accuracy"] for line in lines.values()}) == 1
+
+
+def test_finished_runs_are_skipped_and_lost_lines_made_again(folder, monkeypatch):
+    monkeypatch.setattr(networks, "QUICK", {"vgg": CONFIG})
+    monkeypatch.setattr(train, "_step", None)
+    before = (folder / runs.RESULTS).read_text()
+    compare.main(flags(folder))
+    assert (folder / runs.RESULTS).read_text() == before
+    # A dense network that is trained, and weights that are there: only the timing is repeated.
+    (folder / runs.RESULTS).write_text("\n".join(before.splitlines()[:-2]) + "\n")
+    compare.main(["time", *flags(folder)])
+    again, lines = results.read(folder / runs.RESULTS), [json.loads(line) for line in before.splitlines()]
+    assert [(line["method"], line["requested"], line.get("kept")) for line in again] == [
+        (line["method"], line["requested"], line.get("kept")) for line in lines]
+
+
+def test_a_killed_run_goes_on_from_its_checkpoints(folder, tmp_path, monkeypatch):
+    for name in ("machine.json", "vgg-whole.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    monkeypatch.setattr(networks, "QUICK", {"vgg": CONFIG})
+    take_step, calls = train._step, iter(range(100))
+
+    def killed(*arguments):
+        if next(calls) == 4 + 3:  # dense training, then one step after the first checkpoint of pruning
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    monkeypatch.setattr(train, "_step", killed)
+    command = ["train", "--quick", "--out", str(tmp_path), "--speedups", "1.2", "--methods", "GMP, guided"]
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(command)
+    steps = []
+    monkeypatch.setattr(train, "_step", lambda *arguments: steps.append(0) or take_step(*arguments))
+    compare.main(command)
+    assert len(steps) == 2
+    run = Run("vgg", "GMP, guided", 1.2, 0)
+    line, straight = (runs.lines(out / runs.TRAINED)[run] for out in (tmp_path, folder))
+    assert line["accuracy"] == straight["accuracy"] and line["curve"] == straight["curve"]
+    assert not (run.folder(tmp_path) / "training").exists() and (run.folder(tmp_path) / "pruned").exists()
+
+
+def test_weights_that_are_not_there(folder):
+    with pytest.raises(ValueError, match="no weights in .*nowhere/pruned: delete the run's line in trained.jsonl and"):
+        training.pruned_network(CONFIG, folder / "nowhere")
+
+
+def test_a_folder_of_other_settings(folder, monkeypatch):
+    monkeypatch.setattr(networks, "QUICK", {"vgg": dataclasses.replace(CONFIG, peak_lr=0.2)})
+    with pytest.raises(ValueError, match="holds a run with peak_lr 0.1 instead of 0.2: give another --out"):
+        compare.main(["train", "--quick", "--out", str(folder), "--speedups", "1.1", "--methods", "one-shot"])
+
+
+def test_predictions_of_a_network():
+    speed = Speed(SHAPES, MACHINE, other_seconds=1e-5)
+    densities = {"a": 0.1, "b": 0.9}
+    dense = {name: float(dense_seconds(shape, MACHINE)) for name, shape in SHAPES.items()}
+    sparse = {name: float(conv_seconds(SHAPES[name], density, MACHINE)) for name, density in densities.items()}
+    assert sparse["a"] < dense["a"] and sparse["b"] > dense["b"]  # b runs dense
+    expected = (1e-5 + sum(dense.values())) / (1e-5 + sparse["a"] + dense["b"] + dense["c"])
+    assert speed.speedup(densities) == pytest.approx(expected, rel=1e-5)
+    weights = {name: shape.weights for name, shape in SHAPES.items()}
+    kept = 0.1 * weights["a"] + 0.9 * weights["b"] + weights["c"]
+    assert speed.density(densities) == pytest.approx(kept / sum(weights.values()))
+    assert speed.density({}) == 1
+
+
+def task(speedup):
+    config = dataclasses.replace(CONFIG, speedup=speedup)
+    data, model = training.dataset(CONFIG), training._network(CONFIG)
+    model.eval()
+    return training.main_job.task(config, model, data, conv_shapes(model, data.test_images[:1]), MACHINE)
+
+
+def test_unguided_densities_are_the_largest_that_are_predicted_fast_enough():
+    asked = task(1.5)
+    guide = asked.matched(lambda density: prune.uniform(asked.params, density))
+    density = next(iter(guide.densities.values()))
+    assert asked.speed.speedup(guide.densities) >= 1.5 > asked.speed.speedup(dict.fromkeys(guide.densities, 1.01 * density))
+    with pytest.raises(ValueError, match=r"a speedup of 99 cannot be reached: the highest is [0-9.]+, at a density of 0.01"):
+        task(99).matched(lambda density: prune.uniform(asked.params, density))
+
+
+# Without gradients the guided lasso shrinks all weights alike, and every layer leaves at the last review.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "GESL"])
+def test_every_method_prunes_to_the_requested_prediction(name):
+    asked = dataclasses.replace(task(1.3), steps=80, ramp_steps=60, every=5)
+    optimizer = METHODS[name].prepare(asked)
+    params = asked.params
+    if optimizer:
+        state, zeros, update = optimizer.init(params), jax.tree.map(np.zeros_like, params), jax.jit(optimizer.update)
+        for _ in range(asked.steps):
+            updates, state = update(zeros, state, params)
+            params = optax.apply_updates(params, updates)
+    densities = {layer: np.count_nonzero(kernel) / kernel.size for layer, kernel in prune.kernels(params).items()}
+    # Rounded to whole weights, and gradients are zero here: a layer can settle where training would not leave it.
+    assert min(densities.values()) < 1
+    if name != "STR":  # its layers share their weights among them as training has it
+        assert asked.speed.speedup(densities) == pytest.approx(1.3, rel=0.05)
+
+
+def line(method="GMP, guided", network="vgg", seed=0, requested=2.0, accuracy=0.96, ms=1.0, **other):
+    """A made-up result: the dense network takes 3 ms as trained, 2 ms folded, and has an accuracy of 96 %."""
+    times = {n: {name: {"seconds": float(n) * seconds, "spread": 0.1, "calls": 9, "error": 1e-7} for name, seconds in
+                 ((evaluate.DENSE, 3e-3), (evaluate.FOLDED, 2e-3), (evaluate.PACKED, 1e-3 * ms))} for n in ("1", "16")}
+    layers = [{"path": f"stages/{i}/conv", "shape": "", "density": density, "choice": "sparse", "useful": useful}
+              for i, (density, useful) in enumerate([(1.0, [0.3, 0.3]), (0.1, [0.01, 0.3])])]
+    return {"network": network, "method": method, "guided": METHODS[method].guided, "seed": seed, "requested": requested,
+            "dense_accuracy": 0.96, "accuracy": accuracy, "packed_accuracy": accuracy, "kept": 100, "weights": 1000,
+            "bytes": {evaluate.DENSE: {"disk": 4000}, evaluate.PACKED: {"disk": 800}}, "times": times, "predicted": 2.0,
+            "training_seconds": 60.0, "layers": layers, "cpu": "a CPU", "threads": 2, "versions": {"jax": "1"}, "commit": "c",
+            "date": "2026-11-23T00:00:00", "curve": [[10, 0.5, 1.5], [20, 0.1, 2.0]]} | other
+
+
+def test_a_point_is_the_mean_of_its_seeds():
+    (point,) = summary.points([line(seed=0, ms=1.0, accuracy=0.95), line(seed=1, ms=0.25, accuracy=0.96),
+                               line(seed=2, ms=0.5, accuracy=0.94)])
+    assert (point.seeds, point.accuracy, point.compression) == (3, pytest.approx(95), pytest.approx(5))
+    assert point.spread == pytest.approx(2) and point.lost == pytest.approx(1) and point.density == pytest.approx(0.1)
+    assert point.seconds[1] == pytest.approx(0.5e-3)  # the geometric mean of 1, 0.25 and 0.5
+    assert point.speedup() == pytest.approx(4) and point.speedup(16) == pytest.approx(4)
+
+
+def test_the_sentence_compares_the_fastest_of_equal_accuracy():
+    lines = [line("GMP, uniform", ms=1.0, accuracy=0.956), line("GMP, uniform", requested=4.0, ms=0.5, accuracy=0.95),
+             line("GMP, guided", ms=1.0), line("GMP, guided", requested=4.0, ms=0.6, accuracy=0.9551),
+             line("ESL", ms=1.1, accuracy=0.99)]
+    said = summary.conclusions(lines)
+    assert said[0] == (
+        "vgg: at equal accuracy (at most 0.5 points below dense, one seed) the best guided method, GMP, guided (3.33x dense, "
+        "-0.49 points), is measured 1.67 times as fast as the best unguided one, GMP, uniform (2.00x dense, -0.40 points), "
+        "at batch 1.")
+    assert said[1].startswith("vgg: the same method with the guide and without: GMP, guided +0.51 points at 4x over GMP")
+    assert said[2] == ("Requested speedups met within 10% as measured at batch 1: 1 of 2 by guided methods. "
+                       "Not met: vgg, GMP, guided: 4x asked, 3.33x measured.")
+    lost = summary.conclusions([line("GMP, uniform", ms=0.5), line("GMP, guided")])
+    assert "is measured not faster (0.50 times as fast: guidance does not win here) than the best unguided one" in lost[0]
+    none = summary.conclusions([line("GMP, uniform", accuracy=0.5), line("GMP, guided")])
+    assert none[0] == "vgg: no unguided method stays within 0.5 points of the dense network's accuracy."
+
+
+def test_a_point_of_fewer_seeds_does_not_win():
+    lines = [line("GMP, uniform", seed=seed) for seed in (0, 1)] + [line("ESL", ms=0.1)]
+    found = summary.fastest(summary.points(lines), "vgg", guided=False)
+    assert found is not None and found.method == "GMP, uniform"
+
+
+def test_the_best_methods_go_on_to_the_other_networks():
+    lines = [line("GMP, uniform", accuracy=0.9), line("ESL", accuracy=0.8), line("GMP, guided", accuracy=0.95), line("GESL"),
+             {"method": "GESL", "guided": True, "refused": "out of reach"}]
+    assert summary.best(lines) == ["GMP, uniform", "GMP, guided"]
+
+
+def test_the_page_needs_nothing_else():
+    lines = [line(method, network, seed, requested, 0.96 - 0.001 * requested, 2 / requested)
+             for network in ("vgg", "resnet") for method in METHODS for requested in (1.5, 2.0, 3.0) for seed in (0, 1)]
+    lines.append({"network": "vgg", "method": "ESL", "guided": False, "seed": 0, "requested": 9.0, "refused": "<never>"})
+    text = page.page(lines)
+    links = Links()
+    links.feed(text)
+    assert not links.fetched and not links.open and "<script" not in text
+    assert text.count("<svg") == 2 * 4 and "vgg, ESL, 9x: &lt;never&gt;" in text
+    assert text.count(": published</td>") == len(PUBLISHED) and "Kusupati et al., ICML 2020" in text
+    looks = {(look["marker"], look["markerfacecolor"] == "white") for look in page.figures.styles(lines).values()}
+    assert len(looks) == len(METHODS)  # told apart without colour
+
+
+def test_a_page_of_refusals_only():
+    text = page.page([{"network": "vgg", "method": "ESL", "guided": False, "seed": 0, "requested": 9.0, "refused": "too fast"}])
+    assert "vgg, ESL, 9x: too fast" in text and "Every run was refused" in text
+
+
+def test_nothing_to_show_or_two_machines():
+    with pytest.raises(ValueError, match="no run was timed yet: run python -m experiments.compare"):
+        page.page([])
+    with pytest.raises(ValueError, match="come from different machines, .*another CPU.*: keep those of one"):
+        page.table([line(), line(seed=1, cpu="another CPU")])
+
+
+def test_the_readme_table(tmp_path, monkeypatch):
+    path, readme = tmp_path / "compare.jsonl", tmp_path / "README.md"
+    for result in (line(), line("GMP, uniform")):
+        results.append(path, result)
+    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    compare.main(["readme", "--results", str(path)])
+    assert path.with_suffix(".svg").read_text().lstrip().startswith("<")
+    text = readme.read_text()
+    assert text.startswith(f"before\n{page.BEGIN}\n| method | network, data |") and text.endswith(f"{page.END}\nafter\n")
+    assert "| GMP, guided: measured here | vgg, cluttered digits | 96.0 → 96.0 % | 10.0 % | 5.0x | 2.00x dense" in text
+    assert "\nold\n" not in text and sum(": published |" in row for row in text.splitlines()) == len(PUBLISHED)
+    cells = {row.count(" | ") for row in text.splitlines() if row.startswith("|")}
+    assert len(cells) == 1
+
+
+@pytest.mark.parametrize("command, message", [
+    (["tarin"], "there is no stage tarin, wanted some of measure, train, time, report, readme"),
+    (["--methods", "magic"], "invalid choice: 'magic'"), (["--networks", "alexnet"], "invalid choice: 'alexnet'"),
+    (["--speedups", "0.5"], r"a requested speedup is at least 1, got \[0.5\]")])
+def test_a_wrong_command(command, message, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(command)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_settings_of_all_networks():
+    for configs in (networks.NETWORKS, networks.QUICK):
+        assert [config.name for config in configs.values()] == list(configs) == ["vgg", "resnet", "inception"]
+        for config in configs.values():
+            assert config.ramp_steps < config.prune_steps
