@@ -15,16 +15,12 @@ namespace avx2 {
 
 struct V {
 #include "ymm.inc"
-  using Quad = const float*;  // a broadcast from memory is one load; spreading a register would cost a shuffle beside it
   static constexpr int kLanes = 8, kRegisters = 16;
   static SF_INLINE __m256i First(int m) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(m), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static SF_INLINE Reg LoadPart(const float* p, int m) { return _mm256_maskload_ps(p, First(m)); }
   static SF_INLINE void StorePart(float* p, Reg a, int m) { _mm256_maskstore_ps(p, First(m), a); }
-  static SF_INLINE Quad LoadQuad(const float* p) { return p; }
-  template <int i>
-  static SF_INLINE Reg Spread(Quad w) { return _mm256_broadcast_ss(w + i); }
 };
 
 #include "microkernel.inc"

@@ -16,14 +16,10 @@ namespace avx512vl {
 
 struct V {
 #include "ymm.inc"
-  using Quad = __m256;
   static constexpr int kLanes = 8, kRegisters = 32;
   static SF_INLINE __mmask8 First(int m) { return static_cast<__mmask8>((1u << m) - 1); }
   static SF_INLINE Reg LoadPart(const float* p, int m) { return _mm256_maskz_loadu_ps(First(m), p); }
   static SF_INLINE void StorePart(float* p, Reg a, int m) { _mm256_mask_storeu_ps(p, First(m), a); }
-  static SF_INLINE Quad LoadQuad(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
-  template <int i>
-  static SF_INLINE Reg Spread(Quad w) { return _mm256_permute_ps(w, i * 0x55); }
 };
 
 #include "microkernel.inc"

@@ -209,8 +209,9 @@ void FillTables(Plan& p) {
                 p.slots.push_back(static_cast<int32_t>(base[{r.phase, q.phase}] + i * c.pitch + j));
               }
               for (int64_t l = 0; l < lanes; ++l) {
-                const int64_t y = ((ty * c.by + l / c.bx % c.by) * ky + i) * s.sh + r.phase - s.top;
-                const int64_t x = ((tx * c.bx + l % c.bx) * kx + j) * s.sw + q.phase - s.left;
+                const int64_t column = (tx * c.bx + l % c.bx) * kx + j;
+                const int64_t y = ((ty * c.by + l / c.bx % c.by) * ky + i + column / c.wrap) * s.sh + r.phase - s.top;
+                const int64_t x = column % c.wrap * s.sw + q.phase - s.left;
                 const bool inside = y >= 0 && y < s.ih && x >= 0 && x < s.iw;
                 p.input.push_back(inside ? static_cast<int32_t>((y * s.iw + x) * s.ic()) : -1);
               }
@@ -221,7 +222,8 @@ void FillTables(Plan& p) {
       for (int64_t i = 0; i < ky; ++i) {
         for (int64_t j = 0; j < kx; ++j) {
           for (int64_t l = 0; l < lanes; ++l) {
-            const int64_t y = (ty * c.by + l / c.bx % c.by) * ky + i, x = (tx * c.bx + l % c.bx) * kx + j;
+            const int64_t column = (tx * c.bx + l % c.bx) * kx + j;
+            const int64_t y = (ty * c.by + l / c.bx % c.by) * ky + i + column / c.wrap, x = column % c.wrap;
             p.output.push_back(y < s.oh && x < s.ow ? static_cast<int32_t>((y * s.ow + x) * s.oc) : -1);
           }
         }
@@ -326,7 +328,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   const int64_t packed = c.packed * lanes;
   const int32_t* const table = &input[static_cast<size_t>(at.tile * packed)];
   // An input that fits L2 is there already.
-  const bool fetch = s.n * s.ih * s.iw * s.ic() * 4 > (1 << 20);
+  const bool fetch = s.n * s.ih * s.iw * s.ic() * 4 > CacheBytes(2);
   for (int64_t block = 0; block < s.blocks(); ++block) {
     const int64_t here = std::min(s.block, s.icg - block * s.block);
     const bool finite = !c.isa->pack({rows, table, slots.data(), c.packed, here, c.slots * lanes * 4, panel});

@@ -25,6 +25,7 @@ namespace sparseflax {
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 28;      // accumulators of the largest register tile
 constexpr int kOffsetUnit = 8;    // bytes per unit of a 16-bit panel offset: panels of up to 512 KB
+constexpr int64_t kNever = int64_t{1} << 40;  // beyond any row
 constexpr int kListPadding = 8;   // offsets that a microkernel may read past the end of a list
 
 // What one convolution is. Everything a buffer does not say; checked by Check().
@@ -118,6 +119,7 @@ struct Schedule {
   int64_t bn = 1, by = 1, bx = 1;     // images x sub-images: bn * by * bx = lanes
   int64_t lane_groups = 1;            // ceil(n / bn)
   int64_t ty = 0, tx = 0;             // tiles of an image: each covers by * y rows and bx * x columns
+  int64_t wrap = kNever;              // columns after which a block goes on in the next row
   int64_t pitch = 0, slots = 0;       // panel: vectors per row, per channel
   int64_t packed = 0;                 // slots that are filled
   double cycles = 0;                  // the estimate it was chosen by
@@ -171,6 +173,6 @@ class Conv {
   std::vector<std::shared_ptr<const Plan>> plans_;
 };
 
-int64_t CacheBytes(int level);  // data cache of one core (1), the last shared one (3)
+int64_t CacheBytes(int level);  // data caches of one core (1, 2), the last shared one (3)
 
 }  // namespace sparseflax

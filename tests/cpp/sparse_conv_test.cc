@@ -95,6 +95,7 @@ std::string Describe(const Problem& p, const Isa& isa, const Schedule* forced) {
   if (forced != nullptr) {
     text += " tile " + std::to_string(forced->kernel->y) + "x" + std::to_string(forced->kernel->x) + " lanes " +
             std::to_string(forced->bn) + "*" + std::to_string(forced->by) + "*" + std::to_string(forced->bx);
+    if (forced->wrap < sparseflax::kNever) text += " wrapped at " + std::to_string(forced->wrap);
   }
   return text;
 }
@@ -172,10 +173,10 @@ void TestTiles() {
         // A few of the candidates: each tile and each arrangement of lanes once for this problem.
         std::vector<Schedule> candidates = Candidates(shape, conv->nnz(), *isa);
         std::shuffle(candidates.begin(), candidates.end(), std::mt19937_64(seed));
-        std::set<std::tuple<int64_t, int64_t, int64_t>> lanes;
+        std::set<std::tuple<int64_t, int64_t, int64_t, int64_t>> lanes;
         std::set<const Kernel*> here;
         for (Schedule& c : candidates) {
-          if (!(lanes.insert({c.bn, c.by, c.bx}).second | here.insert(c.kernel).second)) continue;
+          if (!(lanes.insert({c.bn, c.by, c.bx, c.wrap}).second | here.insert(c.kernel).second)) continue;
           if (runs % 2 == 0) c.cycles = 1e9;  // worth threads
           CheckRun(p, *conv, *isa, ++runs % 2 == 0 ? front : back, &c);
         }
