@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Densities at which the kernel is asked for its tile; between them it takes one of these tiles or one about as fast.
 DENSITIES = (0.02, 0.06, 0.2, 0.6)
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
-INLINE_CYCLES = 60_000  # the kernel runs shorter convolutions on one thread
 
 
 class SparseCounts(NamedTuple):
@@ -150,13 +149,14 @@ def _tiles(shape: ConvShape, machine: Machine) -> tuple[SparseCounts, ...]:
     return tuple(tile_counts(shape, density, machine) for density in DENSITIES)
 
 
-def schedule(shape: ConvShape, kept: int, isa: str) -> dict[str, Any]:
+def schedule(shape: ConvShape, kept: int, isa: str, threads: int = 1) -> dict[str, Any]:
     """What the kernel would do for a layer with `kept` weights: the tile it chooses and the counts of it.
 
     Args:
       shape: the layer.
       kept: number of weights.
       isa: instruction set; the best that runs here stands for all that do.
+      threads: that may share it. Of the chosen tiles the busiest of them visits `work`, and packs `panels`.
 
     Raises:
       ValueError: the native module is missing, does not know `isa`, or cannot run the layer.
@@ -176,19 +176,15 @@ def schedule(shape: ConvShape, kept: int, isa: str) -> dict[str, Any]:
     assert ffi.native is not None
     return ffi.native.schedule(
         [shape.n, shape.ih, shape.iw, shape.oh, shape.ow], [kh, kw, icg, oc, shape.groups, shape.block],
-        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa)
+        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa, threads)
 
 
 def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCounts:
     """Counts of the tile that the kernel chooses at a density. Raises as `schedule`."""
-    chosen = schedule(shape, max(1, round(density * shape.weights)), machine.isa)
+    chosen = schedule(shape, max(1, round(density * shape.weights)), machine.isa, machine.threads)
     cycles, tiles, vectors, oc = chosen["fma_cycles"], chosen["tiles"], chosen["vectors"], shape.oc
     rows = oc * chosen["blocks"]
-    threads = machine.threads if chosen["cycles"] >= INLINE_CYCLES else 1
-    # Tiles that do not share out evenly are split by output channels, and every part packs its own panel.
-    whole = shape.groups * tiles
-    parts = 1 if threads == 1 or whole >= 4 * threads or whole % threads == 0 else threads
-    share = math.ceil(whole * parts / threads) / (whole * parts)  # of the work, for the busiest thread
+    share = chosen["work"] / (shape.groups * tiles)  # of the work, for the busiest thread
     packed = shape.groups * sum(_whole(min(shape.block, shape.ic // shape.groups - first), chosen["lanes"])
                                 for first in range(0, shape.ic // shape.groups, shape.block))
     stored = shape.groups * _whole(oc // shape.groups, chosen["lanes"])
@@ -203,11 +199,11 @@ def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCou
         visit=share * rows * tiles,
         accumulate=share * rows * vectors * cycles,
         store=share * stored * vectors * cycles,
-        pack=share * parts * packed * chosen["packed"] * tiles * (1 + cycles),
+        pack=packed * chosen["packed"] * chosen["panels"] / shape.groups * (1 + cycles),
         input_bytes=far * shape.input_bytes,
         output_bytes=far * shape.output_bytes,
         memory_bytes=shape.input_bytes * _beyond(moved, machine.l3_bytes // 4),
-        split=float(threads > 1),
+        split=float(chosen["threads"] > 1),
         call=1.0)
 
 

@@ -13,7 +13,7 @@ namespace {
 
 // What the kernel would do for a convolution: the counts that a performance model is made of.
 nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<int64_t>& layout, const std::vector<int64_t>& window,
-                          int64_t nnz, const std::string& isa) {
+                          int64_t nnz, const std::string& isa, int64_t threads) {
   using namespace sparseflax;
   if (image.size() != 5 || layout.size() != 6 || window.size() != 8) {
     throw nb::value_error("wanted image (n, ih, iw, oh, ow), layout (kh, kw, icg, oc, groups, block) and window (sh, sw, top, "
@@ -28,6 +28,7 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
     if (each->name == isa) forced = each;
   }
   if (forced == nullptr && !isa.empty()) throw nb::value_error("unknown kernel name");
+  if (threads < 1) throw nb::value_error("threads must be at least 1");
   s = s.Flat();
   const Schedule c = ChooseSchedule(s, nnz, forced);
   if (c.kernel == nullptr) throw nb::value_error("the kernel window is too large for a panel");
@@ -44,6 +45,10 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
   d["packed"] = c.packed;
   d["panel_bytes"] = std::min(s.block, s.icg) * c.slots * c.isa->lanes * 4;
   d["cycles"] = c.cycles;
+  const Sharing sharing = c.Share(s.groups, threads);
+  d["threads"] = sharing.threads;
+  d["work"] = sharing.work;
+  d["panels"] = sharing.panels;
   return d;
 }
 
@@ -64,7 +69,7 @@ NB_MODULE(_native, m) {
     for (const Isa* isa : Isas()) names.emplace_back(isa->name);
     return names;
   });
-  m.def("schedule", DescribeSchedule, nb::arg("image"), nb::arg("layout"), nb::arg("window"), nb::arg("nnz"), nb::arg("isa") = "",
+  m.def("schedule", DescribeSchedule, nb::arg("image"), nb::arg("layout"), nb::arg("window"), nb::arg("nnz"), nb::arg("isa") = "", nb::arg("threads") = 1,
         "What the kernel would do for a convolution of nnz kept weights: tile, lanes and the counts a performance model needs.");
   m.def("fma_gflops", [](const std::string& isa) {
     for (const Isa* each : Isas()) {

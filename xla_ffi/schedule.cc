@@ -14,6 +14,8 @@
 namespace sparseflax {
 namespace {
 
+constexpr double kInlineCycles = 60'000;  // below this a second thread costs more than it brings
+
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Input rows (or columns) a tile of `tile` outputs touches in each phase of the stride: tile + the farthest tap of it.
@@ -61,21 +63,24 @@ double Conflicts(const Schedule& c, int64_t image, int64_t row, int64_t column) 
   return static_cast<double>(c.isa->lanes) / static_cast<double>(sets) - 1;
 }
 
-// Cycles of one core. f is the time of one FMA with a memory operand: an FMA per vector and kept weight, dearer
-// when the panel leaves L1; what a kept weight, each further row of its tile and a visit cost beside their vectors; loading and
-// storing the accumulators of a visit; transposing in and out, dearer beyond L2 and where lanes meet in one set. Fitted to 1400
-// timed candidates of 17 layers, n = 1 to 16, on a Zen 3 core: a median error of 7 %, and choices 1.6 % slower than the best.
-double Cycles(const Shape& s, int64_t nnz, const Schedule& c) {
+// Cycles of one core, and the share of packing in them. f is the time of one FMA with a memory operand: an FMA per vector and
+// kept weight, dearer when the panel leaves L1; what a kept weight, each further row of its tile and a visit cost beside their
+// vectors; loading and storing the accumulators of a visit; transposing in and out, dearer beyond L2 and where lanes meet in one
+// set. Fitted to 1400 timed candidates of 17 layers, n = 1 to 16, on a Zen 3 core: a median error of 7 %, and choices 1.6 %
+// slower than the best.
+void Cost(const Shape& s, int64_t nnz, Schedule& c) {
   const double f = c.isa->fma_cycles(), tiles = static_cast<double>(c.tiles()), kept = static_cast<double>(nnz);
   const double vectors = tiles * c.kernel->y * c.kernel->x, oc = static_cast<double>(s.oc), rows = oc * static_cast<double>(s.blocks());
   const double panel = static_cast<double>(std::min(s.block, s.icg) * c.slots * c.isa->lanes * 4);
   const double spill = std::max(0.0, panel / static_cast<double>(CacheBytes(1)) - 1);
   const bool far_in = s.n * s.ih * s.iw * s.ic() * 4 > CacheBytes(2), far_out = s.n * s.oh * s.ow * s.oc * 4 > CacheBytes(2);
   const int64_t pixel = s.ic() * 4, to = s.oc * 4, y = c.kernel->y, x = c.kernel->x;
-  const double pack = 2 + 2.4 * f + 1.4 * far_in + 0.14 * Conflicts(c, s.ih * s.iw * pixel, y * s.sh * s.iw * pixel, x * s.sw * pixel);
+  const double pack = (2 + 2.4 * f + 1.4 * far_in + 0.14 * Conflicts(c, s.ih * s.iw * pixel, y * s.sh * s.iw * pixel, x * s.sw * pixel)) *
+                      static_cast<double>(s.ic() * c.packed) * tiles;
   const double store = 3 * far_out + 0.4 * Conflicts(c, s.oh * s.ow * to, y * s.ow * to, x * to);
-  return kept * vectors * f * (1 + 0.7 * spill) + kept * tiles * (1.2 + 0.05 * static_cast<double>(y - 1)) +
-         rows * (6 * tiles + 1.3 * vectors) + store * oc * vectors + pack * static_cast<double>(s.ic() * c.packed) * tiles;
+  c.cycles = kept * vectors * f * (1 + 0.7 * spill) + kept * tiles * (1.2 + 0.05 * static_cast<double>(y - 1)) +
+             rows * (6 * tiles + 1.3 * vectors) + store * oc * vectors + pack;
+  c.packing = pack / c.cycles;
 }
 
 // Every register tile for lanes that own so many rows and columns.
@@ -92,7 +97,7 @@ void AddTiles(const Shape& s, int64_t nnz, int64_t rows_per_lane, int64_t column
     c.packed = rows.sum * columns.sum;
     // The largest offset has to fit 16 bits in units of kOffsetUnit bytes.
     if (std::min(s.block, s.icg) * c.slots * c.isa->lanes * 4 > 65536 * kOffsetUnit) continue;
-    c.cycles = Cycles(s, nnz, c);
+    Cost(s, nnz, c);
     all->push_back(c);
   }
 }
@@ -120,9 +125,20 @@ int64_t CacheBytes(int level) {
   return bytes[static_cast<size_t>(level - 1)];
 }
 
-int64_t Schedule::Parts(int64_t groups, int64_t threads) const {
-  const int64_t whole = groups * tiles();
-  return threads == 1 || whole >= 4 * threads || whole % threads == 0 ? 1 : threads;
+Sharing Schedule::Share(int64_t groups, int64_t available) const {
+  const int64_t threads = cycles < kInlineCycles ? 1 : available, all = groups * tiles(), rest = all % threads;
+  const double each = static_cast<double>(all / threads);
+  Sharing best = {threads, all, 1, each, each};
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t parts = 1; rest > 0 && parts <= threads; ++parts) {
+    const double panels = static_cast<double>(CeilDiv(rest * parts, threads)), work = panels / static_cast<double>(parts);
+    const double time = packing * panels + (1 - packing) * work;
+    if (time < least) {
+      least = time;
+      best = {threads, all - rest, parts, each + work, each + panels};
+    }
+  }
+  return best;
 }
 
 std::vector<Schedule> Candidates(const Shape& s, int64_t nnz, const Isa& isa) {

@@ -41,7 +41,6 @@ const std::vector<const Isa*>& Isas() {
 namespace {
 
 constexpr uint8_t kSkip = 255;                  // the gap byte that keeps nothing
-constexpr double kInlineCycles = 60'000;        // below this a second thread costs more than it brings
 
 // Per thread, grows, 64-byte aligned; large blocks ask for huge pages, since a panel walked by 4 KB pages misses the TLB.
 struct Arena {
@@ -108,7 +107,7 @@ struct Plan {
   std::vector<int32_t> input;       // (ty * tx, packed, lanes)
   std::vector<int32_t> output;      // (ty * tx, y * x, lanes)
   void Run(const Buffers& b, int activation, Executor& executor) const;
-  Place PlaceOf(int64_t unit, int64_t parts) const;
+  Place PlaceOf(int64_t unit, const Sharing& sharing) const;
   void Rows(const Buffers& b, const Place& at, const float* rows[kMaxLanes]) const;
   void Unit(const Buffers& b, int activation, const Place& at, const Place& next) const;
   void VisitPruned(Visit visit, int64_t channels_here) const;
@@ -287,10 +286,11 @@ int64_t Plan::Split(int64_t g, int64_t part, int64_t parts) const {
   return ocg >= 2 * parts * schedule.isa->lanes ? k / schedule.isa->lanes * schedule.isa->lanes : k;  // whole vectors to store
 }
 
-Place Plan::PlaceOf(int64_t unit, int64_t parts) const {
-  const int64_t part = unit % parts, spatial = schedule.ty * schedule.tx, rest = unit / parts;
-  const int64_t g = rest / spatial / schedule.lane_groups;
-  return {g, rest / spatial % schedule.lane_groups, rest % spatial, Split(g, part, parts), Split(g, part + 1, parts)};
+Place Plan::PlaceOf(int64_t unit, const Sharing& sharing) const {
+  const int64_t split = std::max<int64_t>(0, unit - sharing.whole), parts = unit < sharing.whole ? 1 : sharing.parts;
+  const int64_t all = std::min(unit, sharing.whole) + split / parts, part = split % parts, spatial = schedule.ty * schedule.tx;
+  const int64_t g = all / spatial / schedule.lane_groups;
+  return {g, all / spatial % schedule.lane_groups, all % spatial, Split(g, part, parts), Split(g, part + 1, parts)};
 }
 
 // Where the input channels of a group begin for each lane; a lane without an image takes the last one.
@@ -379,13 +379,13 @@ void Plan::VisitPruned(Visit visit, int64_t channels_here) const {
 
 void Plan::Run(const Buffers& b, int activation, Executor& executor) const {
   const Schedule& c = schedule;
-  const int64_t threads = c.cycles < kInlineCycles ? 1 : executor.threads();
-  const int64_t parts = c.Parts(shape.groups, threads), units = shape.groups * c.tiles() * parts;
+  const Sharing sharing = c.Share(shape.groups, executor.threads());
+  const int64_t units = sharing.whole + (shape.groups * c.tiles() - sharing.whole) * sharing.parts;
   const auto unit = [&](int64_t i) {
-    const int64_t next = i + threads;  // most likely this thread's
-    Unit(b, activation, PlaceOf(i, parts), next < units ? PlaceOf(next, parts) : Place{0, 0, -1, 0, 0});
+    const int64_t next = i + sharing.threads;  // most likely this thread's
+    Unit(b, activation, PlaceOf(i, sharing), next < units ? PlaceOf(next, sharing) : Place{0, 0, -1, 0, 0});
   };
-  if (threads == 1) {
+  if (sharing.threads == 1) {
     for (int64_t i = 0; i < units; ++i) unit(i);
   } else {
     executor.For(units, unit);

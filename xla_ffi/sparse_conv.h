@@ -112,6 +112,13 @@ struct Isa {
 // All instruction sets of this build that run on this machine, best first; the last is "portable".
 const std::vector<const Isa*>& Isas();
 
+// How the tiles of all groups are shared out: `whole` of them one by one, and those that would leave threads idle in `parts`
+// parts of their output channels, each of which packs a panel of its own. The busiest thread visits `work` tiles and packs `panels`.
+struct Sharing {
+  int64_t threads, whole, parts;
+  double work, panels;
+};
+
 // Where a tile's lanes and accumulators lie, and what that costs. See schedule.cc.
 struct Schedule {
   const Isa* isa = nullptr;
@@ -122,10 +129,9 @@ struct Schedule {
   int64_t wrap = kNever;              // columns after which a block goes on in the next row
   int64_t pitch = 0, slots = 0;       // panel: vectors per row, per channel
   int64_t packed = 0;                 // slots that are filled
-  double cycles = 0;                  // the estimate it was chosen by
+  double cycles = 0, packing = 0;     // the estimate it was chosen by, and the share of packing in it
   int64_t tiles() const { return lane_groups * ty * tx; }
-  // How many threads share one tile, by output channels, each packing its own panel: 1 where whole tiles share out evenly.
-  int64_t Parts(int64_t groups, int64_t threads) const;
+  Sharing Share(int64_t groups, int64_t available) const;
 };
 std::vector<Schedule> Candidates(const Shape& shape, int64_t nnz, const Isa& isa);
 // The cheapest over `isa`, or over all of Isas() if it is null; its kernel is null if no panel fits its offsets.
