@@ -8,10 +8,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
 
 KERNEL = Path(__file__).parents[1] / "xla_ffi"
 TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
+BORDER = [KERNEL / "handler.cc", TEST.with_name("handler_test.cc")]  # what needs XLA's headers
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in ("handler.cc", "module.cc"))  # what needs no XLA, no Python
 TILES = [p for p in SOURCES if p.name not in ("sparse_conv.cc", "schedule.cc", "portable.cc")]  # with vectors of their own
@@ -21,8 +23,8 @@ RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
 # name: compiler, flags, sources; a file of another architecture compiles to nothing
 BUILDS = {
     "address,undefined": (X86, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
-                                "-fno-sanitize-recover=all"], [*SOURCES, TEST]),
-    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST]),
+                                "-fno-sanitize-recover=all"], [*SOURCES, TEST, *BORDER]),
+    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST, *BORDER]),
     "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST]),
     "x86 release": (X86, RELEASE, TILES),
     "neon release": (ARM, RELEASE, TILES),
@@ -52,7 +54,7 @@ def objects(tmp_path_factory):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         def build(name: str, compiler: str, flags: list[str], source: Path) -> Path:
             target = folder / f"{name.replace(' ', '_')}_{source.stem}.o"
-            run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-c", source, "-o", target)
+            run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", target)
             return target
 
         yield {name: [pool.submit(build, name, compiler, flags, source) for source in sources]
@@ -60,16 +62,17 @@ def objects(tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
-def link(name: str, objects, folder: Path) -> Path:
-    """The test program of a build; skips if its sanitizer does not link or start here."""
-    compiler, flags, _ = BUILDS[name]
+def link(name: str, objects, folder: Path, without: list[Path] = BORDER) -> Path:
+    """The test program of a build without some of its sources; skips if its sanitizer does not link or start here."""
+    compiler, flags, sources = BUILDS[name]
     if "-static" not in flags:
         (folder / "empty.cc").write_text("int main() {}")
         for command in ([compiler, *flags, folder / "empty.cc", "-o", folder / "empty"], [folder / "empty"]):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"the {name} sanitizer does not work here: {done.stderr[-200:]}")
-    run(compiler, *flags, "-pthread", *(o.result() for o in objects[name]), "-o", folder / "test")
+    linked = [o.result() for o, source in zip(objects[name], sources, strict=True) if source not in without]
+    run(compiler, *flags, "-pthread", *linked, "-o", folder / "test")
     return folder / "test"
 
 
@@ -83,6 +86,13 @@ def test_address_and_undefined_behaviour(objects, tmp_path):
 def test_data_races(objects, tmp_path):
     need("thread")
     assert run(link("thread", objects, tmp_path), "all", "threads", "pool") == "ok threads\nok pool\n"
+
+
+@pytest.mark.parametrize("name", ["thread", "address,undefined"])
+def test_the_handler_with_a_runtime_of_its_own(objects, tmp_path, name):
+    """What XLA calls: metadata, instantiation, and executions by four threads at once that share a pool."""
+    need(name)
+    assert run(link(name, objects, tmp_path, without=[TEST])) == "ok\n"
 
 
 def test_neon_under_emulation(objects, tmp_path):
