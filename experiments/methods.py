@@ -22,6 +22,7 @@ from flax import nnx
 from sparseflax import cost, prune
 from sparseflax.cost import Work, conv_seconds
 from sparseflax.machine import Machine
+from sparseflax.plan import MARGIN
 from sparseflax.shapes import ConvShape
 
 MIN_DENSITY = 0.01  # of a layer, for guided and unguided methods alike
@@ -30,7 +31,7 @@ CALIBRATION = 512  # images that one-shot methods may look at
 
 
 class Speed:
-    """What the performance model predicts of a network, layers running dense or sparse, whichever is faster.
+    """What the performance model predicts of a network, layers running dense or sparse as `plan` would choose.
 
     Args:
       shapes: of its layers, at the batch it is to be fast at.
@@ -52,7 +53,8 @@ class Speed:
         """Time dense over predicted time at these densities {layer: kept / all}; other layers are dense."""
         density = np.maximum(self._vector(densities), 1 / self._weights)
         sparse = np.asarray(self._sparse(jnp.asarray(density, jnp.float32)), float)
-        return self._whole / float(self._other + np.minimum(sparse, self._layers).sum())
+        runs_sparse = (density < 1) & (MARGIN * sparse <= self._layers)  # as `plan` chooses
+        return self._whole / float(self._other + np.where(runs_sparse, sparse, self._layers).sum())
 
     def density(self, densities: Mapping[str, float]) -> float:
         """Kept / all weights of the network at these densities of its layers."""

@@ -78,7 +78,7 @@ def test_bad_arguments():
     for allocation in ALLOCATIONS:
         with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 0: it is kept / all"):
             allocation(make_params(), 0)
-    with pytest.raises(ValueError, match=r"cannot exclude layers \['stam'\]: the kernels in the parameters are \['head'"):
+    with pytest.raises(ValueError, match=r"cannot exclude layers \['stam'\]: the network has \['head', 'point'"):
         prune.uniform(make_params(), 0.5, exclude=["stam"])
     with pytest.raises(ValueError, match=r"there is no layer to prune: of the kernels \['head', .* all are excluded"):
         prune.erk(make_params(), 0.5, exclude=SHAPES)

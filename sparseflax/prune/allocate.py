@@ -9,16 +9,19 @@ it, from the performance model and its gradient:
 
 with m_l = kh kw ic / groups the inputs of an output, so that m d is how many of them a layer keeps. That is what a trained
 layer seems to need: the sixteen 3x3 layers of the paper's ResNet-50, of 64 to 512 channels, kept 50 to 110 inputs each.
-A pruned layer takes t = conv_seconds; one that is not takes dense_seconds, or conv_seconds at density 1 where that is less.
-At the optimum every pruned layer saves the same time per damage, its worth, at the margin:
+A pruned layer takes t = conv_seconds, one that is not takes dense_seconds. At the optimum every pruned layer saves the same
+time per damage, its worth, at the margin:
 
     (dt/dd) / (1 / (m d^2)) = price
+
+Where the useful ranges end before the network is fast enough, lower_l is min_density for all: the time saved below them is
+little for the damage, but it was asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,8 @@ import numpy as np
 
 from sparseflax.cost import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.machine import Machine
-from sparseflax.prune.guide import Guidance, LayerGuide
+from sparseflax.plan import MARGIN
+from sparseflax.prune.guide import Guidance, LayerGuide, Layers, named
 from sparseflax.shapes import ConvShape
 
 GRID = 128  # densities per layer at which the performance model is evaluated, evenly spaced in the logarithm
@@ -37,8 +41,9 @@ def guided(
     machine: Machine,
     *,
     speedup: float = 2.5,
+    seconds: float | None = None,
     min_density: float = 0.01,
-    exclude: Collection[str] = (),
+    exclude: Layers = (),
     other_seconds: float = 0.0,
     whole_seconds: float | None = None,
 ) -> Guidance:
@@ -51,23 +56,25 @@ def guided(
       shapes: {layer: ConvShape} of all layers of the network (`conv_shapes`), with the batch it is to be fast at.
       machine: on which it is to be fast.
       speedup: wanted ratio of the time of the dense network and the predicted one, at least 1.
+      seconds: wanted time of the whole network, in place of a speedup.
       min_density: no layer is pruned below it.
-      exclude: layers to leave dense (often the first); their time counts.
+      exclude: layers to leave dense, whose time counts: names, patterns such as "*/shortcut", or a predicate of a name.
       other_seconds: time of everything else in the network, which pruning does not change.
       whole_seconds: time of the dense network, if it was measured; None takes the predicted one.
 
     Raises:
-      ValueError: for a time that is not positive, for a speedup below 1 or out of reach (saying the highest, and which layers
-        bound it), for a min_density outside (0, 1), for excluded layers that do not exist.
+      ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
+        which layers bound it), for a min_density outside (0, 1), for excluded layers that do not exist.
     """
     if not 1 <= speedup < math.inf:
         raise ValueError(f"speedup must be at least 1 (the dense network) and finite, got {speedup}")
     if not 0 < min_density < 1:
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
-    if whole_seconds is not None and not 0 < whole_seconds < math.inf:
-        raise ValueError(f"whole_seconds must be positive and finite, or None to have it predicted, got {whole_seconds}")
-    if missing := sorted(set(exclude) - shapes.keys()):
-        raise ValueError(f"cannot exclude layers {missing}: the network has {list(shapes)}")
+    for name, time in (("seconds", seconds), ("whole_seconds", whole_seconds)):
+        if time is not None and not 0 < time < math.inf:
+            raise ValueError(f"{name} must be positive and finite, or None, got {time}")
+    if not 0 <= other_seconds < math.inf:
+        raise ValueError(f"other_seconds must be at least 0 and finite, got {other_seconds}")
     if not shapes:
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
@@ -75,99 +82,103 @@ def guided(
     inputs = np.array([shape.weights / shape.oc for shape in shapes.values()])
     dense = np.asarray(dense_seconds(work, machine), float)
     lower, upper = (np.asarray(bound, float) for bound in useful_range(work, machine))
-    floor = np.clip(lower, min_density, 1.0)
-    curves = _curves(work, inputs, machine, floor)
-    least, fastest = _settle(0.0, curves)
-    unpruned = np.minimum(dense, curves[:, 1, -1])
+    total = whole_seconds or other_seconds + dense.sum()
+    goal = seconds or total / speedup
+    one = 1 - 1 / np.array([shape.weights for shape in shapes.values()])  # the density with a single zero
 
-    dense_because: dict[int, str] = {}
-    for i, name in enumerate(names):
-        if name in exclude:
-            dense_because[i] = "excluded"
-        elif fastest[i] >= dense[i]:
-            dense_because[i] = f"no speedup potential, at best {dense[i] / fastest[i]:.2f}x"
-        elif speedup == 1:
-            dense_because[i] = "no speedup asked for"
+    excluded, dense_because = named(exclude, names), dict[int, str]()
+    for floor in (np.clip(lower, min_density, one), np.minimum(min_density, one)):
+        curves = _curves(work, inputs, machine, floor, one)
+        least, fastest = _settle(0.0, curves)
+        dense_because = {i: "excluded" for i, name in enumerate(names) if name in excluded}
+        dense_because |= {i: f"no speedup potential, at best {dense[i] / fastest[i]:.2f}x" for i in range(len(names))
+                          if i not in dense_because and fastest[i] * MARGIN >= dense[i]}
+        pruned = np.array([i not in dense_because for i in range(len(names))])
+        best = np.where(pruned, fastest, dense)
+        shortest = other_seconds + best.sum()
+        if goal >= shortest:
+            break
 
     def reason(i: int, density: float) -> str:
         if i in dense_because:
             return f"dense: {dense_because[i]}"
-        if density == 1:
-            return f"needs no zeros: the sparse kernel is {dense[i] / unpruned[i]:.2f}x as fast without any"
-        end = "min_density" if min_density > lower[i] else "the lower end of its useful range"
+        below = ", pruned below it for the speedup asked for" if density < 0.999 * lower[i] else ""
+        end = "the lower end of it" if floor[i] == lower[i] else "min_density"
         stopped = f", stopped at {end}" if density < 1.001 * floor[i] else ""
-        return f"useful from {lower[i]:.3f} to {upper[i]:.2f}{stopped}"
+        return f"useful from {lower[i]:.3f} to {upper[i]:.2f}{below}{stopped}"
 
-    pruned = np.array([i not in dense_because for i in range(len(names))])
-    best = np.where(pruned, fastest, unpruned)
-    total, shortest = whole_seconds or other_seconds + dense.sum(), other_seconds + best.sum()
-    if total / shortest < speedup:
+    if goal < shortest:
         longest = sorted(range(len(names)), key=lambda i: -best[i])[:5]
         shares = [f"{names[i]} {best[i] / shortest:.0%} ({reason(i, float(least[i]))})" for i in longest]
         if other_seconds:
             shares.append(f"everything else {other_seconds / shortest:.0%}")
-        raise ValueError(
-            f"a speedup of {speedup:g} cannot be reached: the highest is {math.floor(100 * total / shortest) / 100:.2f}, "
-            f"where the time goes to {', '.join(shares)}"
-        )
+        highest = f"{math.floor(100 * total / shortest) / 100:.2f}"
+        asked = (f"a speedup of {speedup:g} cannot be reached: the highest is {highest}" if seconds is None else
+                 f"{1e3 * seconds:.3g} ms cannot be reached: the least is {1e3 * shortest:.3g} ms, a speedup of {highest}")
+        raise ValueError(f"{asked}, where the time goes to {', '.join(shares)}")
 
-    density, given_back = _least_damage(curves, unpruned, inputs, pruned, total / speedup - other_seconds)
-    dense_because |= given_back
+    if goal >= total:
+        density = np.ones(len(names))
+        dense_because |= {i: "no speedup asked for" for i in np.flatnonzero(pruned)}
+    else:
+        density, given_back = _least_damage(curves, dense, inputs, pruned, goal - other_seconds)
+        dense_because |= given_back
     at = jnp.asarray(density, jnp.float32)
     sparse, slope = jax.jvp(lambda d: conv_seconds(work, d, machine), (at,), (jnp.ones_like(at),))
-    seconds = np.where(density < 1, np.asarray(sparse, float), unpruned)
+    times = np.where(density < 1, np.asarray(sparse, float), dense)
     layers = {
         name: LayerGuide(
             density=float(density[i]),
             reason=reason(i, density[i]),
-            lower=float(lower[i]),
+            lower=float(min(floor[i], density[i])),
             upper=float(upper[i]),
             shape=shapes[name],
             dense_seconds=float(dense[i]),
-            seconds=float(seconds[i]),
+            seconds=float(times[i]),
             slope=float(slope[i]),
         )
         for i, name in enumerate(names)
     }
-    return Guidance(layers, other_seconds, whole_seconds)
+    return Guidance(layers, other_seconds, whole_seconds, machine)
 
 
 def _least_damage(
-    curves: np.ndarray, unpruned: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
+    curves: np.ndarray, dense: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Densities (layers,) at which all layers take `budget` seconds, and why some that could be pruned (bools) are not."""
-    best = np.where(pruned, _settle(0.0, curves)[1], unpruned)
+    best = np.where(pruned, _settle(0.0, curves)[1], dense)
 
     def solve(pruned: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        density, seconds = np.ones(len(unpruned)), unpruned.copy()
-        price, density[pruned], seconds[pruned] = _solve(curves[pruned], budget - unpruned[~pruned].sum())
+        density, seconds = np.ones(len(dense)), dense.copy()
+        price, density[pruned], seconds[pruned] = _solve(curves[pruned], budget - dense[~pruned].sum())
         return price, density, seconds, (1 / density - 1) / inputs
 
     given_back = {}
     price, density, seconds, damage = solve(pruned)
     may_leave = pruned.copy()
     while True:
-        # Pruning a layer costs damage, at the price, and saves time. One that loses by it leaves, if the others can be fast
-        # enough without it at less damage; above its break-even density it saves nothing, and always does.
-        needed = unpruned - best > budget - best.sum()
-        loss = np.where(may_leave & ~needed, price * damage - (unpruned - seconds), 0.0)
-        i = int(loss.argmax())
-        if loss[i] <= 1e-6 * budget:
+        # Pruning a layer costs damage, at the price, and saves time. Each is asked once, the one that loses most by it first,
+        # and leaves if the others can be fast enough without it at less damage, or if it saves too little to run sparse.
+        needed, in_vain = dense - best > budget - best.sum(), MARGIN * seconds > dense
+        loss = np.where(in_vain, np.inf, price * damage - (dense - seconds))
+        candidates = np.flatnonzero(may_leave & ~needed)
+        if not len(candidates):
             return density, given_back
+        i = int(candidates[np.lexsort((dense[candidates], loss[candidates]))[-1]])
         may_leave[i] = False
-        without = pruned & (np.arange(len(unpruned)) != i)
+        without = pruned & (np.arange(len(dense)) != i)
         solution = solve(without)
-        if solution[-1].sum() < damage.sum():
-            saved = 1 - seconds[i] / unpruned[i]
+        if in_vain[i] or solution[-1].sum() < damage.sum():
+            saved = 1 - seconds[i] / dense[i]
             saving = f"would save only {saved:.0%}" if saved > 0 else "would be slower"
             given_back[i] = f"given back, {saving} at density {density[i]:.2f}"
-            pruned, best[i] = without, unpruned[i]
+            pruned, best[i] = without, dense[i]
             price, density, seconds, damage = solution
 
 
-def _curves(work: Work, inputs: np.ndarray, machine: Machine, floor: np.ndarray) -> np.ndarray:
-    """What each layer can choose from, (layers, 3, GRID): log density from floor (layers,) to 1, seconds, worth."""
-    log_density = np.linspace(np.log(floor), 0.0, GRID)
+def _curves(work: Work, inputs: np.ndarray, machine: Machine, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """What each layer can choose from, (layers, 3, GRID): log density from floor to top (layers,), seconds, worth."""
+    log_density = np.linspace(np.log(floor), np.log(top), GRID)
     density = jnp.asarray(np.exp(log_density), jnp.float32)
     seconds, slope = jax.jvp(jax.vmap(lambda d: conv_seconds(work, d, machine)), (density,), (jnp.ones_like(density),))
     worth = np.asarray(slope, float) * np.asarray(density, float) ** 2 * inputs

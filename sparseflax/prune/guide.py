@@ -7,10 +7,14 @@ A method asks nothing else of a guide, so the same method runs with the performa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+from sparseflax.machine import Machine
 from sparseflax.shapes import ConvShape
+
+Layers = Iterable[str] | Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,11 @@ class LayerGuide:
     Attributes:
       density: to prune to, kept / all; 1.0 = the layer stays dense.
       reason: for it, in words.
-      lower, upper: the useful range of densities. Pruning on below `lower` saves no time worth having: stop there. A layer
-        that stays above `upper` was pruned in vain: give it its dense weights back.
+      lower, upper: stop pruning at `lower`: the lower end of the useful range, below which fewer weights save no time worth
+        having, or less where the time asked for needs it. A layer that stays above `upper` was pruned in vain: give it its
+        dense weights back.
       shape: of the layer, if it has a performance model.
-      dense_seconds, seconds: predicted time dense and at `density`, where a density of 1 may run on either kernel, whichever
-        is faster; nan without a performance model.
+      dense_seconds, seconds: predicted time dense and at `density`; nan without a performance model.
       slope: d(seconds)/d(density) at `density`, what pruning on would save; nan without a performance model.
     """
 
@@ -46,11 +50,13 @@ class Guidance:
       layers: {layer: LayerGuide} in the network's order.
       other_seconds: time of everything that is not one of the layers.
       whole_seconds: of the dense network, if it was measured.
+      machine: of the performance model, if there is one.
     """
 
     layers: Mapping[str, LayerGuide]
     other_seconds: float = 0.0
     whole_seconds: float | None = None
+    machine: Machine | None = None
 
     @property
     def densities(self) -> dict[str, float]:
@@ -112,3 +118,19 @@ def constant(densities: Mapping[str, float]) -> Guidance:
         if not 0 < density <= 1:
             raise ValueError(f"density of layer {layer!r} must be in (0, 1], got {density}")
     return Guidance({layer: LayerGuide(density, "as given") for layer, density in densities.items()})
+
+
+def named(chosen: Layers, layers: Iterable[str]) -> set[str]:
+    """Those of the layers that are chosen: by a predicate, or by names or patterns such as "stages/0/*" and "*/shortcut".
+
+    Raises:
+      ValueError: for a name or pattern that none of the layers has.
+    """
+    layers = list(layers)
+    if callable(chosen):
+        return {layer for layer in layers if chosen(layer)}
+    patterns = [chosen] if isinstance(chosen, str) else list(chosen)
+    found = {pattern: {layer for layer in layers if layer == pattern or fnmatchcase(layer, pattern)} for pattern in patterns}
+    if missing := sorted(pattern for pattern, matching in found.items() if not matching):
+        raise ValueError(f"cannot exclude layers {missing}: the network has {layers}")
+    return set().union(*found.values())

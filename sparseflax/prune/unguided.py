@@ -12,22 +12,22 @@ These are the allocations of published results; none of them knows what a weight
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from sparseflax.prune.guide import Guidance, LayerGuide
+from sparseflax.prune.guide import Guidance, LayerGuide, Layers, named
 from sparseflax.prune.mask import kernels
 
 
-def uniform(params: Any, density: float, *, exclude: Collection[str] = ()) -> Guidance:
+def uniform(params: Any, density: float, *, exclude: Layers = ()) -> Guidance:
     """The same density for every layer.
 
     Args:
       params: nnx.State or nested dict of parameters; only shapes are read.
       density: kept / all, over all layers that are not excluded.
-      exclude: layers to leave dense (often the first and the last).
+      exclude: layers to leave dense (published ones leave out the first, often the last too): names, patterns, or a predicate.
 
     Raises:
       ValueError: for a density outside (0, 1], excluded layers that do not exist, or if no layer is left.
@@ -36,7 +36,7 @@ def uniform(params: Any, density: float, *, exclude: Collection[str] = ()) -> Gu
     return _guidance(params, dict.fromkeys(layers, density), "uniform")
 
 
-def erk(params: Any, density: float, *, exclude: Collection[str] = ()) -> Guidance:
+def erk(params: Any, density: float, *, exclude: Layers = ()) -> Guidance:
     """Erdos-Renyi-Kernel: large layers sparser than small ones, as their kept weights grow with the sum of their sizes.
 
     A layer that would get more weights than it has stays dense, and the others share what is left. Evci et al., "Rigging
@@ -55,7 +55,7 @@ def erk(params: Any, density: float, *, exclude: Collection[str] = ()) -> Guidan
     return _guidance(params, dict(zip(layers, np.where(full, 1.0, eps * extent / size).tolist(), strict=True)), "ERK")
 
 
-def global_magnitude(params: Any, density: float, *, exclude: Collection[str] = ()) -> Guidance:
+def global_magnitude(params: Any, density: float, *, exclude: Layers = ()) -> Guidance:
     """The densities that one threshold on |w| over all layers would leave, with these weights. Take trained ones.
 
     A layer keeps at least one weight. Arguments and errors as in `uniform`, but `params` must hold concrete arrays. Han et
@@ -72,14 +72,13 @@ def global_magnitude(params: Any, density: float, *, exclude: Collection[str] = 
     return _guidance(params, shares, "global magnitude")
 
 
-def _layers(params: Any, density: float, exclude: Collection[str]) -> dict[str, Any]:
+def _layers(params: Any, density: float, exclude: Layers) -> dict[str, Any]:
     """The kernels to spread the density over."""
     known = kernels(params)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}: it is kept / all, so 0.1 for a sparsity of 90 %")
-    if missing := sorted(set(exclude) - known.keys()):
-        raise ValueError(f"cannot exclude layers {missing}: the kernels in the parameters are {sorted(known)}")
-    layers = {layer: kernel for layer, kernel in known.items() if layer not in exclude}
+    excluded = named(exclude, known)
+    layers = {layer: kernel for layer, kernel in known.items() if layer not in excluded}
     if not layers:
         raise ValueError(f"there is no layer to prune: of the kernels {sorted(known)} all are excluded")
     return layers
