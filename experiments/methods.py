@@ -74,8 +74,8 @@ class Task:
       shapes: of its layers.
       machine: on which it is to be fast.
       speedup: requested of the whole network, as predicted.
-      dense_seconds: measured time of the whole network dense, if it was measured.
-      other_seconds: time of everything in the packed network that is no layer.
+      dense_seconds: time of the whole network dense, if it was measured, in the performance model's seconds.
+      other_seconds: time of everything in the packed network that is no layer, likewise.
       rate: learning rate, a schedule over the updates.
       optimizer: that follows it; the method comes after it in the chain.
       steps: updates there will be.
@@ -99,6 +99,11 @@ class Task:
     @property
     def params(self) -> Any:
         return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+
+    @property
+    def first(self) -> list[str]:
+        """The network's first layer."""
+        return list(self.shapes)[:1]
 
     @functools.cached_property
     def speed(self) -> Speed:
@@ -164,17 +169,18 @@ Guide = Callable[[Task], prune.Guidance]
 Prepare = Callable[[Task], optax.GradientTransformation | None]
 
 
+# The first layer stays dense, as it does where these allocations were published. The guide decides for itself.
 def uniform(task: Task) -> prune.Guidance:
-    return task.matched(lambda density: prune.uniform(task.params, density))
+    return task.matched(lambda density: prune.uniform(task.params, density, exclude=task.first))
 
 
 def erk(task: Task) -> prune.Guidance:
-    return task.matched(lambda density: prune.erk(task.params, density))
+    return task.matched(lambda density: prune.erk(task.params, density, exclude=task.first))
 
 
 def one_threshold(task: Task) -> prune.Guidance:
     params = task.params
-    return task.matched(lambda density: prune.global_magnitude(params, density))
+    return task.matched(lambda density: prune.global_magnitude(params, density, exclude=task.first))
 
 
 def _magnitude(guide: Guide) -> Prepare:
@@ -216,7 +222,8 @@ def _one_shot(guide: Guide) -> Prepare:
 
 def _obs(guide: Guide) -> Prepare:
     def prepare(task: Task) -> None:
-        pruned = prune.obs(task.model, task.batches, guide(task))
+        # Half of them give thousands of positions, and so rows, to every convolution.
+        pruned = prune.obs(task.model, task.batches[:2], guide(task))
         nnx.update(task.model, nnx.state(prune.recalibrate(pruned, task.batches)))
 
     return prepare
@@ -244,7 +251,9 @@ METHODS: dict[str, Method] = {
     "STR": Method(False, _soft_threshold(uniform)),
     "STR, guided": Method(True, _soft_threshold(Task.guide), twin="STR"),
     "RigL, ERK": Method(False, _rigl(erk)),
+    "RigL, guided": Method(True, _rigl(Task.guide), twin="RigL, ERK"),
     "AC/DC, uniform": Method(False, _acdc(uniform)),
+    "AC/DC, guided": Method(True, _acdc(Task.guide), twin="AC/DC, uniform"),
     "one-shot": Method(False, _one_shot(uniform)),
     "OBS one-shot": Method(False, _obs(uniform)),
     "OBS one-shot, guided": Method(True, _obs(Task.guide), twin="OBS one-shot"),

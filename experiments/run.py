@@ -122,13 +122,17 @@ def dense_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True))
 
 
+def prune_optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Of pruning: the learning rate, which falls along a cosine from its peak to its end, and the same optimizer with it."""
+    rate = optax.cosine_decay_schedule(config.prune_peak_lr, config.prune_steps, config.prune_end_lr / config.prune_peak_lr)
+    return rate, optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True))
+
+
 def task(config: Config, model: nnx.Module, data: Data, shapes: Mapping[str, ConvShape], machine: Machine,
          dense_seconds: float | None = None, other_seconds: float = 0.0) -> Task:
-    """What a method is asked: the same optimizer, with a learning rate that falls along a cosine from its peak to its end."""
-    rate = optax.cosine_decay_schedule(config.prune_peak_lr, config.prune_steps, config.prune_end_lr / config.prune_peak_lr)
-    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum, nesterov=True))
-    return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, dense_seconds, other_seconds, rate,
-                optimizer, config.prune_steps, config.ramp_steps, config.prune_every)
+    """What a method is asked."""
+    return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, dense_seconds, other_seconds,
+                *prune_optimizer(config), config.prune_steps, config.ramp_steps, config.prune_every)
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
     model, data = CONFIG.network(CONFIG.widths, 1, CONFIG.classes, rngs=nnx.Rngs(0)), CONFIG.data()
     dense = prune.guided(conv_shapes(model, data.test_images[:1]), MACHINE, speedup=1).dense_seconds
-    checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(training.Whole(dense, 0.0)._asdict()))
+    checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(training.Whole(dense, 0.0, 1.0)._asdict()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "use_threads", lambda threads: None)
         patch.setattr(compare, "keep_memory", lambda: True)
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_from_its_checkpoints(folder, tmp_path, monkeypatch
     take_step, calls = train._step, iter(range(100))
 
     def killed(*arguments):
-        if next(calls) == 4 + 3:  # dense training, then one step after the first checkpoint of pruning
+        if next(calls) == 4 + 4 + 3:  # dense training, its reference, one step after the first checkpoint of pruning
             raise KeyboardInterrupt
         return take_step(*arguments)
 

@@ -14,7 +14,7 @@ from experiments.compare.summary import EQUAL, Point
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 SHOWN = 6  # methods in the figures of densities, which show each of them once per layer
 HEAD = ("method", "asked", "accuracy, %", "spread", "against dense", "weights kept", "packed", "compression", "batch 1, ms",
-        "speedup", "batch 16, ms", "speedup", "predicted", "training, s")
+        "speedup", "batch 16, ms", "speedup", "predicted", "training, CPU s")
 GAINS = ("method", "network, data", "top-1, dense → pruned", "weights kept", "memory", "speed", "source")
 
 

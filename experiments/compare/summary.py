@@ -29,7 +29,7 @@ class Point(NamedTuple):
       predicted: speedup at batch 1.
       seconds: {batch: of the packed network}.
       dense_seconds: {batch: of the faster of its two dense forms, in the same run}.
-      training: seconds of pruning and recovering.
+      training: CPU seconds of pruning and recovering.
     """
 
     network: str

@@ -48,12 +48,13 @@ def _time(config: Config, run: Run, out: Path) -> Line:
     kept, weights = evaluate.count_weights(model)
     layers = [layer for layer in chosen.layers if layer.shape is not None]
     shapes = {layer.path: layer.shape for layer in layers if layer.shape is not None}
+    speed = Speed(shapes, machine, whole.dense_seconds, whole.other_seconds)
     with Others() as others:
         times = {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES}
     return {
         "packed_accuracy": train.accuracy(packed, data.test_images, data.test_labels), "test_images": config.test_images,
         "kept": kept, "weights": weights, "bytes": sizes, "times": times, "threads": client_threads(),
-        "predicted": Speed(shapes, machine, *whole).speedup({layer.path: layer.density for layer in layers}),
+        "predicted": speed.speedup({layer.path: layer.density for layer in layers}),
         "load_of_others": others.load,
         "layers": [{"path": layer.path, "shape": str(layer.shape), "density": layer.density, "choice": layer.choice,
                     "useful": [float(bound) for bound in useful_range(shapes[layer.path], machine)]} for layer in layers],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +29,17 @@ from sparseflax.machine import Machine
 from sparseflax.plan import pack_model, plan
 from sparseflax.shapes import conv_shapes
 
-MIDDLE = 0.2  # density at which a whole network is measured
+DENSITIES = 0.3, 0.03  # at which a whole network is measured
 
 
 class Dense(NamedTuple):
-    """A trained dense network, its test accuracy in [0, 1], and the seconds that its training took."""
+    """A trained dense network to prune.
+
+    Attributes:
+      model: after `dense_steps` updates.
+      accuracy: in [0, 1], of the reference: the same network after as many updates more as pruning gets, with its optimizer.
+      seconds: of one CPU, that the reference took in all.
+    """
 
     model: nnx.Module
     accuracy: float
@@ -40,37 +47,55 @@ class Dense(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """Of a network, measured: seconds of the dense one, and of what is no layer in the packed one."""
+    """Of a network, measured, in seconds of the performance model: of the dense one, and of what is no layer.
+
+    A packed network takes scale * (predicted for its layers + other_seconds), the dense one scale * dense_seconds.
+    """
 
     dense_seconds: float
     other_seconds: float
+    scale: float
 
 
 def measure(config: Config, out: Path) -> tuple[Machine, Whole]:
     """This machine and the network's times, as measured when first asked.
 
-    What is no layer takes what the packed network takes beyond the prediction for its layers, at a density in the middle of
-    the useful ranges; so it also holds what the model does not see of them. It is at most their time again, as more is
-    other programs' doing.
+    The network is packed at two densities. Their times, over what is predicted for their layers, lie on a line: its slope is
+    what the model is off by in this network, what is left for no layers at all is everything else.
     """
     machine = main_job.machine_of(out)
     path = out / f"{config.name}-whole.json"
     if not path.exists():
-        model, x = _network(config), dataset(config).test_images[:1]
-        nnx.update(model, prune.one_shot(nnx.state(model, nnx.Param), prune.uniform(nnx.state(model, nnx.Param), MIDDLE)))
-        model.eval()
-        chosen = plan(model, x, machine)
-        networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen),
-                    evaluate.PACKED: pack_model(model, chosen)}
-        timings = evaluate.time_networks(networks, x, 4 * config.timing_seconds)
-        times = {name: timing["seconds"] for name, timing in timings.items()}
-        packed, layers = times.pop(evaluate.PACKED), chosen.seconds
-        other = min(max(0.0, packed - layers), layers)
-        if other == layers:
-            print(f"{config.name} takes {1e3 * packed:.3g} ms packed, more than twice the {1e3 * layers:.3g} ms predicted for "
-                  "its layers: is the machine busy? Only as much again is taken for everything else.", flush=True)
-        checkpoint.write_atomically(path, json.dumps(Whole(min(times.values()), other)._asdict(), indent=1))
+        x = dataset(config).test_images[:1]
+        dense, layers, packed = zip(*(_packed(config, machine, x, density) for density in DENSITIES), strict=True)
+        checkpoint.write_atomically(path, json.dumps(calibrated(min(dense), layers, packed)._asdict(), indent=1))
     return machine, Whole(**json.loads(path.read_text()))
+
+
+def calibrated(dense: float, layers: Sequence[float], packed: Sequence[float]) -> Whole:
+    """What two measurements say, the slower one first: of the dense network, predicted of the packed layers, of all packed.
+
+    A line through two noisy points cannot tell that the model is off by more than a factor of two, or that everything else
+    takes less than no time.
+    """
+    saved = layers[0] - layers[1]
+    slope = (packed[0] - packed[1]) / saved if saved > 0 else 1.0
+    scale = min(max(slope, 0.5), 2.0, *(time / own for time, own in zip(packed, layers, strict=True)))
+    other = statistics.mean(time - scale * own for time, own in zip(packed, layers, strict=True))
+    return Whole(dense / scale, other / scale, scale)
+
+
+def _packed(config: Config, machine: Machine, x: Any, density: float) -> tuple[float, float, float]:
+    """Seconds of the untrained network, pruned to a density: dense, predicted for its packed layers, and packed."""
+    model = _network(config)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, prune.one_shot(params, prune.uniform(params, density)))
+    model.eval()
+    chosen = plan(model, x, machine)
+    networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen),
+                evaluate.PACKED: pack_model(model, chosen)}
+    times = {name: timing["seconds"] for name, timing in evaluate.time_networks(networks, x, 2 * config.timing_seconds).items()}
+    return min(times[evaluate.DENSE], times[evaluate.FOLDED]), chosen.seconds, times[evaluate.PACKED]
 
 
 def prune_all(config: Config, wanted: Iterable[Run], out: Path) -> None:
@@ -116,9 +141,11 @@ def _dense(config: Config, out: Path) -> Dense:
     main_job.claim(folder, config)
     model, path = _network(config), folder / "dense.json"
     title = f"{config.name}, seed {config.seed}, dense training"
-    trained, seconds = _fit(config, model, title, folder / "dense", main_job.dense_optimizer(config), config.dense_steps)
+    _, seconds = _fit(config, model, title, folder / "dense", main_job.dense_optimizer(config), range(config.dense_steps))
     if not path.exists():
-        text = json.dumps({"accuracy": trained.accuracies[-1][1], "seconds": seconds})
+        reference, (_, optimizer) = nnx.clone(model), main_job.prune_optimizer(config)
+        trained, more = _fit(config, reference, f"{title}, reference", folder / "reference", optimizer, _pruning(config))
+        text = json.dumps({"accuracy": trained.accuracies[-1][1], "seconds": seconds + more})
         checkpoint.write_atomically(path, text)
     return Dense(model, **json.loads(path.read_text()))
 
@@ -129,41 +156,50 @@ def _prune(config: Config, run: Run, out: Path) -> Line:
     (machine, whole), data, dense = measure(config, out), dataset(base), _dense(base, out)
     model = nnx.clone(dense.model)
     shapes = conv_shapes(model, data.test_images[:1])
-    task = main_job.task(config, model, data, shapes, machine, *whole)
+    task = main_job.task(config, model, data, shapes, machine, whole.dense_seconds, whole.other_seconds)
     method, folder = METHODS[run.method], run.folder(out)
     line = {"network": run.network, "method": run.method, "guided": method.guided, "seed": run.seed,
             "requested": run.speedup, "dense_accuracy": dense.accuracy, "dense_training_seconds": dense.seconds}
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         optimizer = method.prepare(task)
     except ValueError as error:
         print(f"  refused: {error}", flush=True)
         return line | {"refused": str(error)}
-    seconds, densities = time.perf_counter() - start, []
+    seconds, densities = time.process_time() - start, []
     if optimizer:
         try:
-            trained, fitting = _fit(config, model, str(run), folder / "training", optimizer, config.prune_steps,
-                                    config.dense_steps)
+            trained, fitting = _fit(config, model, str(run), folder / "training", optimizer, _pruning(config))
         except FloatingPointError as error:
             print(f"  {error}", flush=True)
             return line | {"refused": str(error)}
-        seconds, densities = seconds + fitting, trained.densities
+        seconds, densities, accuracy = seconds + fitting, trained.densities, trained.accuracies[-1][1]
+    else:
+        accuracy = train.accuracy(model, data.test_images, data.test_labels)
     checkpoint.save(folder / "pruned", config.prune_steps, _state(model), {})
     return line | {
-        "accuracy": train.accuracy(model, data.test_images, data.test_labels), "training_seconds": seconds,
+        "accuracy": accuracy, "training_seconds": seconds,
         "curve": [(step, task.speed.density(density), task.speed.speedup(density)) for step, density in densities],
     }
 
 
-def _fit(config: Config, model: nnx.Module, title: str, folder: Path, optimizer: optax.GradientTransformation, steps: int,
-         first_step: int = 0) -> tuple[train.Trained, float]:
-    """What the training left behind, and its seconds: of all its updates, if only some were left to make."""
+def _pruning(config: Config) -> range:
+    return range(config.dense_steps, config.dense_steps + config.prune_steps)
+
+
+def _fit(config: Config, model: nnx.Module, title: str, folder: Path, optimizer: optax.GradientTransformation,
+         steps: range) -> tuple[train.Trained, float]:
+    """What the training left behind, and its CPU seconds: of all its updates, if only some were left to make.
+
+    Not those of the clock: the process may share its CPU, or be stopped.
+    """
     notes = sorted(folder.glob("[0-9]*.json"))
-    left = steps - (int(notes[-1].stem) if notes else 0)
-    start = time.perf_counter()
+    left = len(steps) - (int(notes[-1].stem) if notes else 0)
+    start = time.process_time()
     trained = train.fit(model, optimizer, dataset(replace(config, speedup=Config.speedup)), title=title, folder=folder,
-                        seed=config.seed, batch=config.batch, steps=steps, first_step=first_step, save_every=config.save_every)
-    return trained, (time.perf_counter() - start) * steps / max(left, 1)
+                        seed=config.seed, batch=config.batch, steps=len(steps), first_step=steps.start,
+                        save_every=config.save_every)
+    return trained, (time.process_time() - start) * len(steps) / max(left, 1)
 
 
 def _network(config: Config) -> Any:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from scipy import linalg
 
 from sparseflax.prune.guide import Guidance
 
@@ -83,22 +84,33 @@ def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, dampi
     m = rows.shape[-1]
     diagonal = np.einsum("gii->gi", hessians).mean(axis=1)
     damped = hessians + (damping * np.where(diagonal > 0, diagonal, 1.0))[:, None, None] * np.eye(m)
-    mask, weights = np.ones(rows.shape, bool), rows
+    costs = np.stack([_inverse_diagonal(_factor(h)) for h in damped])[:, None]  # one for all outputs, before any is pruned
+    weights, score = rows, rows**2 / costs
     for part in range(1, rounds + 1):
         count = kept if part == rounds else round(rows.size * (kept / rows.size) ** (part / rounds))
-        score = np.full(rows.shape, -1.0)
-        shared = np.einsum("gii->gi", np.linalg.inv(damped)) if part == 1 else None
-        for g, o in np.ndindex(rows.shape[:2]):
-            keep = mask[g, o]
-            cost = shared[g] if shared is not None else np.diag(np.linalg.inv(damped[g][np.ix_(keep, keep)]))
-            score[g, o, keep] = weights[g, o, keep] ** 2 / cost
         mask = np.zeros(rows.size, bool)
         mask[np.argsort(-score, axis=None, kind="stable")[:count]] = True
-        mask, weights = mask.reshape(rows.shape), np.zeros_like(rows)
+        mask, weights, score = mask.reshape(rows.shape), np.zeros_like(rows), np.full(rows.shape, -1.0)
         for g, o in np.ndindex(rows.shape[:2]):
             keep = mask[g, o]
-            weights[g, o, keep] = np.linalg.solve(damped[g][np.ix_(keep, keep)], damped[g][keep] @ rows[g, o])
+            if not keep.any():
+                continue
+            factor = _factor(damped[g][np.ix_(keep, keep)])
+            weights[g, o, keep] = linalg.cho_solve((factor, True), damped[g][keep] @ rows[g, o])
+            if part < rounds:
+                score[g, o, keep] = weights[g, o, keep] ** 2 / _inverse_diagonal(factor)
     return weights
+
+
+def _factor(matrix: np.ndarray) -> np.ndarray:
+    """L of L L^T, for a positive definite matrix."""
+    return linalg.cholesky(matrix, lower=True, check_finite=False)
+
+
+def _inverse_diagonal(factor: np.ndarray) -> np.ndarray:
+    """The diagonal of (L L^T)^-1: the sums of squares of the columns of L^-1."""
+    inverse, _ = linalg.lapack.dtrtri(factor, lower=1)
+    return np.square(inverse).sum(axis=0)
 
 
 def _hessians(model: Any, layers: dict[str, Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
