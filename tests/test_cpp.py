@@ -16,7 +16,7 @@ TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
 BORDER = [KERNEL / "handler.cc", TEST.with_name("handler_test.cc")]  # what needs XLA's headers
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in ("handler.cc", "module.cc"))  # what needs no XLA, no Python
-TILES = [p for p in SOURCES if p.name not in ("sparse_conv.cc", "schedule.cc", "portable.cc")]  # with vectors of their own
+TILES = [p for p in SOURCES if "microkernel.inc" in p.read_text() and p.name != "portable.cc"]  # with vectors of their own
 SERIAL = ["tiles", "flattened", "nonfinite", "damaged", "sizes"]
 RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
 
