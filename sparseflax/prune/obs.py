@@ -109,7 +109,8 @@ def _factor(matrix: np.ndarray) -> np.ndarray:
 
 def _inverse_diagonal(factor: np.ndarray) -> np.ndarray:
     """The diagonal of (L L^T)^-1: the sums of squares of the columns of L^-1."""
-    inverse, _ = linalg.lapack.dtrtri(factor, lower=1)
+    (triangle_inverse,) = linalg.get_lapack_funcs(("trtri",), (factor,))
+    inverse, _ = triangle_inverse(factor, lower=1)
     return np.square(inverse).sum(axis=0)
 
 
