@@ -303,7 +303,11 @@ def _cpus() -> set[int]:
 
 
 def processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
+    """The name of the processor, and which one of that name: "AMD EPYC" are many."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
+    numbers = [f"{field} {number}" for field in ("family", "model", "stepping")
+               if (number := _cpuinfo("cpu family" if field == "family" else field))]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _cpuinfo(field: str) -> str:

@@ -156,6 +156,12 @@ def test_isa_without_the_native_module(monkeypatch, tmp_path, flags, isa):
     assert machine.processor() == "Some CPU"
 
 
+def test_processors_of_one_name_differ(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n")
+    assert machine.processor() == "AMD EPYC (family 25, model 17, stepping 1)"
+
+
 def test_medians_of_calls_in_turn(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: clock.now)

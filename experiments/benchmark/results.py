@@ -23,10 +23,12 @@ MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another 
 
 def provenance(packages: Iterable[str]) -> Line:
     """Where, when and with what a line was measured."""
+    from sparseflax.machine import processor  # here, as the number of threads is set before JAX is imported
+
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in sorted(packages)},
     }
@@ -72,12 +74,3 @@ def _commit() -> str:
         return commit.strip() + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
