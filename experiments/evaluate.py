@@ -14,8 +14,9 @@ from experiments.benchmark.timing import alternate
 from sparseflax import prune
 from sparseflax.cost import conv_seconds, dense_seconds, useful_range
 from sparseflax.machine import client_threads
+from sparseflax.model import pack_model
 from sparseflax.nnx import SparseConv, SparseDense
-from sparseflax.plan import Plan, pack_model
+from sparseflax.plan import Plan
 
 DENSE, FOLDED, PACKED = "dense", "dense, batch norm folded", "packed"
 # Two right programs differ in the order of their sums and in one rounding of each folded weight: their errors are of one

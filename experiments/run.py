@@ -28,7 +28,8 @@ from experiments.data import Data
 from experiments.methods import CALIBRATION, METHODS, Task
 from sparseflax import profile, prune
 from sparseflax.machine import Machine, client_threads, detect_machine
-from sparseflax.plan import pack_model, plan
+from sparseflax.model import pack_model
+from sparseflax.plan import plan
 from sparseflax.shapes import ConvShape, conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from sparseflax.fuse import fuse as fuse
     from sparseflax.machine import Machine as Machine
     from sparseflax.machine import detect_machine as detect_machine
+    from sparseflax.model import pack_model as pack_model
     from sparseflax.plan import LayerPlan as LayerPlan
     from sparseflax.plan import Plan as Plan
-    from sparseflax.plan import pack_model as pack_model
     from sparseflax.plan import plan as plan
     from sparseflax.shapes import ConvShape as ConvShape
     from sparseflax.shapes import conv_shapes as conv_shapes
@@ -39,7 +39,8 @@ _NAMES = {  # the same names for Python, by module
     "cost": ("UsefulRange", "conv_seconds", "dense_seconds", "speedup", "useful_range"),
     "fuse": ("fuse",),
     "machine": ("Machine", "detect_machine"),
-    "plan": ("LayerPlan", "Plan", "pack_model", "plan"),
+    "model": ("pack_model",),
+    "plan": ("LayerPlan", "Plan", "plan"),
     "shapes": ("ConvShape", "conv_shapes"),
     "store": ("load", "save"),
 }

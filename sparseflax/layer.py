@@ -63,9 +63,13 @@ def pack_dense(layer: Any, kernel: Any, groups: int) -> PackedKernel:
     """Packs the kernel of a dense Flax layer, times its mask."""
     if reason := unsupported(layer):
         raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
-    if getattr(layer, "mask", None) is not None:
-        kernel = kernel * jnp.asarray(layer.mask, kernel.dtype)
-    return pack(kernel, groups)
+    return pack(masked(layer, kernel), groups)
+
+
+def masked(layer: Any, kernel: Any) -> Any:
+    """A layer's kernel times its mask, if it has one."""
+    mask = getattr(layer, "mask", None)
+    return kernel if mask is None else kernel * jnp.asarray(mask, kernel.dtype)
 
 
 def pattern_for(shape: tuple[int, ...], groups: int, pattern: Pattern | None) -> Pattern:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,17 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from sparseflax import layer as sparse
-from sparseflax.fold import FOLDABLE, OTHER, OUTPUT, fold, is_float32, marked_norms
+from sparseflax.fold import fold, is_float32
 from sparseflax.fuse import fuse
+from sparseflax.marks import FOLDABLE, OTHER, OUTPUT, WEIGHT, Shown, shown
 from sparseflax.packing import PackedKernel, Pattern
+from sparseflax.shapes import all_collections
 
 if TYPE_CHECKING:
     from sparseflax.plan import Plan
 
 LAYERS = nn.Conv, nn.Dense
+COLLECTIONS = "params", "batch_stats"  # where weights of layers and norms are
 
 
 class Norm(NamedTuple):
@@ -35,36 +41,53 @@ class Norm(NamedTuple):
     epsilon: float
 
 
-class Traced(NamedTuple):
-    """What a call of a model shows: {path: module} of everything called, and the norm that follows a layer, by paths."""
-
-    modules: dict[str, nn.Module]
-    norms: dict[str, str]
-
-
-def trace(module: nn.Module, variables: Any, x: Any, **call: Any) -> Traced:
-    """The modules that `module.apply(variables, x, **call)` calls, and the batch norms that can be folded, as in `fold`."""
+def trace(module: nn.Module, variables: Any, x: Any, **call: Any) -> tuple[dict[str, nn.Module], Shown]:
+    """{path: module} of all that `module.apply(variables, x, **call)` runs, and what it shows: traced, not run."""
     modules: dict[str, nn.Module] = {}
+    variables = unfreeze(nn.unbox(variables))
+    leaves: dict[Any, Any] = flatten_dict({name: variables.get(name, {}) for name in COLLECTIONS})
+    outputs = 0
 
     def mark(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if context.method_name != "__call__":
+        called, path = context.module, "/".join(context.module.path)
+        modules[path] = called
+        layer = isinstance(called, LAYERS) and sparse.unsupported(called) is None
+        if context.method_name != "__call__" or not (layer or isinstance(called, nn.BatchNorm)):
             return run(*args, **kwargs)
-        path = "/".join(context.module.path)
-        modules[path] = context.module
-        if isinstance(context.module, nn.BatchNorm):
+        with _weights(called, path):
+            if not isinstance(called, nn.BatchNorm):
+                return checkpoint_name(run(*args, **kwargs), OUTPUT + path)
             args, kwargs = _given(args, kwargs)
-            label = FOLDABLE if _foldable(context.module, args[0], *args[1:], **kwargs) else OTHER
+            label = FOLDABLE if _foldable(called, args[0], *args[1:], **kwargs) else OTHER
             return run(checkpoint_name(args[0], label + path), *args[1:], **kwargs)
-        y = run(*args, **kwargs)
-        scalable = isinstance(context.module, LAYERS) and sparse.unsupported(context.module) is None
-        return checkpoint_name(y, OUTPUT + path) if scalable else y
 
-    def run(variables, x):
+    def run(arrays: list[Any], x: Any) -> Any:
+        nonlocal outputs
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}  # for models left in training mode
         with nn.intercept_methods(mark):
-            return module.apply(variables, x, mutable=True, rngs=rngs, **call)[0]
+            y, written = module.apply(variables | unflatten_dict(dict(zip(leaves, arrays, strict=True))), x,
+                                      mutable=all_collections(), rngs=rngs, **call)
+        y = y, {name: tree for name, tree in written.items() if name not in COLLECTIONS}
+        outputs = len(jax.tree.leaves(y))
+        return y
 
-    return Traced(modules, marked_norms(jax.make_jaxpr(run)(variables, x).jaxpr))
+    jaxpr = jax.make_jaxpr(run)(list(leaves.values()), x).jaxpr
+    return modules, shown(jaxpr, outputs)
+
+
+@contextmanager
+def _weights(module: nn.Module, path: str) -> Iterator[None]:
+    """Names the weights that a module reads, where they can be changed."""
+    scope: Any = module.scope
+    before = {(collection, name): leaf for collection in filter(scope.is_mutable_collection, COLLECTIONS)
+              for name, leaf in scope.variables().get(collection, {}).items() if isinstance(leaf, jax.Array)}
+    for (collection, name), leaf in before.items():
+        scope.put_variable(collection, name, checkpoint_name(leaf, f"{WEIGHT}{path}/{name}"))
+    try:
+        yield
+    finally:
+        for (collection, name), leaf in before.items():
+            scope.put_variable(collection, name, leaf)
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,12 @@ def at(tree: Any, path: str) -> Mapping[str, Any]:
     return tree
 
 
+def weight_of(params: Mapping[str, Any]) -> Any:
+    """A module's kernel, else the first of its own params that is a matrix or more; None if it has neither."""
+    own = (leaf for leaf in params.values() if not isinstance(leaf, Mapping) and jnp.ndim(leaf) > 1)
+    return params["kernel"] if hasattr(params.get("kernel"), "shape") else next(own, None)
+
+
 def _given(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a batch norm with its input as the first positional one."""
     return (list(args), kwargs) if args else ([kwargs["x"]], {name: v for name, v in kwargs.items() if name != "x"})
@@ -150,19 +179,19 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
     Raises:
       ValueError: the plan was made for another model, or a kernel is not finite.
     """
-    traced = trace(module, variables, x, **call)
-    tree: dict[str, Any] = jax.tree.map(lambda leaf: leaf, nn.unbox(dict(variables)))  # dictionaries of its own
+    modules, (norms, _) = trace(module, variables, x, **call)
+    tree: dict[str, Any] = jax.tree.map(lambda leaf: leaf, unfreeze(nn.unbox(variables)))  # dictionaries of its own
     patterns, biased, folded = [], set(), set()
     for row in plan.layers:
-        layer, params = traced.modules.get(row.path), at(tree["params"], row.path)
-        found = params["kernel"].shape if "kernel" in params else None
-        if layer is None or found != row.kernel_shape or row.norm not in (None, traced.norms.get(row.path)):
+        layer, params = modules.get(row.path), at(tree["params"], row.path)
+        found = getattr(weight_of(params), "shape", None)
+        if layer is None or found != row.kernel_shape or row.norm not in (None, norms.get(row.path)):
             raise ValueError(f"the plan was made for another model: {row.path!r} is {found or 'missing'}, planned as "
                              f"{row.kernel_shape} before {row.norm or 'no norm'}; call sparseflax.plan(model, x) again")
         assert isinstance(params, dict)
         if row.norm is not None:
-            norm = norm_of(traced.modules[row.norm], tree, row.norm)
-            kernel, bias = fold(np.asarray(masked(layer, params["kernel"])), params.get("bias"), norm)
+            norm = norm_of(modules[row.norm], tree, row.norm)
+            kernel, bias = fold(np.asarray(sparse.masked(layer, params["kernel"])), params.get("bias"), norm)
             biased |= set() if "bias" in params else {row.path}
             folded.add(row.norm)
             params |= {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
@@ -180,9 +209,3 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
             *parents, last = path.split("/")
             at(tree.get(collection, {}), "/".join(parents)).pop(last, None)  # type: ignore[union-attr]
     return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused), tree
-
-
-def masked(layer: nn.Module, kernel: Any) -> Any:
-    """A layer's kernel times its mask, if it has one."""
-    mask = getattr(layer, "mask", None)
-    return kernel if mask is None else kernel * jnp.asarray(mask, kernel.dtype)

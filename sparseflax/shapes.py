@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from sparseflax.packing import DENSE_BLOCK, PackedKernel, channel_block, pack
 
 FLOAT32 = 4  # bytes
+_TRACES = itertools.count()
 # The attributes by which a layer is known as a convolution, Flax's own or sparse.
 WINDOW = ("kernel_size", "strides", "padding", "kernel_dilation", "feature_group_count")
 
@@ -204,9 +206,14 @@ def _trace_linen(module: nn.Module, variables, x, call, calls) -> None:
     def run(variables, x):
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}  # for models left in training mode
         with nn.intercept_methods(observe):
-            module.apply(variables, x, mutable=True, rngs=rngs, **call)
+            module.apply(variables, x, mutable=all_collections(), rngs=rngs, **call)
 
     jax.eval_shape(run, variables, x)
+
+
+def all_collections() -> nn.DenyList:
+    """What makes all collections mutable, unlike any before: an `nn.jit` inside a model cannot answer from its cache then."""
+    return nn.DenyList(f"sparseflax trace {next(_TRACES)}")
 
 
 def _observe(calls: dict[str, list[ConvShape]], path: str, kernel: tuple[int, ...], layer: Any, x: Any, y: Any) -> None:

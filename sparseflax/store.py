@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparseflax.model import pack_nnx
 from sparseflax.nnx import SparseConv, SparseDense
 from sparseflax.packing import PackedKernel
-from sparseflax.plan import Plan, elsewhere, pack_model
+from sparseflax.plan import Plan, elsewhere
 from sparseflax.safetensors import seal, unseal, write
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -82,7 +83,7 @@ def load(path: str | os.PathLike[str], model: Model) -> tuple[Model, Plan]:
     except (ArithmeticError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no packed network: {error}") from error
     try:
-        packed = pack_model(_blank(model), plan)
+        packed = pack_nnx(_blank(model), plan)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the plan may have been edited
         raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
     wrong = _fill(packed, tensors)

@@ -22,6 +22,9 @@ from sparseflax import profile, prune
 from sparseflax.cost import conv_seconds, dense_seconds
 from sparseflax.shapes import ConvShape, conv_shapes
 
+# What is fixed here stands for any machine: that it is not this one is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
+
 CONFIG = dataclasses.replace(networks.QUICK["vgg"], widths=((8,), (32,)), dense_steps=4, prune_steps=4, ramp_steps=3,
                              prune_every=1, save_every=2, train_images=64, test_images=32, timing_seconds=0.01, warmup_steps=1)
 CHOSEN = ("GMP, guided", "one-shot")

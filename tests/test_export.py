@@ -15,8 +15,8 @@ from flax import nnx
 
 import sparseflax
 from sparseflax import ffi
-from sparseflax.machine import ATOM_C2750
 from sparseflax.safetensors import seal, unseal
+from tests.machines import HERE
 
 RUN = """
 import sys
@@ -45,7 +45,7 @@ class Net(nnx.Module):
 @pytest.fixture(scope="module")
 def packed():
     model = Net()
-    packed = sparseflax.pack_model(model, sparseflax.plan(model, jnp.ones((2, 6, 7, 8)), ATOM_C2750))
+    packed = sparseflax.pack_model(model, sparseflax.plan(model, jnp.ones((2, 6, 7, 8)), HERE))
     assert isinstance(packed.conv, sparseflax.nnx.SparseConv)
     return packed
 

@@ -14,12 +14,10 @@ from flax import nnx
 from hypothesis import given, settings
 
 import sparseflax
-from sparseflax import ffi
-from sparseflax.machine import ATOM_C2750, client_threads, processor
+from sparseflax.machine import ATOM_C2750
 from sparseflax.nnx import SparseConv, SparseDense
 from sparseflax.safetensors import DTYPES, dump, parse, seal, unseal, write
-
-HERE = replace(ATOM_C2750, name=processor(), isa=ffi.isa(), threads=client_threads())
+from tests.machines import HERE
 
 
 class Net(nnx.Module):

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 import sparseflax
 from sparseflax import ffi, fuse, pack_model, plan
-from sparseflax.machine import ATOM_C2750
 from tests import reference
+from tests.machines import HERE
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 DRAW = np.random.default_rng(0)
@@ -388,7 +388,7 @@ def packed():
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, nnx.Conv):
             layer.kernel[...] = layer.kernel[...] * jnp.asarray(DRAW.random(layer.kernel.shape) < 0.08, jnp.float32)
-    planned = plan(model, x, ATOM_C2750)
+    planned = plan(model, x, HERE)
     assert sum(row.choice == "sparse" for row in planned.layers) == 4
     return pack_model(model, planned), pack_model(model, planned, fuse=False), x
 
@@ -406,9 +406,9 @@ def test_a_packed_model_is_fused_and_an_ordinary_module(packed):
                    nnx.clone(fused)(x), jax.jit(fuse(fused))(x)):
         # Both add the same float32 numbers, the residual and the bias in another order: a few roundings of a few layers.
         np.testing.assert_allclose(result, y, rtol=0, atol=64 * 2**-23 * float(jnp.abs(y).max()))
-    assert epilogues(lambda m, x: m(x), pack_model(fused, plan(fused, x, ATOM_C2750)), x) == wanted, "packed again"
+    assert epilogues(lambda m, x: m(x), pack_model(fused, plan(fused, x, HERE)), x) == wanted, "packed again"
     layer = sparseflax.nnx.SparseConv.from_dense(nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
-    assert type(pack_model(layer, plan(layer, X, ATOM_C2750))) is type(layer), "a layer alone has nothing to fuse"
+    assert type(pack_model(layer, plan(layer, X, HERE))) is type(layer), "a layer alone has nothing to fuse"
 
 
 def test_what_a_call_writes_is_kept(packed):
@@ -427,7 +427,7 @@ def test_what_a_call_writes_is_kept(packed):
     model = Sowing(nnx.Rngs(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Flax's, of sow without capture, when the plan traces it
-        sowing = pack_model(model, plan(model, x, ATOM_C2750))
+        sowing = pack_model(model, plan(model, x, HERE))
     y, found = nnx.capture(sowing, nnx.Intermediate)(x)
     np.testing.assert_array_equal(found["features"][0], y)
 

@@ -7,7 +7,6 @@ below 2^24, or such an integer over a power of two, whatever the order of summat
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,10 @@ from sparseflax.fold import Folded, fold
 from sparseflax.machine import ATOM_C2750
 from sparseflax.nnx import SparseConv, SparseDense
 from sparseflax.plan import MARGIN
+from tests.machines import HERE, HOPELESS
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 RNGS = nnx.Rngs(0)
-HOPELESS = replace(ATOM_C2750, alpha=1e3, beta=1e3)  # a machine on which sparsity never pays
 
 
 def zeros(_, shape, dtype):
@@ -152,6 +151,36 @@ class Tied(nnx.Module):
         return self.conv2(self.norm(self.conv1(x)))
 
 
+class TiedDecoder(nnx.Module):
+    """A decoder multiplies by the encoder's kernel: neither may the encoder take its norm, nor become sparse."""
+
+    def __init__(self):
+        self.encoder, self.norm, self.last, self.last_norm = conv(8, 8), norm(8), conv(8, 8), norm(8)
+
+    def __call__(self, x):
+        y = nnx.relu(self.norm(self.encoder(x)))
+        return self.last_norm(self.last(jnp.einsum("nhwk,rsck->nhwc", y, self.encoder.kernel[...])))
+
+
+class Readers(nnx.Module):
+    """What else may read a weight: a bias, statistics in an inner jit, a kernel that is only returned or only written."""
+
+    def __init__(self):
+        self.biased, self.biased_norm = conv(8, 8, use_bias=True), norm(8)
+        self.inner, self.inner_norm = conv(8, 8), norm(8)
+        self.returned, self.written = conv(8, 8), conv(8, 8)
+        self.kernel_sum = nnx.BatchStat(jnp.zeros(()))
+        self.free, self.free_norm = conv(8, 8, use_bias=True), norm(8)
+
+    def __call__(self, x):
+        x = self.biased_norm(self.biased(x)) + self.biased.bias[...].reshape(1, 1, 1, -1)
+        block = jax.jit(lambda x: self.inner_norm(self.inner(x)) * self.inner_norm.mean[...].reshape(1, 1, 1, -1))
+        x = self.written(self.returned(block(x)))
+        self.kernel_sum[...] = self.written.kernel[...].sum()
+        x = nnx.jit(lambda m, x: m.free_norm(m.free(x)))(self, x)
+        return x, self.returned.kernel[...]
+
+
 class Masked(nnx.Module):
     def __init__(self):
         mask = jnp.asarray(np.random.default_rng(1).random((3, 3, 8, 8)) < 0.5, jnp.float32)
@@ -168,11 +197,13 @@ NETWORKS = {
     Shared: {"again/conv": "again/norm"},
     Jitted: {"conv1": "norm1", "conv2": "norm2"},
     Tied: {"conv1": "norm"},
+    TiedDecoder: {"last": "last_norm"},
+    Readers: {"free": "free_norm"},
     Masked: {"conv": "norm", "dense": "dense_norm"},
 }
 
 
-@pytest.mark.parametrize("machine", [ATOM_C2750, HOPELESS], ids=["sparse", "dense"])
+@pytest.mark.parametrize("machine", [HERE, HOPELESS], ids=["sparse", "dense"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_packed_model_agrees_with_the_masked_dense_one(network, machine):
     model = with_integers(network())  # in training mode, as the pruner leaves it
@@ -194,7 +225,47 @@ def test_packed_model_agrees_with_the_masked_dense_one(network, machine):
     assert not variables & {id(leaf) for _, leaf in nnx.iter_graph(packed) if isinstance(leaf, nnx.Variable)}
 
     model.eval()
-    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(packed, x), nnx.jit(lambda m, x: m(x))(model, x))
+    jax.tree.map(np.testing.assert_array_equal, nnx.jit(lambda m, x: m(x))(packed, x), nnx.jit(lambda m, x: m(x))(model, x))
+
+
+def test_a_weight_that_is_computed_is_not_the_layers():
+    """Packing the raw kernel would drop the normalization of a wrapper that writes it during the call."""
+    model = nnx.Sequential(nnx.WeightNorm(with_integers(conv(8, 8)), rngs=RNGS), norm(8))
+    row = plan(model, jnp.ones((1, 4, 4, 8)), HERE).layers[0]
+    assert (row.path, row.choice, row.norm) == ("layers/0/layer_instance", "dense", None)
+    assert row.reason.startswith("the call uses its kernel elsewhere, too")
+
+
+def test_control_flow_does_not_hide_what_reads_a_weight():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.one, self.two, self.three, self.four = (conv(8, 8) for _ in range(4))
+
+        def __call__(self, x):
+            x = jax.lax.fori_loop(0, 2, lambda _, x: self.one(x), x)
+            x = jax.lax.cond(x.sum() > 0, lambda x: self.two(x), lambda x: x, x)
+            x = jax.lax.fori_loop(0, 2, lambda _, x: x + self.three.kernel[...].sum(), self.three(x))
+            return jax.lax.cond(x.sum() > 0, lambda x: self.four(x), lambda x: x * self.four.kernel[...].sum(), x)
+
+    rows = plan(with_integers(Net()), jnp.ones((1, 8, 8, 8)), HERE).layers
+    assert {row.path: row.choice for row in rows} == {"one": "sparse", "two": "sparse", "three": "dense", "four": "dense"}
+
+
+def test_a_second_reader_is_named():
+    x = jnp.ones((1, 8, 8, 8))
+    tied = {row.path: row for row in plan(with_integers(TiedDecoder()), x, HERE).layers}
+    assert tied["encoder"].reason == ("the call uses its kernel elsewhere, too; norm stays, as the call uses encoder/kernel "
+                                      "elsewhere, too")
+    assert tied["encoder"].choice == "dense" and tied["last"].choice == "sparse"
+    rows = {row.path: row for row in plan(with_integers(Readers()), x, HERE).layers}
+    assert {path: row.choice for path, row in rows.items()} == {
+        "biased": "sparse", "inner": "sparse", "returned": "dense", "written": "dense", "free": "sparse"}
+    assert rows["biased"].reason.endswith("; biased_norm stays, as the call uses biased/bias elsewhere, too")
+    assert rows["inner"].reason.endswith("; inner_norm stays, as the call uses inner_norm/mean elsewhere, too")
+    assert rows["returned"].reason == rows["written"].reason == "the call uses its kernel elsewhere, too"
+    measured = plan(with_integers(Readers()), x, HERE, measure=True, seconds=0.0)
+    assert [row.path for row in measured.layers if row.dense_measured] == ["biased", "inner", "free"]
+    assert measured.layers[0].reason.endswith("; biased_norm stays, as the call uses biased/bias elsewhere, too")
 
 
 def test_folding_any_numbers():
@@ -228,17 +299,17 @@ def test_sparse_only_where_it_is_predicted_to_be_faster():
     model.unpruned.kernel[...] = jnp.ones(model.unpruned.kernel.shape)
     model.empty.kernel[...] = jnp.zeros(model.empty.kernel.shape)
     x = jax.ShapeDtypeStruct((4, 8, 8, 16), jnp.float32)
-    table = plan(model, x, ATOM_C2750)
+    table = plan(model, x, HERE)
     rows = {row.path: row for row in table.layers}
     assert list(rows) == ["pruned", "unpruned", "empty", "head"], "in call order"
     for row in rows.values():
         assert (row.choice == "sparse") == (MARGIN * row.sparse_seconds < row.dense_seconds)
-        assert row.kernel == ("sse4.2" if row.choice == "sparse" else "xla")
+        assert row.kernel == (HERE.isa if row.choice == "sparse" else "xla")
     assert [row.choice for row in rows.values()] == ["sparse", "dense", "sparse", "dense"]
     assert rows["empty"].density == 0
-    speedup = sparseflax.speedup(rows["pruned"].shape, rows["pruned"].density, ATOM_C2750)
+    speedup = sparseflax.speedup(rows["pruned"].shape, rows["pruned"].density, HERE)
     assert rows["pruned"].reason == f"predicted {float(speedup):.3g}x"
-    upper = sparseflax.useful_range(rows["unpruned"].shape, ATOM_C2750).upper
+    upper = sparseflax.useful_range(rows["unpruned"].shape, HERE).upper
     assert rows["unpruned"].reason == f"denser than the break-even {float(upper):.2f}"
     assert rows["head"].reason == "predicted 1.02x, less than the margin of 1.1x"
     seconds = [row.sparse_seconds if row.choice == "sparse" else row.dense_seconds for row in rows.values()]
@@ -249,13 +320,23 @@ def test_sparse_only_where_it_is_predicted_to_be_faster():
     assert lines[0].split() == "layer shape density choice kernel dense ms sparse ms reason".split()
     words = ("choice", "sparse", "dense", "sparse", "dense ")
     assert len({line.find(word) for line, word in zip(lines[:5], words, strict=True)}) == 1, "columns are aligned"
-    assert lines[5].startswith(f"predicted {1e3 * table.dense_seconds:.3f} ms dense") and "Atom" in lines[5]
+    assert lines[5].startswith(f"predicted {1e3 * table.dense_seconds:.3f} ms dense") and HERE.name in lines[5]
     assert np.all(pack_model(model, table).empty.kernel.unpack() == 0)
 
 
 class Standardized(nnx.Conv):
     def __call__(self, inputs):
         return super().__call__(inputs)
+
+
+class Position(nnx.Module):
+    """A module with weights that is no layer, and one that has no weight worth a row."""
+
+    def __init__(self):
+        self.table, self.scale = nnx.Param(jnp.ones((8, 8))), nnx.GroupNorm(8, num_groups=2, rngs=RNGS)
+
+    def __call__(self, x):
+        return x + self.table[...].reshape(1, 8, 1, 8)
 
 
 class Unknown(nnx.Module):
@@ -271,11 +352,12 @@ class Unknown(nnx.Module):
         self.line, self.line_norm = conv(8, 8, (3,)), norm(8)
         self.idle = conv(8, 8)
         self.pair = nnx.data((conv(8, 8), norm(8)))
+        self.position = Position()
         self.batch, self.batch_norm = conv(8, 8), norm(8)
         self.first, self.first_norm = conv(8, 8), norm(8, axis=1)
 
     def __call__(self, x):
-        x = self.half(self.own(self.depthwise(self.conv(x)))).astype(jnp.float32)
+        x = self.half(self.own(self.depthwise(self.conv(self.position(x))))).astype(jnp.float32)
         x = self.line_norm(self.line(self.general(self.upward(x))))
         x = self.pair[1](self.pair[0](x))
         x = self.batch_norm(self.batch(x), use_running_average=False)
@@ -284,7 +366,7 @@ class Unknown(nnx.Module):
 
 def test_what_cannot_be_packed_stays_and_says_why():
     model, x = with_integers(Unknown()), jnp.ones((1, 8, 8, 8))
-    table = plan(model, x, ATOM_C2750)
+    table = plan(model, x, HERE)
     reasons = {row.path: row.reason for row in table.layers if row.choice == "dense"}
     assert reasons == {
         "depthwise": "depthwise: 1 input channel per group",
@@ -295,6 +377,7 @@ def test_what_cannot_be_packed_stays_and_says_why():
         "line": "1-D convolution: only 2-D is supported",
         "idle": "this call does not run it as a 2-D convolution or a fully connected layer",
         "pair/0": "it stands in a tuple, which cannot be changed: use an nnx.List",
+        "position": "Position has no sparse form",
     }
     # A 1-D convolution takes a norm as well; one in a tuple, on batch statistics or along another axis stays.
     assert {row.path: row.norm for row in table.layers if row.norm} == {"line": "line_norm"}
@@ -318,13 +401,13 @@ def test_without_the_native_kernel_everything_stays_dense(monkeypatch):
 
 def test_a_packed_model_is_usable_like_any_other():
     model, x = with_integers(ResNet()), jnp.ones((1, 8, 8, 8))
-    packed = pack_model(model, plan(model, x, ATOM_C2750))
+    packed = pack_model(model, plan(model, x, HERE))
     wanted = packed(x)
     graphdef, state = nnx.split(packed)
     np.testing.assert_array_equal(jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x), wanted)
     view = nnx.view(packed, use_running_average=True, deterministic=True, raise_if_not_found=False)
     np.testing.assert_array_equal(view(x), wanted)
-    again = plan(packed, x, ATOM_C2750)
+    again = plan(packed, x, HERE)
     assert {row.reason for row in again.layers} == {"already packed"}
     assert [row.shape for row in again.layers] == [row.shape for row in plan(model, x, ATOM_C2750).layers]
     np.testing.assert_array_equal(pack_model(packed, again)(x), wanted)
@@ -332,7 +415,7 @@ def test_a_packed_model_is_usable_like_any_other():
 
 def test_a_single_layer_is_a_model():
     model = with_integers(conv(8, 8))
-    table = plan(model, jnp.ones((1, 4, 4, 8)), ATOM_C2750)
+    table = plan(model, jnp.ones((1, 4, 4, 8)), HERE)
     assert isinstance(pack_model(model, table), SparseConv) and str(table).splitlines()[1].startswith(". ")
 
 
@@ -353,7 +436,7 @@ def test_linen_models_are_planned():
 
 def test_bad_input():
     model, other, x = with_integers(ResNet()), with_integers(Shared()), jnp.ones((1, 8, 8, 8))
-    table = plan(model, x, ATOM_C2750)
+    table = plan(model, x, HERE)
     wider = ResNet()
     wider.conv2 = conv(16, 16, 5)
     diverged = with_integers(ResNet())

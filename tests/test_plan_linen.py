@@ -1,8 +1,8 @@
 """Linen models packed: the outputs of the dense ones, norms folded, epilogues fused, and variables that say what changed."""
 
-from dataclasses import replace
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +11,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import sparseflax
-from sparseflax import ffi
 from sparseflax.conv import conv_p
-from sparseflax.machine import ATOM_C2750, client_threads, processor
+from tests.machines import HERE
 
 EPS = np.finfo(np.float32).eps
-# Predictions that no calibration changes, for plans that are taken for this machine's.
-HERE = replace(ATOM_C2750, name=processor(), isa=ffi.isa(), threads=client_threads())
 
 
 class Block(nn.Module):
@@ -113,6 +110,53 @@ def test_layers_that_stay_dense_say_why(layer, reason):
     assert table.layers[1].choice == "dense" and table.layers[1].reason == reason
     packed, inner = sparseflax.pack_model((net, variables), table, X)
     np.testing.assert_allclose(packed.apply(inner, X), net.apply(variables, X), rtol=1e-4, atol=1e-4)
+
+
+class Tied(nn.Module):
+    """A decoder multiplies by the encoder's kernel, another layer's kernel is sown, a third's is normalized for each call."""
+
+    @nn.compact
+    def __call__(self, x):
+        encoder = nn.Conv(32, (3, 3), use_bias=False, name="encoder")
+        y = nn.BatchNorm(use_running_average=True, name="norm")(encoder(x))
+        x = x + jnp.einsum("nhwk,rsck->nhwc", y, encoder.variables["params"]["kernel"])
+        sown = nn.Conv(32, (3, 3), use_bias=False, name="sown")
+        y = nn.BatchNorm(use_running_average=True, name="sown_norm")(sown(x))
+        self.sow("intermediates", "kernel", sown.variables["params"]["kernel"])
+        y = nn.WeightNorm(nn.Conv(32, (3, 3), name="scaled"))(y)
+        return nn.BatchNorm(use_running_average=True, name="free_norm")(nn.Conv(32, (3, 3), name="free")(y))
+
+
+@pytest.mark.parametrize("wrap", [lambda kind: kind, nn.remat, nn.jit])
+@pytest.mark.parametrize("freeze", [lambda tree: tree, flax.core.freeze])
+def test_weights_with_another_reader_stay(wrap, freeze):
+    net: Any = nn.Sequential([nn.Conv(16, (1, 1)), wrap(Tied)()])
+    variables = freeze(pruned(net, X))
+    table = sparseflax.plan((net, variables), X, HERE)
+    rows = {row.path.rpartition("/")[2]: row for row in table.layers}
+    assert {name: (row.choice, row.norm and row.norm.rpartition("/")[2]) for name, row in rows.items()} == {
+        "layers_0": ("dense", None), "encoder": ("dense", None), "sown": ("dense", None), "scaled": ("dense", None),
+        "free": ("sparse", "free_norm")}
+    for name in ("encoder", "sown", "scaled"):
+        assert rows[name].reason.startswith("the call uses its kernel elsewhere, too")
+    packed, inner = sparseflax.pack_model((net, variables), table, X)
+    y = net.apply(variables, X)
+    np.testing.assert_allclose(packed.apply(inner, X), y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+def test_other_modules_with_weights_are_listed():
+    class Position(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            table = self.param("table", nn.initializers.ones, (12, 32))
+            return x + table.reshape(1, 12, 1, 32) * self.param("scale", nn.initializers.ones, (32,)).reshape(1, 1, 1, -1)
+
+    net: Any = nn.Sequential([nn.Conv(32, (3, 3)), Position(), nn.GroupNorm(4)])
+    table = sparseflax.plan((net, pruned(net, X)), X, HERE)
+    assert [(row.path, row.kernel_shape, row.reason) for row in table.layers[1:]] == [
+        ("layers_1", (12, 32), "Position has no sparse form")]
+    packed, inner = sparseflax.pack_model((net, pruned(net, X)), table, X)
+    np.testing.assert_allclose(packed.apply(inner, X), net.apply(pruned(net, X), X), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mask_counts_and_is_packed():

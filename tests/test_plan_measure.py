@@ -1,7 +1,7 @@
 """A plan that is measured, and plans that meet another input, another machine or a model that cannot be traced."""
 
+import re
 import sys
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ from sparseflax.measure import Measured
 from sparseflax.nnx import SparseConv, SparseDense
 from sparseflax.packing import PackedKernel
 from sparseflax.shapes import ConvShape
-
-HERE = replace(ATOM_C2750, name=processor(), isa=ffi.isa(), threads=client_threads())
-HOPELESS = replace(HERE, alpha=1e3, beta=1e3)  # a machine on which sparsity never pays
+from tests.machines import HERE, HOPELESS
 
 
 class Net(nnx.Module):
@@ -208,7 +206,9 @@ def test_bad_input():
         (TypeError, "call of LinenBranching cannot be traced", lambda: plan((linen, variables), x, HERE)),
         (ValueError, f"measure=True times on this machine, but {atom}, {here}: leave",
          lambda: plan(model, X, ATOM_C2750, measure=True)),
-        (ValueError, f"made {atom}, {here}: call sparseflax.plan", lambda: pack_model(model, elsewhere, X)),
+        (ValueError, f"made {atom}, {here}: call sparseflax.plan(model, x) again, or pass plan=None",
+         lambda: pack_model(model, elsewhere, X)),
+        (TypeError, "plan and x are None, wanted a plan, or the input", lambda: pack_model(model)),
         (ValueError, "made for the input float32[2,8,8,16], this is float32[2,9,9,16]: call sparseflax.plan",
          lambda: pack_model(model, made, bigger)),
     ]:
@@ -218,4 +218,19 @@ def test_bad_input():
         start, *rest = message.split(".*")
         assert start in text and all(part in text for part in rest), text
     assert isinstance(pack_model(model, made, X), Net) and isinstance(pack_model(model, plan(model, bigger, HERE), bigger), Net)
-    assert isinstance(pack_model(model, elsewhere), Net), "a plan in hand is trusted"
+    with pytest.warns(RuntimeWarning, match=re.escape(f"made {atom}, {here}: outputs will be right, but layers are chosen")):
+        assert isinstance(pack_model(model, elsewhere), Net), "a plan for another machine may be meant"
+
+
+def test_without_a_plan_one_is_made(monkeypatch):
+    monkeypatch.setattr(PLAN, "detect_machine", lambda: HERE)
+    model, x = Net(), jnp.ones(X.shape)
+    packed = pack_model(model, x=x)
+    assert type(packed.conv) is type(pack_model(model, plan(model, x, HERE)).conv) is SparseConv
+    linen = nn.Sequential([nn.Conv(32, (3, 3)), nn.relu])
+    variables = linen.init(jax.random.key(0), x)
+    kernel = variables["params"]["layers_0"]["kernel"]
+    variables["params"]["layers_0"]["kernel"] = kernel.at[:, :, 2:].set(0)
+    module, packed_variables = pack_model((linen, variables), x=x)
+    assert "values" in packed_variables["params"]["layers_0"]
+    np.testing.assert_allclose(module.apply(packed_variables, x), linen.apply(variables, x), rtol=1e-5, atol=1e-5)

@@ -20,7 +20,8 @@ from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
 from sparseflax import ffi
 from sparseflax.machine import Machine
-from sparseflax.plan import Plan, pack_model, plan
+from sparseflax.model import pack_model
+from sparseflax.plan import Plan, plan
 
 XLA, XLA_FOLDED = "xla", "xla, batch norm folded"
 

@@ -16,7 +16,8 @@ from experiments.configs import Config
 from experiments.methods import Speed
 from sparseflax.cost import useful_range
 from sparseflax.machine import client_threads
-from sparseflax.plan import pack_model, plan
+from sparseflax.model import pack_model
+from sparseflax.plan import plan
 
 BATCHES = 1, 16
 

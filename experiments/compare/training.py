@@ -26,7 +26,8 @@ from experiments.data import Data
 from experiments.methods import METHODS
 from sparseflax import prune
 from sparseflax.machine import Machine
-from sparseflax.plan import pack_model, plan
+from sparseflax.model import pack_model
+from sparseflax.plan import plan
 from sparseflax.shapes import conv_shapes
 
 DENSITIES = 0.3, 0.03  # at which a whole network is measured
