@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparseflax.onnx_graph import Graph, Node
+from sparseflax.onnx_graph import Graph, Node, malformed
 
 ZEROS = nnx.initializers.zeros_init()
 LINEAR = ("Gemm", "MatMul")
@@ -76,6 +76,8 @@ class Builder:
             raise Unsupported("unknown operator")
         if len(node.outputs) != 1:
             raise Unsupported(f"{len(node.outputs)} outputs, wanted one")
+        if reason := malformed(node, self.graph.opset):
+            raise Unsupported(reason)
         if node.op == "Add" and self._as_bias(node):
             return
         built = BUILDERS[node.op](self, node)
@@ -111,8 +113,12 @@ class Builder:
 
     def linear(self, node: Node, kernel: np.ndarray, bias: np.ndarray | None) -> nnx.Linear:
         """A fully connected layer (ic, oc); its rows put in our order where it takes flattened images."""
+        if 0 in kernel.shape:
+            raise Unsupported(f"its weights have shape {kernel.shape}, wanted no size of 0")
         if (image := self.images.get(node.inputs[0])) is not None:
             h, w, c = image
+            if h * w * c != len(kernel):
+                raise Unsupported(f"its weights take {len(kernel)} features, its input has {h} x {w} x {c}")
             kernel = kernel.reshape(c, h, w, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
         layer = nnx.Linear(*kernel.shape, use_bias=bias is not None, kernel_init=ZEROS, rngs=nnx.Rngs(0))
         return _filled(layer, kernel=kernel, bias=bias)
@@ -142,6 +148,8 @@ def _conv(builder: Builder, node: Node) -> nnx.Conv:
     kernel, groups = builder.constant(node, 1, "kernel", 4), node.attributes.get("group", 1)
     oc, icg, *size = kernel.shape
     window = _window(node, size)
+    if 0 in kernel.shape or groups < 1 or oc % groups:
+        raise Unsupported(f"group={groups} with a kernel of shape {kernel.shape}, wanted a divisor of its {oc} output channels")
     if tuple(window["kernel_shape"]) != tuple(size):
         raise Unsupported(f"its kernel_shape is {window['kernel_shape']}, its kernel {kernel.shape}")
     top, left, bottom, right = window["pads"]
@@ -171,6 +179,9 @@ def _norm(builder: Builder, node: Node) -> nnx.BatchNorm:
     if node.attributes.get("training_mode", 0) or not node.attributes.get("spatial", 1):
         raise Unsupported("training_mode=1 or spatial=0, wanted a norm per channel with its running statistics")
     scale, bias, mean, var = (builder.constant(node, i, name, 1) for i, name in enumerate(("scale", "B", "mean", "var"), 1))
+    if len({array.shape for array in (scale, bias, mean, var)}) > 1:
+        raise Unsupported(f"its scale, B, mean and var have {scale.size}, {bias.size}, {mean.size} and {var.size} channels, "
+                          "wanted the same")
     layer = nnx.BatchNorm(scale.size, use_running_average=True, epsilon=node.attributes.get("epsilon", 1e-5), rngs=nnx.Rngs(0))
     return _filled(layer, scale=scale, bias=bias, mean=mean, var=var)
 
@@ -183,7 +194,10 @@ def _clip(builder: Builder, node: Node) -> dict[str, Any]:
     bounds = {name: node.attributes.get(name, default) for name, default in (("min", -np.inf), ("max", np.inf))}
     for index, name in enumerate(bounds, 1):
         if index < len(node.inputs) and node.inputs[index]:
-            bounds[name] = builder.constant(node, index, name).item()
+            bound = builder.constant(node, index, name)
+            if bound.size != 1 or bound.dtype != np.float32:
+                raise Unsupported(f"its {name} is {bound.dtype} of shape {bound.shape}, wanted one float32 number")
+            bounds[name] = bound.item()
     return {"low": float(bounds["min"]), "high": float(bounds["max"])}
 
 
@@ -201,8 +215,11 @@ def _window(node: Node, size: Any = ()) -> dict[str, Any]:
     window = {name: tuple(given[name]) for name in ("kernel_shape", "strides", "dilations", "pads")}
     if len(window["kernel_shape"]) != 2:
         raise Unsupported(f"kernel_shape={window['kernel_shape']}, wanted two dimensions")
-    if min(window["pads"]) < 0:
-        raise Unsupported(f"pads={window['pads']}, wanted none below 0")
+    for name, least, length in (("kernel_shape", 1, 2), ("strides", 1, 2), ("dilations", 1, 2), ("pads", 0, 4)):
+        if len(window[name]) != length or min(window[name]) < least:
+            raise Unsupported(f"{name}={window[name]}, wanted {length} numbers, none below {least}")
+    if node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+        raise Unsupported(f"auto_pad={node.attributes['auto_pad']!r}, wanted NOTSET, VALID, SAME_UPPER or SAME_LOWER")
     return window | {"auto_pad": node.attributes.get("auto_pad", "NOTSET")}
 
 
@@ -217,7 +234,10 @@ def _flatten(builder: Builder, node: Node) -> dict[str, Any]:
 
 
 def _reshape(builder: Builder, node: Node) -> dict[str, Any]:
-    shape = [int(size) for size in builder.constant(node, 1, "shape")]
+    sizes = builder.constant(node, 1, "shape")
+    if sizes.dtype != np.int64 or sizes.ndim != 1:
+        raise Unsupported(f"its shape is {sizes.dtype} of shape {sizes.shape}, wanted a list of int64")
+    shape = sizes.tolist()
     batch = builder.graph.shapes.get(node.inputs[0], (None,))[0]
     if len(shape) != 2 or shape[0] not in (0, -1, batch) or min(shape[0], shape[1]) < -1 or shape[1] == 0:
         raise Unsupported(f"shape={shape}, wanted (n, features): [0, -1]")
@@ -242,6 +262,8 @@ def _softmax(builder: Builder, node: Node) -> dict[str, Any]:
 
 
 def _lrn(builder: Builder, node: Node) -> dict[str, Any]:
+    if node.attributes["size"] < 1:
+        raise Unsupported(f"size={node.attributes['size']}, wanted 1 or more channels")
     return {"alpha": 1e-4, "beta": 0.75, "bias": 1.0} | node.attributes
 
 

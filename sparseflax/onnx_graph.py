@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# What an attribute of a type is in Python, and whether it is a list of that.
+_ATTRIBUTES = {"INT": (int, False), "FLOAT": (float, False), "STRING": (str, False), "INTS": (int, True),
+               "FLOATS": (float, True)}
 OLDEST = 7  # operator set: before it, broadcasting and batch norm were other operators
 
 
@@ -74,15 +77,42 @@ def read(path: str | PathLike[str]) -> Graph:
     opset = versions.get("", versions.get("ai.onnx", 0))
     if opset < OLDEST:
         raise ValueError(f"{path} uses operator set {opset}, wanted {OLDEST} or later: convert it by onnx.version_converter")
-    constants = _initializers(onnx, model.graph)
     alias: dict[str, str] = {}
-    nodes = list(_nodes(onnx, model.graph, constants, alias))
+    try:
+        constants = _initializers(onnx, model.graph)
+        nodes = list(_nodes(onnx, model.graph, constants, alias))
+    except (ArithmeticError, IndexError, KeyError, MemoryError, TypeError, ValueError) as error:  # onnx's own, as it decodes
+        raise ValueError(f"{path} holds a weight or an attribute that cannot be decoded ({error}): it was damaged, export it "
+                         "again") from error
     nodes = [node._replace(inputs=tuple(_follow(alias, name) for name in node.inputs)) for node in nodes]
     inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
     if len(inputs) != 1:
         raise ValueError(f"{path} takes {inputs or 'nothing'}, wanted one input besides the weights")
     outputs = tuple(_follow(alias, entry.name) for entry in model.graph.output)
     return Graph(inputs[0], outputs, _ordered(nodes, {*inputs, *constants}, outputs), constants, _shapes(onnx, model), opset)
+
+
+def malformed(node: Node, opset: int) -> str | None:
+    """How a node of ONNX's own breaks the operator's definition, in inputs or attributes; None if it does not."""
+    onnx = _package()
+    try:
+        schema = onnx.defs.get_schema(node.op, opset)
+    except onnx.defs.SchemaError:
+        return None  # an operator that ONNX does not have
+    least, most = schema.min_input, schema.max_input
+    if not least <= len(node.inputs) <= most or not all(node.inputs[:least]):
+        wanted = f"{least}" if least == most else f"{least} to {most}" if most < 2**31 - 1 else f"at least {least}"
+        return f"it has {sum(map(bool, node.inputs))} inputs, wanted {wanted}"
+    for name, wanted in schema.attributes.items():
+        kind, many = _ATTRIBUTES.get(wanted.type.name, (object, False))
+        value = node.attributes.get(name)
+        if value is None and wanted.required:
+            return f"it has no attribute {name!r}"
+        if value is None:
+            continue
+        if isinstance(value, list) != many or not all(isinstance(item, kind) for item in (value if many else [value])):
+            return f"its attribute {name} is {value!r}, wanted {wanted.type.name.lower()}"
+    return None
 
 
 def _package() -> Any:

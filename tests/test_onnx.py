@@ -24,7 +24,7 @@ U = 2.0**-24
 
 
 def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
 
 
 def node(op, inputs, outputs, **attributes):
@@ -223,7 +223,7 @@ def test_all_that_is_unsupported_is_named_at_once(tmp_path):
     ([node("Conv", "x w b", "y")], {"w": W3["w"], "b": random(9)}, r"its bias is float32 of shape \(9,\), wanted"),
     ([node("MaxPool", "x", "y i", kernel_shape=[2, 2])], {}, "2 outputs, wanted one"),
     ([node("MaxPool", "x", "y", kernel_shape=[2, 2, 2])], {}, "wanted two dimensions"),
-    ([node("MaxPool", "x", "y", kernel_shape=[2, 2], pads=[-1, 0, 0, 0])], {}, "wanted none below 0"),
+    ([node("MaxPool", "x", "y", kernel_shape=[2, 2], pads=[-1, 0, 0, 0])], {}, "pads=.*, wanted 4 numbers"),
     ([node("Flatten", "x", "y", axis=2)], {}, r"axis=2, wanted 1"),
     ([node("Reshape", "x s", "y")], {"s": np.array([0, 6, -1])}, r"shape=\[0, 6, -1\], wanted \(n, features\)"),
     ([node("Gemm", "x w", "y", transA=1)], {"w": random(2, 2)}, "transA=1, wanted 0"),
@@ -234,6 +234,63 @@ def test_all_that_is_unsupported_is_named_at_once(tmp_path):
 ])
 def test_what_is_refused(tmp_path, nodes, constants, message):
     refuses(save(tmp_path / "m.onnx", nodes, constants), message)
+
+
+@pytest.mark.parametrize("nodes, constants, message", [
+    ([node("Conv", "x", "y")], {}, "Conv 'the_y': it has 1 inputs, wanted 2 to 3"),
+    ([node("Add", "x", "y")], {}, "Add 'the_y': it has 1 inputs, wanted 2"),
+    ([helper.make_node("Concat", [], ["y"], name="the_y", axis=1)], {}, "Concat 'the_y': it has 0 inputs, wanted at least 1"),
+    ([node("Concat", "x x", "y")], {}, "Concat 'the_y': it has no attribute 'axis'"),
+    ([node("MaxPool", "x", "y")], {}, "MaxPool 'the_y': it has no attribute 'kernel_shape'"),
+    ([node("LRN", "x", "y", size=0)], {}, "LRN 'the_y': size=0, wanted 1 or more"),
+    ([node("Conv", "x w", "y", group=2.5)], W3, "Conv 'the_y': its attribute group is 2.5, wanted int"),
+    ([node("Conv", "x w", "y", strides="two")], W3, "Conv 'the_y': its attribute strides is 'two', wanted ints"),
+    ([node("Conv", "x w", "y", group=3)], W3, r"Conv 'the_y': group=3 with a kernel of shape .*, wanted a divisor"),
+    ([node("Conv", "x w", "y", group=0)], W3, "Conv 'the_y': group=0"),
+    ([node("Conv", "x w", "y")], {"w": random(0, 6, 3, 3)}, r"Conv 'the_y': group=1 with a kernel of shape \(0, "),
+    ([node("Conv", "x w", "y", strides=[2])], W3, r"Conv 'the_y': strides=\(2,\), wanted 2 numbers, none below 1"),
+    ([node("Conv", "x w", "y", dilations=[0, 1])], W3, r"Conv 'the_y': dilations=\(0, 1\), wanted 2 numbers, none below 1"),
+    ([node("Conv", "x w", "y", pads=[1, 1])], W3, r"Conv 'the_y': pads=\(1, 1\), wanted 4 numbers"),
+    ([node("Conv", "x w", "y", auto_pad="LEFT")], W3, "Conv 'the_y': auto_pad='LEFT', wanted NOTSET, VALID"),
+    ([node("Clip", "x w", "y")], {"w": random(6)}, r"Clip 'the_y': its min is float32 of shape \(6,\), wanted one"),
+    ([node("Reshape", "x s", "y")], {"s": np.array(0)}, r"Reshape 'the_y': its shape is int64 of shape \(\), wanted a list"),
+    ([node("BatchNormalization", "x s b b b", "y")], {"s": random(6), "b": random(5)},
+     "BatchNormalization 'the_y': its scale, B, mean and var have 6, 5, 5 and 5 channels, wanted the same"),
+    ([node("Flatten", "x", "f"), node("Gemm", "f w", "y")], {"w": random(431, 10)},
+     "Gemm 'the_y': its weights take 431 features, its input has 9 x 8 x 6"),
+    ([node("Flatten", "x", "f"), node("Gemm", "f w", "y")], {"w": random(0, 10)}, "Gemm 'the_y': its weights have shape"),
+])
+def test_malformed_nodes_are_named(tmp_path, nodes, constants, message):
+    refuses(save(tmp_path / "m.onnx", nodes, constants), message)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_damage_to_a_node_escapes_as_another_error(name, tmp_path):
+    """Every input and attribute missing, every attribute and weight of another kind: read all the same, or a ValueError."""
+    nodes, constants = OPERATORS[name]
+    damaged = []
+    for index, sound in enumerate(nodes):
+        def variant(change, index=index):
+            copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+            change(copies[index])
+            damaged.append((copies, constants))
+
+        for number in range(len(sound.input)):
+            variant(lambda node, number=number: node.input.pop(number))
+        for number, entry in enumerate(sound.attribute):
+            variant(lambda node, number=number: node.attribute.pop(number))
+            for wrong in (-1, 0.5, "text", [], [7], [0] * 9):
+                changed = helper.make_attribute(entry.name, wrong, attr_type=None if wrong != [] else onnx.AttributeProto.INTS)
+                variant(lambda node, number=number, changed=changed: node.attribute[number].CopyFrom(changed))
+    for constant in constants:
+        for wrong in (random(), random(3, 2), random(0), np.array([1, -2, 3]), np.array("text")):
+            damaged.append((nodes, constants | {constant: wrong}))
+    for number, (nodes, constants) in enumerate(damaged):
+        path = save(tmp_path / f"{number}.onnx", nodes, constants)
+        try:
+            load_onnx(path)
+        except ValueError as error:
+            assert "the_" in str(error) or "'y' of the graph's output" in str(error) or "decoded" in str(error), error
 
 
 def test_damaged_files(tmp_path):
