@@ -177,10 +177,10 @@ class _Writer:
         return self.emit("Clip", [arguments[0].name, self.constant(np.float32(0)), self.constant(np.float32(6))], shape)
 
     def _local_response_norm(self, equation, arguments, shape):
-        x, alpha, beta, bias = arguments
+        x, alpha, bias = arguments
         inner = equation.params["jaxpr"].jaxpr.eqns
         size = max(1, sum(e.primitive.name == "slice" for e in inner))  # one slice for each of the neighbours
-        return self.emit("LRN", [x.name], shape, size=size, alpha=float(alpha), beta=float(beta), bias=float(bias))
+        return self.emit("LRN", [x.name], shape, size=size, alpha=float(alpha), beta=0.75, bias=float(bias))
 
     def _reduce_window_max(self, equation, arguments, shape):
         return self.emit("MaxPool", [arguments[0].name], shape, **_window(equation.params))

@@ -74,8 +74,10 @@ def lrn(x: jax.Array, *, size: int, alpha: float, beta: float, bias: float) -> j
     """x / (bias + alpha / size * sum of x^2 over `size` neighbouring channels)^beta, (n, h, w, c)."""
     before = (size - 1) // 2
     squares = jnp.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)])
-    total = sum(squares[..., i:i + x.shape[-1]] for i in range(size))
-    return x * jnp.exp(-beta * jnp.log(bias + alpha / size * total))
+    scale = bias + alpha / size * sum(squares[..., i:i + x.shape[-1]] for i in range(size))
+    if beta == 0.75:  # as in every published network: two square roots take a third of the time of a power
+        return x * jax.lax.rsqrt(scale * jnp.sqrt(scale))
+    return x * jnp.exp(-beta * jnp.log(scale))
 
 
 def flatten(x: jax.Array, *, image: tuple[int, ...] | None = None, features: int | None = None) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import primitives
 
-MAX_SLICES = 4  # of a pooling window along one dimension: more of them cost more than a loop over the window
+MAX_SLICES = 4  # along one dimension of a pooling window, or windows over the edge: more cost more than a loop
 MAX_TAPS = 64  # of a depthwise kernel, each of them code
 MAX_GROUPS = 64  # each of them a convolution of its own; beyond, they are too small to gain
 MAX_PADDED_TAPS = 9  # of a strided depthwise kernel: with more, padding each costs more than padding the image once
@@ -28,25 +28,25 @@ COMBINE: dict[Any, Any] = {primitives.reduce_window_max_p: jnp.maximum, primitiv
 def pool(equation: Any, x: jax.Array) -> jax.Array | None:
     """A maximum, minimum or sum over windows, one dimension after the other.
 
-    Padded dimensions keep a reduce_window, now of one dimension; others combine strided slices. Sums round differently.
+    Small windows combine strided slices, and the few of them that hang over the edge are computed apart; others keep a
+    reduce_window, now of one dimension. Sums round differently.
 
     Args:
       equation: reduce_window_max, _min or _sum.
       x: its operand, of any shape.
     """
-    params, shape = equation.params, equation.outvars[0].aval.shape
-    windows, strides, padding = (params[name] for name in ("window_dimensions", "window_strides", "padding"))
+    params, shape, combine = equation.params, equation.outvars[0].aval.shape, COMBINE[equation.primitive]
+    windows, strides, padding, dilation = (params[name] for name in (
+        "window_dimensions", "window_strides", "padding", "window_dilation"))
     axes = [axis for axis, what in enumerate(zip(windows, strides, padding, strict=True)) if what != (1, 1, (0, 0))]
     if x.dtype != jnp.float32 or set(params["base_dilation"]) != {1}:
         return None
-    sliced = [axis for axis in axes if _sliceable(x.shape[axis], shape[axis], padding[axis], windows[axis])]
-    if len(axes) == 1 and not sliced:
-        return None
     for axis in axes:
-        if axis in sliced:
-            dilation = params["window_dilation"][axis]
-            slices = [_tap(x, axis, i * dilation, strides[axis], shape[axis]) for i in range(windows[axis])]
-            x = functools.reduce(COMBINE[equation.primitive], slices)
+        sliced = _slices(combine, x, axis, windows[axis], strides[axis], dilation[axis], padding[axis][0], shape[axis])
+        if sliced is not None:
+            x = sliced
+        elif len(axes) == 1:
+            return None  # it is of one dimension already
         else:
             x = equation.primitive.bind(x, **{name: _only(axis, params[name], neutral) for name, neutral in (
                 ("window_dimensions", 1), ("window_strides", 1), ("padding", (0, 0)), ("base_dilation", 1),
@@ -119,8 +119,23 @@ def _depthwise(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | No
     return functools.reduce(operator.add, terms)
 
 
-def _sliceable(size: Any, count: Any, padding: tuple[int, int], window: int) -> bool:
-    return isinstance(size, int) and count > 0 and padding == (0, 0) and window <= MAX_SLICES
+def _slices(combine: Any, x: jax.Array, axis: int, window: int, stride: int, dilation: int, pad: int,
+            count: Any) -> jax.Array | None:
+    """`count` windows along one axis, the first at -pad, as slices; None where a loop over the window is better."""
+    size = x.shape[axis]
+    if not isinstance(size, int) or window > MAX_SLICES:
+        return None
+    first = -(-pad // stride)  # of the windows inside
+    last = min((size - 1 - (window - 1) * dilation + pad) // stride, count - 1)
+    if first > last or first + count - 1 - last > MAX_SLICES:
+        return None
+    parts = []
+    for at, number in [*((at, 1) for at in range(first)), (first, last + 1 - first), *((at, 1) for at in range(last + 1, count))]:
+        starts = [start for i in range(window) if 0 <= (start := at * stride - pad + i * dilation) < size]
+        if not starts:
+            return None  # a window of nothing but padding
+        parts.append(functools.reduce(combine, [_tap(x, axis, start, stride, number) for start in starts]))
+    return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
 
 
 def _only(axis: int, values: Any, neutral: Any) -> tuple[Any, ...]:

@@ -294,9 +294,9 @@ def test_pooling_changes_form():
     def windows(f):
         return [e.params["window_dimensions"] for e in equations(f, X) if e.primitive.name.startswith("reduce_window")]
 
-    assert windows(fuse(lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"))) == [(1, 3, 1, 1), (1, 1, 3, 1)]
+    assert windows(fuse(lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"))) == []
     assert windows(fuse(lambda x: nnx.max_pool(x, (2, 2), (2, 2)))) == []
-    assert windows(fuse(lambda x: nnx.max_pool(x, (3, 3), padding=((0, 0), (1, 1))))) == [(1, 1, 3, 1)]
+    assert windows(fuse(lambda x: nnx.max_pool(x, (3, 3), padding=((0, 0), (4, 4))))) == [(1, 1, 3, 1)], "many over the edge"
     assert windows(fuse(lambda x: avg_pool(x, (6, 6)))) == [(1, 6, 1, 1), (1, 1, 6, 1)], "too many slices"
 
     def spread(x):

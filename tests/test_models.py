@@ -61,4 +61,4 @@ def test_local_response_norm(size):
         neighbours = x[..., max(0, c - before):c - before + size].astype(np.float64)
         expected[..., c] = x[..., c] / (2 + 0.5 / size * (neighbours**2).sum(-1)) ** 0.75
     # A handful of roundings, two of them in an exponent below 3.
-    np.testing.assert_allclose(layers.local_response_norm(jnp.asarray(x), size, 0.5, 0.75, 2.0), expected, rtol=20 * 2.0**-24)
+    np.testing.assert_allclose(layers.local_response_norm(jnp.asarray(x), size, 0.5, 2.0), expected, rtol=20 * 2.0**-24)

@@ -110,6 +110,7 @@ OPERATORS = {
     "softmax": ([node("Softmax", "x", "y", axis=1)], {}),
     "softmax, last": ([node("Softmax", "x", "y")], {}),
     "lrn": ([node("LRN", "x", "y", size=5, alpha=0.3, beta=0.75, bias=2.0)], {}),
+    "lrn with another exponent": ([node("LRN", "x", "y", size=3, alpha=0.3, beta=0.6, bias=2.0)], {}),
     "dropout and identity": ([node("Dropout", "x", "d"), node("Identity", "d", "i"), node("Relu", "i", "y")], {}),
     "constant": ([helper.make_node("Constant", [], ["low"], value_float=0.25), node("Clip", "x low", "y")], {}),
     "gemm": ([node("Flatten", "x", "f"), node("Gemm", "f w b", "y", alpha=0.5, beta=2.0)],

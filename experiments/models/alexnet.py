@@ -51,4 +51,4 @@ class AlexNet(nnx.Module):
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    return local_response_norm(x, 5, 1e-4, 0.75, 1.0)
+    return local_response_norm(x, 5, 1e-4, 1.0)
