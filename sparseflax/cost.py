@@ -39,6 +39,7 @@ from sparseflax.shapes import ConvShape
 
 # Q of the smooth minimum over K tiles (mean t^-Q)^(-1/Q): between the true minimum and K^(1/Q) - 1 = 2.2 % above it.
 SHARPNESS = 64.0
+LEAST = 2.0**-24  # density that a traced one of 0 counts as: fewer than one weight of nearly any layer
 
 
 class Work(NamedTuple):
@@ -86,6 +87,7 @@ def conv_seconds(shape: ConvShape | Work, density: Any, machine: Machine) -> jax
       machine: where it runs.
 
     Raises:
+      TypeError: a density that is no number.
       ValueError: a concrete density outside (0, 1], or what `Work.of` raises.
     """
     work, density, rates = Work.of(shape, machine), _checked(density), machine.rates.sparse
@@ -181,9 +183,14 @@ def _smooth_min(times: list[jax.Array]) -> jax.Array:
 
 
 def _checked(density: Any) -> jax.Array:
-    if not isinstance(density, Tracer):
-        values = np.asarray(density)
-        if not np.all((values > 0) & (values <= 1)):
-            raise ValueError(f"density is {density}, wanted kept / all weights in (0, 1]: for sparsity s pass 1 - s, "
-                             "for a kernel without any weight left 1 / shape.weights")
+    if isinstance(density, Tracer):
+        density = jnp.asarray(density, float)
+        # Where training drives a density to 0 there is still a time, and a gradient that says what a weight costs.
+        return density + jax.lax.stop_gradient(jnp.maximum(LEAST - density, 0))
+    values = np.asarray(density)
+    if not (jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)):
+        raise TypeError(f"density is {density!r}, wanted a number in (0, 1] or an array of them: kept / all weights")
+    if not np.all((values > 0) & (values <= 1)):
+        raise ValueError(f"density is {density}, wanted kept / all weights in (0, 1]: for sparsity s pass 1 - s, "
+                         "for a kernel without any weight left 1 / shape.weights")
     return jnp.asarray(density, float)

@@ -169,3 +169,17 @@ def test_density_outside_its_range(density):
         conv_seconds(CONV5, density, ATOM_C2750)
     with pytest.raises(ValueError, match="density is"):
         speedup(CONV5, density, ATOM_C2750)
+
+
+@pytest.mark.parametrize("density", [None, "0.5", [None, 0.5], True, 0.5j])
+def test_density_that_is_no_number(density):
+    with pytest.raises(TypeError, match="density is .*, wanted a number in"):
+        conv_seconds(CONV5, density, ATOM_C2750)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_traced_density_of_zero_has_a_time_and_a_gradient(machine):
+    seconds, slope = jax.jit(jax.value_and_grad(lambda d: conv_seconds(CONV5, d, machine)))(0.0)
+    np.testing.assert_allclose(seconds, smooth_seconds(CONV5, 2.0**-24, machine), rtol=ROUNDING)
+    _, weights, _ = terms(CONV5, machine)
+    np.testing.assert_allclose(slope, weights, rtol=1e-5)  # memory binds: a weight costs its bytes
