@@ -36,11 +36,12 @@ def path(cpu: str, isa: str, threads: int) -> Path:
 
 
 def key(cpu: str, isa: str, threads: int) -> dict[str, Any]:
-    """What a calibration depends on: another CPU, kernel, number of threads or version makes it stale."""
-    from sparseflax import ffi  # here, so that describing a machine does not need the native module
+    """What a calibration depends on: another CPU, cache, kernel, number of threads or version makes it stale."""
+    # Here, so that describing a machine does not need the native module, and since machines are found by profiles.
+    from sparseflax import ffi, machine
 
-    return {"cpu": cpu, "isa": isa, "threads": threads, "kernels": ffi.kernels(), "native module": _digest(),
-            "jaxlib": version("jaxlib"), "sparseflax": _version()}
+    return {"cpu": cpu, **machine.identity(), "isa": isa, "threads": threads, "kernels": ffi.kernels(),
+            "native module": _digest(), "jaxlib": version("jaxlib"), "sparseflax": _version()}
 
 
 def save(machine: Machine, errors: dict[str, Any]) -> Path:
@@ -80,13 +81,18 @@ def load(cpu: str, isa: str, threads: int) -> Machine:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise Unusable(f"this machine was not calibrated for {threads} threads: {REMEDY}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Unusable(f"ignored {file}, it cannot be read ({error}): {REMEDY}") from None
     try:
         wanted = key(cpu, isa, threads)
         other = {name: (content["key"].get(name), value) for name, value in wanted.items() if content["key"].get(name) != value}
         if not other:
-            return from_dict(content["machine"])
+            machine = from_dict(content["machine"])
+            if (machine.name, machine.isa, machine.threads) != (cpu, isa, threads):
+                raise ValueError(f"its machine is {machine.name}, {machine.isa}, {machine.threads} threads, its key another")
+            if machine.fitted is None:
+                raise ValueError("its machine has no fitted rates")
+            return machine
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Unusable(f"ignored {file}, it is no calibration ({type(error).__name__}: {error}): {REMEDY}") from None
     changes = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in other.items())
@@ -108,6 +114,10 @@ def from_dict(fields: dict[str, Any]) -> Machine:
     """
     from sparseflax.machine import Machine  # here, since machines are found by profiles
 
+    wrong = {name: fields[name] for name in ("l1_bytes", "l2_bytes", "l3_bytes", "cores", "threads", "lanes")
+             if type(fields[name]) is not int or not 0 <= fields[name] < 1 << 62}
+    if wrong:
+        raise ValueError(f"{wrong}, wanted whole numbers that are not negative")
     rates = fields["fitted"]
     fitted = rates and Rates(SparseCounts(**rates["sparse"]), DenseCounts(**rates["dense"]), rates["overlap"])
     return Machine(**{**fields, "fitted": fitted})

@@ -190,3 +190,12 @@ def test_rates_from_the_timed_work(monkeypatch):
     assert 0.09 < packed[0].density < 0.11
     assert timed == (packed[0].density, 0.5, 2.0)
     assert machine._time_layer(1.0, "neon") is None
+
+
+def test_what_tells_cpus_of_one_name_apart(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "SYSFS", tmp_path)
+    assert machine.identity() == {"cpu family": "", "model": "", "stepping": "", "caches": [32 << 10, 512 << 10, 8 << 20]}
+    (tmp_path / "cpuinfo").write_text("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n")
+    write_caches(tmp_path, (1, "Data", "48K"))
+    assert machine.identity() == {"cpu family": "25", "model": "17", "stepping": "1", "caches": [48 << 10, 0, 0]}

@@ -60,7 +60,8 @@ def change(**key):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("cpu", "Other"), ("native module", "0123"), ("jaxlib", "0.0.1"), ("kernels", ["portable", "neon"]), ("threads", 77)])
+    ("cpu", "Other"), ("model", "-1"), ("caches", [1, 2, 3]),
+    ("native module", "0123"), ("jaxlib", "0.0.1"), ("kernels", ["portable", "neon"]), ("threads", 77)])
 def test_stale(field, value):
     file = change(**{field: value})
     with pytest.raises(profile.Unusable, match=f"ignored {file}, it is of another machine.*\\({field} was .*, is .*run"):
@@ -70,7 +71,7 @@ def test_stale(field, value):
 @pytest.mark.parametrize("text, why", [
     ("", "cannot be read"), ('{"key": ', "cannot be read"), ("[]", "is no calibration \\(TypeError"),
     ('{"machine": 3}', "is no calibration \\(KeyError: 'key'\\)"), ('{"key": 3}', "is no calibration \\(AttributeError"),
-    ("\x00\xff", "cannot be read")])
+    ("\x00\xff", "cannot be read"), pytest.param("[" * 100_000, "cannot be read", id="deep")])
 def test_damaged(text, why):
     file = profile.save(calibrated(), ERRORS)
     file.write_text(text)
@@ -86,6 +87,19 @@ def test_impossible_rates(part, name, value):
     content["machine"]["fitted"][part][name] = value
     file.write_text(json.dumps(content))
     with pytest.raises(profile.Unusable, match=f"ignored {file}, it is no calibration"):
+        load()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("name", "Another CPU"), ("isa", "mmx"), ("threads", 99), ("peak", None), ("bandwidth", float("nan")),
+    ("alpha", float("inf")), ("l1_bytes", 0), ("l2_bytes", -1), ("l3_bytes", None), ("l3_bytes", float("nan")),
+    ("l2_bytes", "big"), ("fitted", None)])
+def test_impossible_machine(name, value):
+    file = profile.save(calibrated(), ERRORS)
+    content = json.loads(file.read_text())
+    content["machine"][name] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(profile.Unusable, match=f"ignored {file}, it is no calibration.*run python -m experiments.calibrate"):
         load()
 
 
