@@ -88,9 +88,21 @@ def test_calibrate_stores_what_detect_machine_finds(monkeypatch, capsys):
 @native
 def test_calibrate_refuses_noise(monkeypatch):
     monkeypatch.setattr(run_module, "measure", lambda *args, **options: made_by(TYPICAL, noise=0.5))
-    with pytest.raises(ValueError, match=r"median error is .*, above 15%: not stored. Times of one program differed by 10% "):
+    with pytest.raises(ValueError, match=r"not stored: the fit's median error \(sparse\) is .*, above 15%; its 90th"):
         calibrate(1.0)
     assert detect_machine(seconds=0.02).source.startswith("estimated")
+
+
+@native
+def test_each_bound_of_a_calibration_counts():
+    samples = made_by(TYPICAL)
+    assert run_module.judge(samples, MACHINE)["sparse"].median < 0.01
+    far = [replace(s, seconds=2 * s.seconds) if s.density and i % 5 == 0 else s for i, s in enumerate(samples)]
+    with pytest.raises(ValueError, match=r"^not stored: its 90th percentile \(sparse\) is 50%, above 40%. Calibrate again"):
+        run_module.judge(far, MACHINE)
+    unlike = [replace(s, spread=0.2) if s.density is None else s for s in samples]
+    with pytest.raises(ValueError, match=r"^not stored: the spread of one .* / median\) \(dense\) is 20%, above 15%. Cal"):
+        run_module.judge(unlike, MACHINE)
 
 
 def test_calibrate_without_the_native_module(monkeypatch):
