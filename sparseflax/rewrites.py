@@ -130,7 +130,8 @@ def _slices(combine: Any, x: jax.Array, axis: int, window: int, stride: int, dil
     if first > last or first + count - 1 - last > MAX_SLICES:
         return None
     parts = []
-    for at, number in [*((at, 1) for at in range(first)), (first, last + 1 - first), *((at, 1) for at in range(last + 1, count))]:
+    over = [(at, 1) for at in range(count) if not first <= at <= last]  # the edge
+    for at, number in sorted([*over, (first, last + 1 - first)]):
         starts = [start for i in range(window) if 0 <= (start := at * stride - pad + i * dilation) < size]
         if not starts:
             return None  # a window of nothing but padding
