@@ -210,7 +210,8 @@ def test_the_sentence_compares_the_fastest_of_equal_accuracy():
     assert said[0] == (
         "vgg: at equal accuracy (at most 0.5 points below dense, one seed) the best guided method, GMP, guided (3.33x dense, "
         "-0.49 points), is measured 1.67 times as fast as the best unguided one, GMP, uniform (2.00x dense, -0.40 points), "
-        "at batch 1.")
+        "at batch 1. Between the measured points, at exactly 0.5 below dense: GMP, guided 3.33x dense, GMP, uniform 2.24x, a "
+        "ratio of 1.48.")
     assert said[1].startswith("vgg: the same method with the guide and without: GMP, guided +0.51 points at 4x over GMP")
     assert said[2] == ("Requested speedups met within 10% as measured at batch 1: 1 of 2 by guided methods. "
                        "Not met: vgg, GMP, guided: 4x asked, 3.33x measured.")
@@ -218,6 +219,19 @@ def test_the_sentence_compares_the_fastest_of_equal_accuracy():
     assert "is measured not faster (0.50 times as fast: guidance does not win here) than the best unguided one" in lost[0]
     none = summary.conclusions([line("GMP, uniform", accuracy=0.5), line("GMP, guided")])
     assert none[0] == "vgg: no unguided method stays within 0.5 points of the dense network's accuracy."
+
+
+def test_speedup_at_equal_accuracy_is_interpolated():
+    """Dense, 2x at -0.2 points, 8x at -0.8: half a point lies in the middle of their logarithms."""
+    lines = [line(accuracy=0.958), line(requested=8.0, ms=0.25, accuracy=0.952)]
+    assert summary.equal_speedup(summary.points(lines)) == pytest.approx(4)
+    assert summary.equal_speedup(summary.points(lines[:1])) == pytest.approx(2)  # nothing is claimed beyond
+    # From dense, which loses nothing, to 2x at -1.0.
+    assert summary.equal_speedup(summary.points([line(accuracy=0.95)])) == pytest.approx(2**0.5)
+    both = lines + [line("GMP, uniform", accuracy=0.955, ms=1.0), line("GMP, uniform", requested=8.0, ms=0.25, accuracy=0.90)]
+    assert summary.conclusions(both)[0].endswith(
+        " Between the measured points, at exactly 0.5 below dense: GMP, guided 4.00x dense, GMP, uniform 2.00x, a ratio of "
+        "2.00.")
 
 
 def test_a_point_of_fewer_seeds_does_not_win():
@@ -272,6 +286,26 @@ def test_the_readme_table(tmp_path, monkeypatch):
     assert "\nold\n" not in text and sum(": published |" in row for row in text.splitlines()) == len(PUBLISHED)
     cells = {row.count(" | ") for row in text.splitlines() if row.startswith("|")}
     assert len(cells) == 1
+
+
+def test_the_readme_has_the_table_of_the_committed_results():
+    text = report.README.read_text()
+    committed = page.table(results.read(compare.COMMITTED)) if compare.COMMITTED.exists() else ""
+    section = text.partition(f"{page.BEGIN}\n")[2].partition(page.END)[0]
+    assert section == (f"{committed}\n" if committed else "")
+    assert report.with_table(text, "", page.BEGIN, page.END).count(page.BEGIN) == 1  # raises unless there is one section
+
+
+def test_model_error_and_everything_else_are_told_apart():
+    """Packed times that are 1.2 times the prediction for the layers, and 50 us more; in the model's seconds, all over 1.2."""
+    layers = 900e-6, 400e-6
+    packed = [1.2 * seconds + 50e-6 for seconds in layers]
+    found = training.calibrated(2e-3, layers, packed)
+    assert found == pytest.approx(training.Whole(2e-3 / 1.2, 50e-6 / 1.2, 1.2))
+    # Noise: no negative rest, no scale beyond two, no line through one point.
+    assert training.calibrated(2e-3, layers, [990e-6, 400e-6]) == pytest.approx((2e-3, 45e-6, 1.0))
+    assert training.calibrated(2e-3, layers, [4e-3, 1e-3]).scale == 2
+    assert training.calibrated(2e-3, (400e-6, 400e-6), [500e-6, 500e-6]) == pytest.approx((2e-3, 100e-6, 1.0))
 
 
 @pytest.mark.parametrize("command, message", [

@@ -70,6 +70,19 @@ def fastest(found: Iterable[Point], network: str, guided: bool) -> Point | None:
     return max(equal, key=Point.speedup, default=None)
 
 
+def equal_speedup(found: Iterable[Point]) -> float:
+    """The speedup at batch 1 at which one method loses EQUAL points, between its points: a line in log speedup.
+
+    It starts at the dense network, which loses nothing; beyond the last point nothing is claimed.
+    """
+    speedup, lost = 1.0, 0.0
+    for point in sorted(found, key=Point.speedup):
+        if point.lost > EQUAL:
+            return speedup * (point.speedup() / speedup) ** ((EQUAL - lost) / (point.lost - lost))
+        speedup, lost = point.speedup(), point.lost
+    return speedup
+
+
 def best(lines: Sequence[Line]) -> list[str]:
     """The unguided and the guided method of the highest mean accuracy over their runs; a refused run counts as 0."""
     chosen = []
@@ -126,7 +139,25 @@ def _comparison(found: list[Point], network: str) -> str:
     verdict = (f"{ratio:.2f} times as fast as" if ratio > 1 else
                f"not faster ({ratio:.2f} times as fast: guidance does not win here) than")
     return (f"{network}: at equal accuracy (at most {EQUAL} points below dense, {seeds}) the best guided method, "
-            f"{_named(guided)}, is measured {verdict} the best unguided one, {_named(unguided)}, at batch 1.")
+            f"{_named(guided)}, is measured {verdict} the best unguided one, {_named(unguided)}, at batch 1."
+            f"{_interpolated(found, network, guided.seeds)}")
+
+
+def _interpolated(found: list[Point], network: str, seeds: int) -> str:
+    """The same at exactly EQUAL points below dense, where every method was timed at several speedups."""
+    best = []
+    for guided in (True, False):
+        methods: dict[str, list[Point]] = {}
+        for point in found:
+            if (point.network, point.guided, point.seeds) == (network, guided, seeds):
+                methods.setdefault(point.method, []).append(point)
+        speedups = {method: equal_speedup(own) for method, own in methods.items() if len(own) > 1}
+        if not speedups:
+            return ""
+        best.append(max(speedups.items(), key=lambda item: item[1]))
+    (guided, fast), (unguided, slow) = best
+    return (f" Between the measured points, at exactly {EQUAL} below dense: {guided} {fast:.2f}x dense, {unguided} {slow:.2f}x,"
+            f" a ratio of {fast / slow:.2f}.")
 
 
 def _twins(found: list[Point], network: str) -> list[str]:
