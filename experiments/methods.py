@@ -158,11 +158,13 @@ class Method(NamedTuple):
       prepare: the optimizer to prune and train with; None if the model of the task has been pruned and needs no training.
         Raises ValueError where the requested speedup is out of reach.
       twin: of a guided method, the name of the same method without guidance.
+      trains: whether it does; a method that does not prepares no optimizer.
     """
 
     guided: bool
     prepare: Callable[[Task], optax.GradientTransformation | None]
     twin: str | None = None
+    trains: bool = True
 
 
 Guide = Callable[[Task], prune.Guidance]
@@ -254,9 +256,9 @@ METHODS: dict[str, Method] = {
     "RigL, guided": Method(True, _rigl(Task.guide), twin="RigL, ERK"),
     "AC/DC, uniform": Method(False, _acdc(uniform)),
     "AC/DC, guided": Method(True, _acdc(Task.guide), twin="AC/DC, uniform"),
-    "one-shot": Method(False, _one_shot(uniform)),
-    "OBS one-shot": Method(False, _obs(uniform)),
-    "OBS one-shot, guided": Method(True, _obs(Task.guide), twin="OBS one-shot"),
+    "one-shot": Method(False, _one_shot(uniform), trains=False),
+    "OBS one-shot": Method(False, _obs(uniform), trains=False),
+    "OBS one-shot, guided": Method(True, _obs(Task.guide), twin="OBS one-shot", trains=False),
     "OBS, then trained": Method(False, _obs_then_trained(uniform)),
     "OBS, then trained, guided": Method(True, _obs_then_trained(Task.guide), twin="OBS, then trained"),
     "speed in the loss": Method(True, _budget),

@@ -57,6 +57,9 @@ def run(config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     if config.method not in METHODS:
         raise ValueError(f"there is no method {config.method!r}, wanted one of {list(METHODS)}")
+    if not METHODS[config.method].trains:
+        raise ValueError(f"method {config.method!r} prunes without training, so there is no run of it: compare it with "
+                         "python -m experiments.compare")
     out = config.out or Path("runs") / f"{config.name}-seed{config.seed}"
     claim(out, config)
     print(f"{config.name}, seed {config.seed}, in {out}", flush=True)
@@ -72,9 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
     steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
     optimizer = METHODS[config.method].prepare(task(config, model, data, shapes, machine))
-    if optimizer is None:
-        raise ValueError(f"method {config.method!r} prunes without training, so there is no run of it: compare it with "
-                         "python -m experiments.compare")
+    assert optimizer is not None, config.method  # it trains
     pruned = fit(config, model, data, out, "pruning", optimizer, steps)
 
     chosen = plan(model, data.test_images[:1], machine)

@@ -75,7 +75,8 @@ def fit(
 
     Raises:
       FloatingPointError: the loss is not finite, or a parameter after the update; the last good checkpoint stays.
-      ValueError: no steps, fewer steps than a checkpoint in the folder has, or a damaged checkpoint.
+      ValueError: no steps, fewer steps than a checkpoint in the folder has, a damaged checkpoint, or two pruning methods over
+        one layer.
     """
     if min(steps, save_every) < 1:
         raise ValueError(f"{title} of steps={steps} with save_every={save_every}, wanted at least 1 of both")
@@ -83,6 +84,7 @@ def fit(
     graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, statistics = nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
     state = TrainState(params, statistics, optimizer.init(params))
+    prune.masks(state.optimizer)  # raises where two methods prune the same layer
     done, losses, accuracies, densities = 0, [], [], []
     if found := checkpoint.restore(folder, state):
         done, state, note = found

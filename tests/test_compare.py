@@ -168,6 +168,7 @@ def test_every_method_prunes_to_the_requested_prediction(name):
     asked = dataclasses.replace(task(1.3), steps=80, ramp_steps=60, every=5)
     optimizer = METHODS[name].prepare(asked)
     params = asked.params
+    assert (optimizer is not None) == METHODS[name].trains
     if optimizer:
         state, zeros, update = optimizer.init(params), jax.tree.map(np.zeros_like, params), jax.jit(optimizer.update)
         for _ in range(asked.steps):

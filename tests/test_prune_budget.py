@@ -177,6 +177,20 @@ def test_resuming_is_exact_and_nothing_recompiles():
     assert len(traces) == 1
 
 
+def test_a_pruned_network_is_pruned_further():
+    """Its zeros count as pruned: they stay zero, also while nothing else is pruned yet."""
+    params = make_params()
+    zero = {name: jax.random.uniform(jax.random.key(i), params[name]["kernel"].shape) < 0.5
+            for i, name in enumerate(GUIDE.densities)}
+    for name, where in zero.items():
+        params[name]["kernel"] = jnp.where(where, 0, params[name]["kernel"])
+    tx = optax.chain(optax.sgd(0.01), prune.budget(GUIDE, MACHINE, prune.ramp(2, 8), every=2, keep_zeros=True))
+    for later, _ in train(tx, params, 8):
+        for name, where in zero.items():
+            assert not np.any(later[name]["kernel"][where])
+    assert time_of(later) == pytest.approx(GUIDE.seconds, rel=1e-3)
+
+
 def test_nnx():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -217,6 +231,8 @@ def test_refusals():
         prune.budget(GUIDE, ATOM_C2750, prune.ramp(0, 1), seconds=1e-6)
     with pytest.raises(ValueError, match=r"no performance model of layers \['a'\]: make it with prune.guided"):
         prune.budget(prune.constant({"a": 0.1}), MACHINE, prune.ramp(0, 1))
+    with pytest.raises(ValueError, match="seconds must be positive and finite, or None for the guide's, got nan"):
+        prune.budget(GUIDE, MACHINE, prune.ramp(0, 1), seconds=float("nan"))
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         prune.budget(GUIDE, MACHINE, prune.ramp(0, 1), every=0)
     with pytest.raises(ValueError, match=r"min_density must be in \(0, 1\), got 1"):

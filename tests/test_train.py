@@ -205,3 +205,12 @@ def test_a_residual_block_adds_its_input():
     np.testing.assert_array_equal(identity, nnx.relu(inner))
     assert logits.shape == (2, 10)
     assert [block.project for block in model.blocks] == [False, True]
+
+
+def test_two_methods_over_one_layer_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_step", None)
+    model = VGG(((4,), (8,)), 1, 10, rngs=nnx.Rngs(0))
+    guide = prune.uniform(nnx.state(model, nnx.Param), 0.5)
+    twice = optax.chain(optax.sgd(0.1), *(prune.magnitude(guide, prune.ramp(0, 1)) for _ in range(2)))
+    with pytest.raises(ValueError, match="two pruning methods over the same layers"):
+        train.fit(model, twice, DATA, title="test", folder=tmp_path, seed=0, batch=8, steps=1, save_every=1)

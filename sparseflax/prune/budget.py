@@ -1,7 +1,7 @@
 """Speed in the loss: how far each layer is pruned is learned, and the network's predicted time is what was asked for.
 
-Pruning minimises the loss plus a price on the predicted seconds T of the whole network, over the thresholds theta_l below
-which a layer's weights are removed:
+Pruning minimises a damage plus a price on the predicted seconds T of the whole network, over the thresholds theta_l below
+which a layer's weights are removed. The damage stands in for the loss, whose gradients move the weights, not the thresholds:
 
     minimise  sum_l damage_l(theta_l)  +  price * T(d_1, ..., d_L),    d_l = share of |w| > theta_l in layer l
     damage_l = -log(sum of w^2 above theta_l / sum of all w^2)
@@ -25,6 +25,7 @@ STR (Kusupati et al., ICML 2020) learns thresholds under a weight decay on them,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ def budget(
     seconds: float | None = None,
     every: int = 10,
     min_density: float = 0.01,
+    keep_zeros: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Prune the guide's layers by magnitude until the network takes the guide's time, its densities being learned.
 
@@ -89,10 +91,11 @@ def budget(
       seconds: predicted time of the whole network to reach, of the guide's batch; the guide's own by default.
       every: steps between two takings of the masks; the last one is at the first step at which the ramp is full.
       min_density: no layer is pruned below it.
+      keep_zeros: count weights that are zero at the start as pruned: for pruning a pruned network further.
 
     Raises:
-      ValueError: for a guide without performance model, a time out of reach (saying the shortest, and which layers bound it),
-        and in `init`, for a layer of the guide that has no kernel in the parameters.
+      ValueError: for a guide without performance model, a time that is not positive and finite, or out of reach (saying the
+        shortest, and which layers bound it), and in `init`, for a layer of the guide that has no kernel in the parameters.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1 step, got {every}")
@@ -103,12 +106,14 @@ def budget(
     names = [name for name, layer in guide.layers.items() if layer.density < 1]
     network = _Network.of(guide, names, machine, min_density) if names else None
     goal = guide.seconds if seconds is None else seconds
+    if not 0 < goal < math.inf:
+        raise ValueError(f"seconds must be positive and finite, or None for the guide's, got {goal}")
     if goal < (1 - 1e-4) * (network.fastest if network else guide.seconds):
         raise ValueError(_refusal(guide, network, names, goal))
 
     def init(params: Any) -> BudgetState:
-        return BudgetState(
-            jnp.int32(0), jnp.float32(0), jnp.float32(0), jnp.float32(guide.dense_seconds), all_kept(params, names))
+        masks = all_kept(params, names, keep_zeros=keep_zeros)
+        return BudgetState(jnp.int32(0), jnp.float32(0), jnp.float32(0), jnp.float32(guide.dense_seconds), masks)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, BudgetState]:
         count = jnp.asarray(optax.safe_increment(state.count))
