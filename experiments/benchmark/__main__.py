@@ -35,7 +35,8 @@ def main() -> None:
     layers.add_argument("--corners", action="store_true", help="odd sizes instead of the benchmark's thirteen layers")
     layers.add_argument("--matrices", type=Path, metavar="DIR", help="the pruned AlexNet's weights, and only its layers")
     layers.add_argument("--rival", nargs="+", default=[], metavar="NAME", help="only these, by their file in baselines/")
-    layers.add_argument("--yardstick", metavar="COMMAND", help="a rival in a process of its own, see baselines/yardstick.py")
+    layers.add_argument("--yardstick", metavar="COMMAND",
+                        help="a rival in a process of its own, see baselines/yardstick.py; its times are shown, not written")
     layers.add_argument("--isa", help="instruction set of our kernel, e.g. avx2; default the best")
     layers.add_argument("--seconds", type=float, default=3.0, help="for each layer, all contenders together")
     layers.add_argument("--page-faults", action="store_true", help="let malloc unmap large outputs, as it does by default")
@@ -88,7 +89,7 @@ def run_layers(args: argparse.Namespace) -> None:
                            yardstick=args.yardstick)
             kind = "alexnet" if args.matrices else "corners" if args.corners else "benchmark"
             lines.append({"set": kind} | line | {"drawn": drawn, "memory": memory, "absent": absent} | origin)
-            results.append(args.out, lines[-1])
+            results.append(args.out, {key: value for key, value in lines[-1].items() if key != "yardstick"})
             show(table.row(lines[-1]))
     for text in (*table.summaries(lines), *table.cliffs(lines), *table.disturbed(lines)):
         console.print(text, soft_wrap=True, highlight=False)
