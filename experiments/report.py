@@ -15,7 +15,7 @@ from typing import Any
 from experiments import plots
 from experiments.benchmark import results
 from experiments.benchmark.networks_table import networks_table
-from experiments.benchmark.table import layers_table, threads_table
+from experiments.benchmark.table import layers_table, machines_table, threads_table
 from experiments.calibrate import check
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
@@ -201,13 +201,13 @@ def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_
     """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to files.
 
     Args:
-      first: of the CPU whose tables are shown.
-      others: each of one more CPU, whose tables are folded away.
+      first: of the CPU that was measured last.
+      others: each of one more CPU.
     """
-    parts = [_layers(first)]
-    for path in others:
-        cpu = results.read(path)[-1]["cpu"]
-        parts += [f"<details><summary>The same on {cpu}</summary>", _layers(path), "</details>"]
+    parts = [machines_table([first, *others])]
+    for path in (first, *others):
+        last = results.read(path)[-1]
+        parts += [f"<details><summary>Layer by layer on {last['cpu']}, {last['isa']}</summary>", _layers(path), "</details>"]
     return "\n\n".join(parts)
 
 

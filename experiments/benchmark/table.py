@@ -93,6 +93,25 @@ def cliffs(lines: Iterable[Line]) -> list[str]:
     return found
 
 
+def machines_table(paths: Sequence[Path], *, density: float = 0.1) -> str:
+    """What the files sum up to, as a Markdown table with a row for each and for each batch; errors as in `layers_table`."""
+    rows = []
+    for path in paths:
+        benchmark, alexnet = (_chosen(path, layers, 1, density, None) for layers in ("benchmark", "alexnet"))
+        gains = _gains(path, "benchmark", 2, density, None)
+        for n in sorted({line["n"] for line in benchmark}):
+            of_n = [line for line in benchmark if line["n"] == n]
+            trained = [seconds(line) for line in alexnet if line["n"] == n]
+            shares = [share for line in of_n if (share := share_of_peak(line))]
+            long = [two for (_, batch), (one, _, two) in gains.items() if batch == n and one > LONG]
+            rows.append([f"{of_n[0]['cpu']}, {of_n[0]['isa']}", str(n),
+                         f"**{geometric_mean(map(speedup, of_n)):.2f}x**", f"{min(map(speedup, of_n)):.2f}x",
+                         f"{sum(dense for _, dense in trained) / sum(ours for ours, _ in trained):.2f}x" if trained else "",
+                         f"{geometric_mean(shares):.0%}" if shares else "", f"{geometric_mean(long):.2f}x" if long else ""])
+    return markdown(["CPU", "n", "over the fastest dense, geometric mean", "worst layer", "pruned AlexNet, sum of times",
+                     "of the FMA peak", "two threads over one"], rows)
+
+
 def layers_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int = 1, density: float = 0.1,
                  isa: str | None = None) -> str:
     """The newest results as a Markdown table, a row for each layer and four columns for each batch, and what they sum up to.
@@ -124,18 +143,24 @@ def threads_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: in
 
     Layers that take one thread less than 200 us are shown and not counted.
     """
-    one, several = ({(line["layer"], line["n"]): seconds(line)[0] for line in _chosen(path, layers, t, density, isa)}
-                    for t in (1, threads))
-    gains = {key: one[key] / several[key] for key in one if key in several}
+    gains = _gains(path, layers, threads, density, isa)
     names, batches = dict.fromkeys(layer for layer, _ in gains), sorted({n for _, n in gains})
     head = ["layer", *(cell for n in batches for cell in (f"n={n}, us, 1 thread", f"{threads} threads", "gain"))]
     rows = [[name, *(cell for n in batches for cell in (
-        (f"{1e6 * one[name, n]:.0f}", f"{1e6 * several[name, n]:.0f}", f"{gains[name, n]:.2f}x") if (name, n) in gains
+        (f"{1e6 * gains[name, n][0]:.0f}", f"{1e6 * gains[name, n][1]:.0f}", f"{gains[name, n][2]:.2f}x") if (name, n) in gains
         else ("", "", "")))] for name in names]
-    long = {n: [gain for key, gain in gains.items() if key[1] == n and one[key] > LONG] for n in batches}
+    long = {n: [gain for key, (one, _, gain) in gains.items() if key[1] == n and one > LONG] for n in batches}
     rows.append(["**geometric mean above 200 us**", *(cell for n in batches for cell in (
         "", "", f"**{geometric_mean(long[n]):.2f}x**" if long[n] else ""))])
     return markdown(head, rows)
+
+
+def _gains(path: Path, layers: str, threads: int, density: float,
+           isa: str | None) -> dict[tuple[str, int], tuple[float, float, float]]:
+    """{(layer, n): seconds on one thread, on several, and their quotient}."""
+    one, several = ({(line["layer"], line["n"]): seconds(line)[0] for line in _chosen(path, layers, t, density, isa)}
+                    for t in (1, threads))
+    return {key: (one[key], several[key], one[key] / several[key]) for key in one if key in several}
 
 
 def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | None) -> list[Line]:
