@@ -19,9 +19,11 @@ import numpy as np
 
 from experiments.progress import progress
 from sparseflax import sparse_conv
+from sparseflax.conv import Window, dense_conv
+from sparseflax.fuse import fuse
 from sparseflax.shapes import ConvShape
 
-BURST = 0.003  # seconds of timed calls in a round
+BURST = 0.004  # seconds of timed calls in a round, and of untimed ones before: a large layer needs some until caches hold it
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Sample:
 
     Attributes:
       shape: of the layer.
-      density: kept / all of its weights, None for XLA's dense convolution.
+      density: kept / all of its weights, None for the dense convolution.
       seconds: of a call inside a program.
       spread: distance of the quartiles over the rounds / median.
     """
@@ -49,7 +51,7 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
       layers: (shape, densities) of each.
       seconds: for making and timing the programs; `rounds` are timed in any case.
       isa: instruction set of our kernel, None for what it chooses.
-      dense: whether to time XLA too.
+      dense: whether to time dense convolutions too.
       rounds: at least.
     """
     end = time.perf_counter() + seconds
@@ -85,14 +87,14 @@ def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Gene
     kernel, chance = draw.standard_normal(shape.kernel_shape, np.float32), draw.random(shape.kernel_shape, np.float32)
     bias = jnp.zeros(shape.oc, jnp.float32)
 
+    window = Window(shape.strides, shape.padding, shape.kernel_dilation)
+
     @jax.jit
+    @fuse  # what a packed network makes of the layers that stay dense, and so what a sparse layer has to beat
     def xla(x, kernel, bias):
         if shape.ih * shape.iw * shape.kh * shape.kw == 1:  # a fully connected layer, which Flax runs as a product
             return jnp.maximum(x[:, 0, 0] @ kernel[0, 0] + bias[None], 0)
-        y = jax.lax.conv_general_dilated(
-            x, kernel, shape.strides, shape.padding, rhs_dilation=shape.kernel_dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=shape.groups)
-        return jnp.maximum(y + bias.reshape(1, 1, 1, -1), 0)
+        return jnp.maximum(dense_conv(x, kernel, window, shape.groups) + bias.reshape(1, 1, 1, -1), 0)
 
     @jax.jit
     def ours(x, packed, bias):
@@ -118,14 +120,18 @@ def _nothing() -> Callable[[], jax.Array]:
 
 def _round(calls: Sequence[Callable[[], jax.Array]], times: list[list[float]]) -> None:
     for call, durations in zip(calls, times, strict=True):
-        call()  # what the others left in the caches is not its own
-        burst: list[float] = []
-        start = time.perf_counter()
-        while not burst or time.perf_counter() - start < BURST:
-            begin = time.perf_counter()
-            call()
-            burst.append(time.perf_counter() - begin)
-        durations.append(statistics.median(burst))
+        _burst(call)  # what the others left in the caches is not its own
+        durations.append(statistics.median(_burst(call)))
+
+
+def _burst(call: Callable[[], jax.Array]) -> list[float]:
+    times: list[float] = []
+    start = time.perf_counter()
+    while not times or time.perf_counter() - start < BURST:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
 
 
 def _sample(shape: ConvShape, density: float | None, times: list[float], nothing: float) -> Sample:
