@@ -1,4 +1,4 @@
-"""What a layer asks of a machine: how often the sparse kernel and XLA's dense convolution do each thing that takes time.
+"""What a layer asks of a machine: how often the sparse kernel and the dense convolution do each thing that takes time.
 
 The cost model is a sum of counts times seconds per count. The same two tuples hold both: the counts of a layer, and the
 seconds per count of a machine (`Rates`).
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparseflax.packing import Pattern
+from sparseflax.rewrites import MAX_GROUPS
 from sparseflax.shapes import ConvShape
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Densities at which the kernel is asked for its tile; between them it takes one of these tiles or one about as fast.
 DENSITIES = (0.02, 0.06, 0.2, 0.6)
+KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense weight
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
 
 
@@ -33,13 +35,13 @@ class SparseCounts(NamedTuple):
       weight: visits of a kept weight: one per register tile.
       wait: cycles in which a small tile's few sums are not ready for the next weight.
       spill: as `fma`, times the part of the panel that the first cache does not hold.
-      kernel_bytes: of the dense kernel, that do not stay in the core's own cache.
+      kernel_bytes: of the dense kernel, once per register tile, that do not stay in the core's own cache.
       visit: visits of an output channel: one per tile and block of input channels.
       accumulate: accumulators loaded and stored at those visits, in cycles of FMAs.
       store: vectors transposed to the output, in cycles of FMAs.
       pack: vectors transposed into the panel, times 1 + the cycles of an FMA.
       input_bytes, output_bytes: that do not stay in the core's own cache.
-      memory_bytes: of the input, that do not stay in a quarter of the last cache.
+      memory_bytes: of both, whatever the threads, that do not stay in a quarter of the last cache.
       split: 1 where threads share the work: it is handed out, and the last one to end is awaited.
       call: 1.
     """
@@ -64,26 +66,31 @@ class DenseCounts(NamedTuple):
     """Of the dense convolution, which is a product of a matrix with a row per output position.
 
     Attributes:
-      flop: operations, padding included; none of those of a single row.
+      flop: operations, padding included; none of those of a single row, of a depthwise convolution, and of XLA's own loop
+        over more than MAX_GROUPS groups.
       deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
-      pointwise: operations of a 1x1 convolution, again.
-      grouped: operations of a convolution with groups, again.
-      group_taps: output positions times kernel positions times groups, of a convolution with groups.
+      pointwise: the same of a 1x1 convolution, again.
+      shifted: multiply-adds of a depthwise convolution, which is a sum of shifted images.
+      group_taps: output positions times kernel positions times groups, of more than MAX_GROUPS groups.
       odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
         number of input channels is odd.
+      patches: inputs copied into the rows of the matrix.
+      outputs: written by a product.
       rows: rows of the output images.
       kernel_bytes: of a kernel that meets a single row; twice those that do not stay in the core's own cache.
-      packed_bytes: of any other kernel, that do not stay in a quarter of the last cache.
+      packed_bytes: of any other kernel but a depthwise one.
       activation_bytes: of input and output, that do not stay in a quarter of the last cache.
-      call: 1.
+      call: 1, or as many as there are groups, each a convolution of its own up to MAX_GROUPS of them.
     """
 
     flop: Any
     deep: Any
     pointwise: Any
-    grouped: Any
+    shifted: Any
     group_taps: Any
     odd: Any
+    patches: Any
+    outputs: Any
     rows: Any
     kernel_bytes: Any
     packed_bytes: Any
@@ -188,45 +195,55 @@ def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCou
     packed = shape.groups * sum(_whole(min(shape.block, shape.ic // shape.groups - first), chosen["lanes"])
                                 for first in range(0, shape.ic // shape.groups, shape.block))
     stored = shape.groups * _whole(oc // shape.groups, chosen["lanes"])
-    moved = shape.input_bytes + shape.output_bytes
-    far = _beyond(moved, machine.l2_bytes)
+    read = _read_bytes(shape)
+    moved = read + shape.output_bytes
+    far = share * _beyond(share * moved, machine.l2_bytes)
     return SparseCounts(
         fma=share * shape.weights * vectors * cycles,
         weight=share * shape.weights * tiles,
         wait=share * shape.weights * max(0.0, LATENCY / chosen["chains"] * tiles - vectors * cycles),
         spill=share * shape.weights * vectors * cycles * _beyond(chosen["panel_bytes"], machine.l1_bytes),
-        kernel_bytes=share * shape.weight_bytes * _beyond(density * shape.weight_bytes, machine.l2_bytes),
+        kernel_bytes=share * tiles * shape.weight_bytes * _beyond(density * KEPT * shape.weight_bytes, machine.l2_bytes),
         visit=share * rows * tiles,
         accumulate=share * rows * vectors * cycles,
         store=share * stored * vectors * cycles,
         pack=packed * chosen["packed"] * chosen["panels"] / shape.groups * (1 + cycles),
-        input_bytes=far * shape.input_bytes,
+        input_bytes=far * read,
         output_bytes=far * shape.output_bytes,
-        memory_bytes=shape.input_bytes * _beyond(moved, machine.l3_bytes // 4),
+        memory_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
         split=float(chosen["threads"] > 1),
         call=1.0)
 
 
 def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
-    """Counts of XLA's dense convolution; those of a machine without rates of its own are operations and bytes alone."""
-    moved = float(shape.input_bytes + shape.output_bytes)
+    """Counts of the dense convolution as `fuse` leaves it to XLA; without rates of its own, operations and bytes alone."""
     if machine.fitted is None:
-        return FREE_DENSE._replace(
-            flop=float(shape.flops), kernel_bytes=float(shape.weight_bytes), activation_bytes=moved, call=1.0)
+        return FREE_DENSE._replace(flop=float(shape.flops), kernel_bytes=float(shape.weight_bytes), call=1.0,
+                                   activation_bytes=float(shape.input_bytes + shape.output_bytes))
     rows, taps, icg = shape.n * shape.oh * shape.ow, shape.kh * shape.kw, shape.ic // shape.groups
-    grouped, product = shape.groups > 1, rows > 1
+    depthwise = shape.groups > 1 and icg == 1
+    loop, product = shape.groups > MAX_GROUPS and not depthwise, rows > 1
+    lowered = product and not depthwise  # to a product of matrices
+    flop, moved = float(shape.flops * (lowered and not loop)), float(_read_bytes(shape) + shape.output_bytes)
     return DenseCounts(
-        flop=float(shape.flops * product),
-        deep=shape.flops * product * taps * icg / (taps * icg + 1000),
-        pointwise=float(shape.flops * product * (taps == 1)),
-        grouped=float(shape.flops * grouped),
-        group_taps=float(rows * taps * shape.groups * grouped),
+        flop=flop,
+        deep=flop * taps * icg / (taps * icg + 1000),
+        pointwise=flop * (taps == 1),
+        shifted=float(rows * taps * shape.oc * depthwise),
+        group_taps=float(rows * taps * shape.groups * loop),
         odd=rows * taps * (icg > 1 and icg % 2) * (shape.oc % 64) / 64,
+        patches=float(rows * taps * shape.ic * lowered),
+        outputs=float(rows * shape.oc * product),
         rows=float(shape.n * shape.oh * product),
         kernel_bytes=shape.weight_bytes * (not product) * (1 + _beyond(shape.weight_bytes, machine.l2_bytes)),
-        packed_bytes=shape.weight_bytes * product * _beyond(shape.weight_bytes, machine.l3_bytes // 4),
+        packed_bytes=float(shape.weight_bytes * lowered),
         activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
-        call=1.0)
+        call=1.0 if depthwise or loop else float(shape.groups))
+
+
+def _read_bytes(shape: ConvShape) -> float:
+    """Of the input: a stride longer than the kernel leaves pixels out."""
+    return shape.input_bytes * min(1, shape.kh / shape.strides[0]) * min(1, shape.kw / shape.strides[1])
 
 
 def _whole(size: int, step: int) -> int:

@@ -115,10 +115,20 @@ def test_useful_range_ends_where_half_of_the_time_is_not_the_weights():
 
 def test_dense_counts_see_what_xla_is_slow_at():
     plain = dense_counts(CONV, MACHINE)
-    assert plain.grouped == plain.group_taps == plain.odd == plain.pointwise == plain.kernel_bytes == 0
-    assert plain.flop == CONV.flops and plain.rows == 14 and 0 < plain.deep < plain.flop
+    assert plain.shifted == plain.group_taps == plain.odd == plain.pointwise == plain.kernel_bytes == 0
+    assert plain.flop == CONV.flops and plain.rows == 14 and 0 < plain.deep < plain.flop and plain.call == 1
+    assert plain.patches == 14 * 14 * 9 * 96 and plain.outputs == 14 * 14 * 64 and plain.packed_bytes == CONV.weight_bytes
+    # As `fuse` leaves them: a convolution per group, a sum of shifted images, XLA's own loop.
     grouped = dense_counts(replace(CONV, groups=4), MACHINE)
-    assert grouped.group_taps == 9 * 4 * 14 * 14 and grouped.grouped == grouped.flop == plain.flop / 4
+    assert grouped.flop == plain.flop / 4 and grouped.call == 4 and grouped.shifted == grouped.group_taps == 0
+    shifted = dense_counts(replace(CONV, groups=96, oc=192), MACHINE)
+    assert shifted.shifted == 14 * 14 * 9 * 192 and shifted.call == 1
+    assert shifted.flop == shifted.patches == shifted.packed_bytes == shifted.group_taps == 0
+    loop = dense_counts(replace(CONV, ic=192, groups=96, oc=192), MACHINE)
+    assert loop.group_taps == 14 * 14 * 9 * 96 and loop.call == 1 and loop.flop == loop.shifted == 0
+    # A 1x1 window with stride 2 meets a quarter of the pixels.
+    skips = dense_counts(ConvShape(4096, 14, 14, 96, 64, 1, 1, strides=(2, 2)), MACHINE)
+    assert skips.activation_bytes == pytest.approx(4096 * 7 * 7 * (96 + 64) * 4, rel=0.01)
     assert dense_counts(replace(CONV, ic=3, oc=32), MACHINE).odd == 14 * 14 * 9 / 2
     assert dense_counts(replace(CONV, ic=3), MACHINE).odd == 0  # whole vectors of outputs
     small, large = (dense_counts(CONV.with_batch(n), MACHINE) for n in (1, 4096))
@@ -164,15 +174,15 @@ def test_rates_and_counts_are_named_alike():
 # first cache of 32 KB. What changes here, a change of the model or of the kernel's tiles did.
 GOLDEN = {
     layer(64, 56, 64, 3): "2x7 2x7 2x7 2x7 dense",
-    layer(256, 14, 256, 3): "2x7 2x7 2x7 1x14 dense",
+    layer(256, 14, 256, 3): "2x7 2x7 2x7 1x14 1x14",
     layer(512, 7, 512, 3): "1x7 1x7 1x7 1x7 1x7",
-    layer(1024, 14, 256, 1): "1x13 1x9 1x9 1x9 dense",
+    layer(1024, 14, 256, 1): "1x13 1x9 1x9 1x9 1x9",
     layer(64, 56, 256, 1): "1x11 1x13 1x13 1x14 dense",
     layer(256, 13, 384, 3).with_batch(16): "1x13 1x13 1x13 1x13 1x13",
     layer(128, 56, 128, 3, 2): "2x7 2x7 2x7 1x7 dense",
     layer(16, 14, 16, 1): "1x13 1x13 1x13 1x13 1x13",
     layer(2048, 1, 1000, 1): "1x1 1x1 1x1 dense dense",
-    layer(96, 27, 256, 5, groups=2): "2x7 2x7 2x7 2x7 2x7",
+    layer(96, 27, 256, 5, groups=2): "2x7 2x7 2x7 2x7 dense",
 }
 
 
