@@ -302,17 +302,19 @@ def _cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+NUMBERS = "cpu family", "model", "stepping"  # in CPUINFO
+
+
 def processor() -> str:
     """The name of the processor, and which one of that name: "AMD EPYC" are many."""
     name = _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
-    numbers = [f"{field} {number}" for field in ("family", "model", "stepping")
-               if (number := _cpuinfo("cpu family" if field == "family" else field))]
+    numbers = [f"{field.removeprefix('cpu ')} {number}" for field in NUMBERS if (number := _cpuinfo(field))]
     return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def identity() -> dict[str, str | list[int]]:
     """What tells CPUs of one name apart: family, model and stepping, "" where they are not told, and bytes of the caches."""
-    told: dict[str, str | list[int]] = {field: _cpuinfo(field) for field in ("cpu family", "model", "stepping")}
+    told: dict[str, str | list[int]] = {field: _cpuinfo(field) for field in NUMBERS}
     return told | {"caches": list(_caches()[:3])}
 
 

@@ -89,7 +89,7 @@ def run_layers(args: argparse.Namespace) -> None:
                            yardstick=args.yardstick)
             kind = "alexnet" if args.matrices else "corners" if args.corners else "benchmark"
             lines.append({"set": kind} | line | {"drawn": drawn, "memory": memory, "absent": absent} | origin)
-            results.append(args.out, {key: value for key, value in lines[-1].items() if key != "yardstick"})
+            results.append(args.out, lines[-1])
             show(table.row(lines[-1]))
     for text in (*table.summaries(lines), *table.cliffs(lines), *table.disturbed(lines)):
         console.print(text, soft_wrap=True, highlight=False)
@@ -121,10 +121,9 @@ def run_networks(args: argparse.Namespace) -> None:
             for n in args.batch:
                 line = measure(NETWORKS[name], n, baselines, machine, threads=args.threads, seconds=args.seconds,
                                kernels=kernels, yardstick=args.yardstick, measured=not args.predicted)
-                written = {key: value for key, value in line.items() if key != "yardstick"}
                 lines.append({"set": "networks"} | line)
-                results.append(args.out, {"set": "networks"} | written | {"drawn": "trained" if kernels else "random",
-                                                                         "memory": memory, "absent": absent} | origin)
+                results.append(args.out, lines[-1] | {"drawn": "trained" if kernels else "random",
+                                                      "memory": memory, "absent": absent} | origin)
                 show(networks_table.row(lines[-1]))
     for text in (*table.disturbed(lines), *(text for line in lines if args.explain for text in networks_table.breakdown(line))):
         console.print(text, soft_wrap=True, highlight=False)

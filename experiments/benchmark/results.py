@@ -35,9 +35,10 @@ def provenance(packages: Iterable[str]) -> Line:
 
 
 def append(path: Path, line: Line) -> None:
+    """Adds a line to a file, without a yardstick's times: they are shown, not written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({key: value for key, value in line.items() if key != "yardstick"}) + "\n")
 
 
 def read(path: Path) -> list[Line]:
