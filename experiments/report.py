@@ -197,14 +197,17 @@ def with_tables(readme: str, runs: Path = RESULTS) -> str:
     return with_table(readme, check.table(results.read(check.LINES)), MODEL_BEGIN, MODEL_END)
 
 
-def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_LAYERS) -> str:
+def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_LAYERS,
+           threads: Path = results.THREADS) -> str:
     """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to files.
 
     Args:
       first: of the CPU that was measured last.
       others: each of one more CPU.
+      threads: what `python -m experiments.benchmark threads` has appended.
     """
-    parts = [machines_table([first, *others])]
+    parts = [machines_table([first, *others]), "Two threads over one, `python -m experiments.benchmark threads`; independent "
+             "copies, one on each CPU, are what the machine allows:", threads_table(threads)]
     for path in (first, *others):
         last = results.read(path)[-1]
         parts += [f"<details><summary>Layer by layer on {last['cpu']}, {last['isa']}</summary>", _layers(path), "</details>"]
@@ -212,8 +215,8 @@ def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_
 
 
 def _layers(path: Path) -> str:
-    return "\n\n".join([layers_table(path), "Two threads over one:", threads_table(path),
-                        "The pruned AlexNet of Park et al., its own weights:", layers_table(path, layers="alexnet")])
+    return "\n\n".join([layers_table(path), "The pruned AlexNet of Park et al., its own weights:",
+                        layers_table(path, layers="alexnet")])
 
 
 def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:

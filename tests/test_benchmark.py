@@ -12,7 +12,7 @@ import reference
 
 from experiments.baselines import Rival, bcsr, field, xla
 from experiments.baselines.yardstick import can_run, time_command
-from experiments.benchmark import results, table
+from experiments.benchmark import results, table, threads
 from experiments.benchmark.layers import check, measure, ours
 from experiments.benchmark.layers import reference as expected_of
 from experiments.benchmark.plot import plot_speed
@@ -128,9 +128,33 @@ def test_tables_sum_up_the_newest_lines(tmp_path):
     assert "**2.00x**" in text
     assert "geometric mean 2.00x, worst 1.00x the fastest dense; 25% of the FMA peak" in text
     assert "c, avx2, 1 thread, " in text
-    assert "| **geometric mean above 200 us** |  |  | **2.83x** |" in table.threads_table(path)  # sqrt(2 * 4)
     with pytest.raises(ValueError, match="holds none of the layers 'benchmark' with 3 threads"):
         table.layers_table(path, threads=3)
+
+
+def test_gains_are_those_over_the_mean_of_the_cpus():
+    assert threads.gain(0.5, [0.8, 1.2]) == pytest.approx(2)
+    assert threads.copies([1.0, 2.0], [0.8, 1.2]) == pytest.approx(1.5)
+
+
+def test_more_cpus_than_there_are():
+    with pytest.raises(ValueError, match=r"threads=999, wanted 2 to \d+"):
+        threads.measure(random_problem(TINY, 0.5), 999)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_the_threads_command(tmp_path):
+    out = tmp_path / "threads.jsonl"
+    subprocess.run([sys.executable, "-m", "experiments.benchmark", "threads", "--layer", "512x7x7->512", "512x14",
+                    "--batch", "1", "--rounds", "1", "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = results.read(out)
+    assert len(lines) == 2
+    assert lines[0]["gain"] == pytest.approx(threads.gain(lines[0]["all"], lines[0]["alone"]))
+    results.append(out, lines[0] | {"gain": 8.0})
+    results.append(out, lines[1] | {"gain": 2.0})
+    text = table.threads_table(out)
+    assert "| 8.00x | " in text
+    assert "| **4.00x** | " in text
 
 
 def test_trained_layers_are_summed():

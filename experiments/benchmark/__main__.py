@@ -3,6 +3,7 @@
     python -m experiments.benchmark layers                      # thirteen layers, one image and sixteen, 3 minutes
     python -m experiments.benchmark layers --threads 2 --batch 64 --layer 3x3 --density 0.05 0.1 0.2
     python -m experiments.benchmark layers --matrices DIR       # the pruned AlexNet's weights
+    python -m experiments.benchmark threads                     # the same layers on two threads and on one, 3 minutes
     python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
     python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
     python -m experiments.benchmark plot --out speed.svg
@@ -42,6 +43,15 @@ def main() -> None:
     layers.add_argument("--page-faults", action="store_true", help="let malloc unmap large outputs, as it does by default")
     layers.add_argument("--out", type=Path, default=results.LAYERS, help="JSON lines, appended")
     layers.set_defaults(run=run_layers)
+    threads = commands.add_parser("threads", help="time our kernel on several threads and on one, append to the results")
+    threads.add_argument("--threads", type=int, default=2)
+    threads.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
+    threads.add_argument("--density", type=float, default=0.1, metavar="D", help="share of weights that is kept")
+    threads.add_argument("--layer", nargs="+", default=[], metavar="PART", help="only layers with one of these in their name")
+    threads.add_argument("--isa", help="instruction set of our kernel, e.g. avx2; default the best")
+    threads.add_argument("--rounds", type=int, default=12, help="turns of every process")
+    threads.add_argument("--out", type=Path, default=results.THREADS, help="JSON lines, appended")
+    threads.set_defaults(run=run_threads)
     networks = commands.add_parser("networks", help="time whole networks with pruned weights, append to the results")
     networks.add_argument("--threads", type=int, default=1)
     networks.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -93,6 +103,21 @@ def run_layers(args: argparse.Namespace) -> None:
             show(table.row(lines[-1]))
     for text in (*table.summaries(lines), *table.cliffs(lines), *table.disturbed(lines)):
         console.print(text, soft_wrap=True, highlight=False)
+
+
+def run_threads(args: argparse.Namespace) -> None:
+    from experiments.benchmark.threads import measure
+    from experiments.layers import BENCHMARK, choose, random_problem
+    from sparseflax import ffi
+
+    origin = results.provenance({"jax", "jaxlib"})
+    with shown(Console(), table.THREADS_HEAD) as show:
+        for n in args.batch:
+            for shape in choose(BENCHMARK, args.layer):
+                problem = random_problem(shape.with_batch(n), args.density)
+                line = measure(problem, args.threads, args.rounds, args.isa or ffi.isa())
+                results.append(args.out, {"set": "threads"} | line | {"drawn": args.density, "memory": "kept"} | origin)
+                show(table.threads_row(line))
 
 
 def run_networks(args: argparse.Namespace) -> None:

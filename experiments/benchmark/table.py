@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from experiments.benchmark.results import LAYERS, Line, geometric_mean, newest, read
+from experiments.benchmark.results import LAYERS, THREADS, Line, geometric_mean, newest, read
 
 OURS = "sparseflax"
 HEAD = ("layer", "n", "density", "us", "spread", "useful Gflop/s", "of peak", "effective Gflop/s", "fastest dense", "us",
         "spread", "speedup", "over yardstick")
+THREADS_HEAD = ("layer", "n", "1 thread, us", "all threads, us", "gain", "independent copies")
 BUSY = 0.1  # CPU seconds a second of other processes
-LONG = 200e-6  # seconds on one thread above which a second one should pay
 
 
 def fastest_dense(line: Line) -> str:
@@ -98,18 +99,16 @@ def machines_table(paths: Sequence[Path], *, density: float = 0.1) -> str:
     rows = []
     for path in paths:
         benchmark, alexnet = (_chosen(path, layers, 1, density, None) for layers in ("benchmark", "alexnet"))
-        gains = _gains(path, "benchmark", 2, density, None)
         for n in sorted({line["n"] for line in benchmark}):
             of_n = [line for line in benchmark if line["n"] == n]
             trained = [seconds(line) for line in alexnet if line["n"] == n]
             shares = [share for line in of_n if (share := share_of_peak(line))]
-            long = [two for (_, batch), (one, _, two) in gains.items() if batch == n and one > LONG]
             rows.append([f"{of_n[0]['cpu']}, {of_n[0]['isa']}", str(n),
                          f"**{geometric_mean(map(speedup, of_n)):.2f}x**", f"{min(map(speedup, of_n)):.2f}x",
                          f"{sum(dense for _, dense in trained) / sum(ours for ours, _ in trained):.2f}x" if trained else "",
-                         f"{geometric_mean(shares):.0%}" if shares else "", f"{geometric_mean(long):.2f}x" if long else ""])
+                         f"{geometric_mean(shares):.0%}" if shares else ""])
     return markdown(["CPU", "n", "over the fastest dense, geometric mean", "worst layer", "pruned AlexNet, sum of times",
-                     "of the FMA peak", "two threads over one"], rows)
+                     "of the FMA peak"], rows)
 
 
 def layers_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int = 1, density: float = 0.1,
@@ -137,30 +136,30 @@ def layers_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int
     return "\n".join([markdown(head, rows), "", caption(lines), "", *(f"- {text}" for text in summaries(lines))])
 
 
-def threads_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int = 2, density: float = 0.1,
-                  isa: str | None = None) -> str:
-    """How many times faster ours is on several threads than on one, as a Markdown table; arguments as in `layers_table`.
+def threads_row(line: Line) -> tuple[str, ...]:
+    """The cells under THREADS_HEAD."""
+    return (line["layer"], str(line["n"]), f"{1e6 * statistics.mean(line['alone']):.0f}", f"{1e6 * line['all']:.0f}",
+            *(f"{line[key]:.2f}x" for key in ("gain", "copies")))
 
-    Layers that take one thread less than 200 us are shown and not counted.
+
+def threads_table(path: Path = THREADS) -> str:
+    """How many times faster ours is on several threads than on one, as a Markdown table.
+
+    Args:
+      path: JSON lines of `python -m experiments.benchmark threads`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a damaged line.
     """
-    gains = _gains(path, layers, threads, density, isa)
-    names, batches = dict.fromkeys(layer for layer, _ in gains), sorted({n for _, n in gains})
-    head = ["layer", *(cell for n in batches for cell in (f"n={n}, us, 1 thread", f"{threads} threads", "gain"))]
-    rows = [[name, *(cell for n in batches for cell in (
-        (f"{1e6 * gains[name, n][0]:.0f}", f"{1e6 * gains[name, n][1]:.0f}", f"{gains[name, n][2]:.2f}x") if (name, n) in gains
-        else ("", "", "")))] for name in names]
-    long = {n: [gain for key, (one, _, gain) in gains.items() if key[1] == n and one > LONG] for n in batches}
-    rows.append(["**geometric mean above 200 us**", *(cell for n in batches for cell in (
-        "", "", f"**{geometric_mean(long[n]):.2f}x**" if long[n] else ""))])
-    return markdown(head, rows)
-
-
-def _gains(path: Path, layers: str, threads: int, density: float,
-           isa: str | None) -> dict[tuple[str, int], tuple[float, float, float]]:
-    """{(layer, n): seconds on one thread, on several, and their quotient}."""
-    one, several = ({(line["layer"], line["n"]): seconds(line)[0] for line in _chosen(path, layers, t, density, isa)}
-                    for t in (1, threads))
-    return {key: (one[key], several[key], one[key] / several[key]) for key in one if key in several}
+    lines = newest(read(path))
+    rows = [threads_row(line) for line in lines]
+    for n in sorted({line["n"] for line in lines}):
+        means = (f"**{geometric_mean(line[key] for line in lines if line['n'] == n):.2f}x**" for key in ("gain", "copies"))
+        rows.append(("**geometric mean**", str(n), "", "", *means))
+    last = lines[-1]
+    return "\n".join([markdown(THREADS_HEAD, rows), "", f"{last['cpu']}, {last['isa']}, {last['threads']} threads, density "
+                      f"{last['drawn']:g}. Measured {last['date'][:10]} at {last['commit']}."])
 
 
 def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | None) -> list[Line]:

@@ -69,8 +69,8 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, threads: int,
     try:
         while rounds < ROUNDS or time.perf_counter() < end:
             for name, call in calls.items():
-                _burst(call, settle)
-                times[name] += _burst(call, BURST)
+                burst(call, settle)
+                times[name] += burst(call, BURST)
             if peak:
                 peaks.append(peak())
             rounds += 1
@@ -79,7 +79,7 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, threads: int,
     return {name: Timing.of(t) for name, t in times.items()}, statistics.median(peaks) * threads if peaks else None
 
 
-def _burst(call: Callable[[], Any], seconds: float) -> list[float]:
+def burst(call: Callable[[], Any], seconds: float) -> list[float]:
     """Seconds of each call in about `seconds`, of one at least; what they return is freed outside the time."""
     times, start = [], time.perf_counter()
     while not times or time.perf_counter() - start < seconds:
@@ -121,17 +121,18 @@ def use_threads(threads: int) -> None:
     """Confines this process, its children, and every library it loads later to `threads` threads on as many cores.
 
     XLA sizes its pool by NPROC when the first array is made, OpenMP reads its variable when it is loaded; other libraries
-    are told by their baselines.
+    are told by their baselines. JAX runs programs in the calling thread: to wait for another costs 30 us a call on two CPUs.
 
     Raises:
       ValueError: there are not so many CPUs.
     """
-    cpus = _cpus_by_core(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cpus = cpus_by_core(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if not 1 <= threads <= len(cpus):
         raise ValueError(f"threads={threads}, wanted 1 to {len(cpus)}, the CPUs this process may use")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpus[:threads])
-    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "NPROC": str(threads),
+                   "OMP_NUM_THREADS": str(threads)}
 
 
 def keep_memory() -> bool:
@@ -145,7 +146,7 @@ def keep_memory() -> bool:
     return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, KEEP) and mallopt(arena_max, 1))
 
 
-def _cpus_by_core(cpus: Iterable[int]) -> list[int]:
+def cpus_by_core(cpus: Iterable[int]) -> list[int]:
     """One CPU of each physical core first, then their siblings."""
     seen: dict[str, int] = {}
     order = []
