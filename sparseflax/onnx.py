@@ -68,8 +68,9 @@ def load_onnx(path: str | PathLike[str]) -> OnnxModel:
 
     Zeros in its weights stay zeros, so that `plan` and `pack_model` find them; batch norms stay modules that these fold.
     Images are NHWC, inside and outside. Known are the operators Add, AveragePool, BatchNormalization, Clip, Concat, Constant,
-    Conv, Dropout, Flatten, Gemm, GlobalAveragePool, Identity, LRN, MatMul, MaxPool, Relu, Reshape to (n, features), Softmax;
-    weights may be sparse initializers, or lie in external files beside `path`.
+    Conv, Dropout, Flatten, Gemm, GlobalAveragePool, HardSigmoid, HardSwish, Identity, LeakyRelu, LRN, MatMul, MaxPool, Mul,
+    ReduceMean and Squeeze of rows and columns, Relu, Reshape to (n, features), Sigmoid, Softmax, Tanh; sizes computed by Shape,
+    Gather, Concat and their like; weights may be sparse initializers, or lie in external files beside `path`.
 
     Args:
       path: an .onnx file with one input, of operator set 7 or later.

@@ -1,23 +1,15 @@
-"""ONNX's nodes turned into Flax's layers and the steps that connect them."""
+"""An ONNX graph turned into Flax's layers and the steps that connect them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from sparseflax.onnx_graph import Graph, Node, malformed
-
-ZEROS = nnx.initializers.zeros_init()
-LINEAR = ("Gemm", "MatMul")
-
-
-class Unsupported(ValueError):
-    """Why a node cannot be run."""
+from sparseflax.onnx_nodes import BUILDERS, ZEROS, Unsupported, filled
 
 
 class Step(NamedTuple):
@@ -82,7 +74,7 @@ class Builder:
             return
         built = BUILDERS[node.op](self, node)
         layer, settings = (None, built) if isinstance(built, dict) else (built, {})
-        inputs = node.inputs if node.op in ("Add", "Concat") else node.inputs[:1]  # the others are weights and settings
+        inputs = node.inputs if node.op in ("Add", "Concat", "Mul") else node.inputs[:1]  # the others are weights and settings
         if constant := [name for name in inputs if name in self.graph.constants]:
             raise Unsupported(f"its input {constant[0]!r} is a constant, wanted a tensor that is computed")
         if layer is not None:
@@ -120,8 +112,23 @@ class Builder:
             if h * w * c != len(kernel):
                 raise Unsupported(f"its weights take {len(kernel)} features, its input has {h} x {w} x {c}")
             kernel = kernel.reshape(c, h, w, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+        self.channels(node, len(kernel))
         layer = nnx.Linear(*kernel.shape, use_bias=bias is not None, kernel_init=ZEROS, rngs=nnx.Rngs(0))
-        return _filled(layer, kernel=kernel, bias=bias)
+        return filled(layer, kernel=kernel, bias=bias)
+
+    def channels(self, node: Node, wanted: int) -> None:
+        """Refuses an input that is known to have other channels, or features, than the node's weights take."""
+        found = self.graph.shapes.get(node.inputs[0], ())[1:2]
+        if found not in ((), (None,), (wanted,)):
+            raise Unsupported(f"its weights take {wanted} channels, its input has {found[0]}")
+
+    def axes(self, node: Node) -> tuple[int, ...]:
+        """Of a node that wants some, in an attribute or, since operator set 13 or 18, as its second input; in order."""
+        rank = len(self.graph.shapes.get(node.inputs[0], (0,) * 4))
+        axes = node.attributes.get("axes") or self.constant(node, 1, "list of axes")
+        if np.asarray(axes).dtype.kind != "i":
+            raise Unsupported(f"its axes are {np.asarray(axes).dtype}, wanted int64")
+        return tuple(sorted(axis % rank for axis in np.ravel(axes).tolist())) if rank == 4 else ()
 
     def _as_bias(self, node: Node) -> bool:
         """Puts a constant that is added to a layer's output into the layer, if it has no bias yet."""
@@ -138,147 +145,7 @@ class Builder:
             if (self.uses[tensor] == 1 and value.dtype == np.float32 and vector.size in (1, layer.out_features)
                     and vector.shape[-1:] in ((), (1,), (layer.out_features,)) and vector.ndim <= 2):
                 layer.use_bias = True
-                _filled(layer, bias=np.broadcast_to(vector.reshape(-1), (layer.out_features,)))
+                filled(layer, bias=np.broadcast_to(vector.reshape(-1), (layer.out_features,)))
                 self.renamed[node.outputs[0]] = tensor
                 return True
         return False
-
-
-def _conv(builder: Builder, node: Node) -> nnx.Conv:
-    kernel, groups = builder.constant(node, 1, "kernel", 4), node.attributes.get("group", 1)
-    oc, icg, *size = kernel.shape
-    window = _window(node, size)
-    if 0 in kernel.shape or groups < 1 or oc % groups:
-        raise Unsupported(f"group={groups} with a kernel of shape {kernel.shape}, wanted a divisor of its {oc} output channels")
-    if tuple(window["kernel_shape"]) != tuple(size):
-        raise Unsupported(f"its kernel_shape is {window['kernel_shape']}, its kernel {kernel.shape}")
-    top, left, bottom, right = window["pads"]
-    padding: Any = {"NOTSET": ((top, bottom), (left, right)), "SAME_UPPER": "SAME"}.get(window["auto_pad"], window["auto_pad"])
-    bias = builder.bias(node, 2, oc)
-    layer = nnx.Conv(icg * groups, oc, size, window["strides"], padding=padding, kernel_dilation=window["dilations"],
-                     feature_group_count=groups, use_bias=bias is not None, kernel_init=ZEROS, rngs=nnx.Rngs(0))
-    return _filled(layer, kernel=kernel.transpose(2, 3, 1, 0), bias=bias)
-
-
-def _gemm(builder: Builder, node: Node) -> nnx.Linear:
-    if node.attributes.get("transA", 0):
-        raise Unsupported("transA=1, wanted 0")
-    kernel = builder.constant(node, 1, "B", 2)
-    kernel = np.float32(node.attributes.get("alpha", 1.0)) * (kernel.T if node.attributes.get("transB", 0) else kernel)
-    bias = builder.bias(node, 2, kernel.shape[1])
-    return builder.linear(node, kernel, None if bias is None else np.float32(node.attributes.get("beta", 1.0)) * bias)
-
-
-def _matmul(builder: Builder, node: Node) -> nnx.Linear:
-    if len(builder.graph.shapes.get(node.inputs[0], (0, 0))) != 2:
-        raise Unsupported(f"its input has shape {builder.graph.shapes[node.inputs[0]]}, wanted (n, features)")
-    return builder.linear(node, builder.constant(node, 1, "right side", 2), None)
-
-
-def _norm(builder: Builder, node: Node) -> nnx.BatchNorm:
-    if node.attributes.get("training_mode", 0) or not node.attributes.get("spatial", 1):
-        raise Unsupported("training_mode=1 or spatial=0, wanted a norm per channel with its running statistics")
-    scale, bias, mean, var = (builder.constant(node, i, name, 1) for i, name in enumerate(("scale", "B", "mean", "var"), 1))
-    if len({array.shape for array in (scale, bias, mean, var)}) > 1:
-        raise Unsupported(f"its scale, B, mean and var have {scale.size}, {bias.size}, {mean.size} and {var.size} channels, "
-                          "wanted the same")
-    layer = nnx.BatchNorm(scale.size, use_running_average=True, epsilon=node.attributes.get("epsilon", 1e-5), rngs=nnx.Rngs(0))
-    return _filled(layer, scale=scale, bias=bias, mean=mean, var=var)
-
-
-def _none(builder: Builder, node: Node) -> dict[str, Any]:
-    return {}
-
-
-def _clip(builder: Builder, node: Node) -> dict[str, Any]:
-    bounds = {name: node.attributes.get(name, default) for name, default in (("min", -np.inf), ("max", np.inf))}
-    for index, name in enumerate(bounds, 1):
-        if index < len(node.inputs) and node.inputs[index]:
-            bound = builder.constant(node, index, name)
-            if bound.size != 1 or bound.dtype != np.float32:
-                raise Unsupported(f"its {name} is {bound.dtype} of shape {bound.shape}, wanted one float32 number")
-            bounds[name] = bound.item()
-    return {"low": float(bounds["min"]), "high": float(bounds["max"])}
-
-
-def _max_pool(builder: Builder, node: Node) -> dict[str, Any]:
-    return _window(node) | {"ceil_mode": bool(node.attributes.get("ceil_mode", 0))}
-
-
-def _average_pool(builder: Builder, node: Node) -> dict[str, Any]:
-    return _max_pool(builder, node) | {"count_include_pad": bool(node.attributes.get("count_include_pad", 0))}
-
-
-def _window(node: Node, size: Any = ()) -> dict[str, Any]:
-    """What convolutions and pools have in common, with ONNX's defaults."""
-    given = {"kernel_shape": size, "strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)} | node.attributes
-    window = {name: tuple(given[name]) for name in ("kernel_shape", "strides", "dilations", "pads")}
-    if len(window["kernel_shape"]) != 2:
-        raise Unsupported(f"kernel_shape={window['kernel_shape']}, wanted two dimensions")
-    for name, least, length in (("kernel_shape", 1, 2), ("strides", 1, 2), ("dilations", 1, 2), ("pads", 0, 4)):
-        if len(window[name]) != length or min(window[name]) < least:
-            raise Unsupported(f"{name}={window[name]}, wanted {length} numbers, none below {least}")
-    if node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
-        raise Unsupported(f"auto_pad={node.attributes['auto_pad']!r}, wanted NOTSET, VALID, SAME_UPPER or SAME_LOWER")
-    return window | {"auto_pad": node.attributes.get("auto_pad", "NOTSET")}
-
-
-def _concat(builder: Builder, node: Node) -> dict[str, Any]:
-    return {"axis": node.attributes["axis"]}
-
-
-def _flatten(builder: Builder, node: Node) -> dict[str, Any]:
-    if node.attributes.get("axis", 1) != 1:
-        raise Unsupported(f"axis={node.attributes['axis']}, wanted 1: (n, features)")
-    return _image(builder, node)
-
-
-def _reshape(builder: Builder, node: Node) -> dict[str, Any]:
-    sizes = builder.constant(node, 1, "shape")
-    if sizes.dtype != np.int64 or sizes.ndim != 1:
-        raise Unsupported(f"its shape is {sizes.dtype} of shape {sizes.shape}, wanted a list of int64")
-    shape = sizes.tolist()
-    batch = builder.graph.shapes.get(node.inputs[0], (None,))[0]
-    if len(shape) != 2 or shape[0] not in (0, -1, batch) or min(shape[0], shape[1]) < -1 or shape[1] == 0:
-        raise Unsupported(f"shape={shape}, wanted (n, features): [0, -1]")
-    return _image(builder, node) | ({"features": shape[1]} if shape[1] > 0 else {})
-
-
-def _image(builder: Builder, node: Node) -> dict[str, Any]:
-    """Leaves images in our order if nothing but fully connected layers takes them: their rows are put in this order too."""
-    users = [user for user in builder.graph.nodes if node.outputs[0] in user.inputs]
-    _, *image = builder.graph.shapes.get(node.inputs[0], (None,))
-    if len(image) != 3 or None in image or node.outputs[0] in builder.graph.outputs or any(
-            user.domain or user.op not in LINEAR or user.inputs[0] != node.outputs[0] for user in users):
-        return {}
-    c, h, w = image
-    builder.images[node.outputs[0]] = h, w, c  # type: ignore[assignment]
-    return {"image": (h, w, c)}
-
-
-def _softmax(builder: Builder, node: Node) -> dict[str, Any]:
-    joint = builder.graph.opset < 13
-    return {"axis": node.attributes.get("axis", 1 if joint else -1), "joint": joint}
-
-
-def _lrn(builder: Builder, node: Node) -> dict[str, Any]:
-    if node.attributes["size"] < 1:
-        raise Unsupported(f"size={node.attributes['size']}, wanted 1 or more channels")
-    return {"alpha": 1e-4, "beta": 0.75, "bias": 1.0} | node.attributes
-
-
-# By ONNX's name: a layer, or settings of one of sparseflax.onnx_ops.
-BUILDERS: dict[str, Callable[[Builder, Node], Any]] = {
-    "Add": _none, "AveragePool": _average_pool, "BatchNormalization": _norm, "Clip": _clip, "Concat": _concat, "Conv": _conv,
-    "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _none, "LRN": _lrn, "MatMul": _matmul, "MaxPool": _max_pool,
-    "Relu": _none, "Reshape": _reshape, "Softmax": _softmax,
-}
-
-
-def _filled(layer: Any, **arrays: np.ndarray | None) -> Any:
-    """`layer` with these weights."""
-    for name, array in arrays.items():
-        if array is not None:
-            kind = nnx.BatchStat if name in ("mean", "var") else nnx.Param
-            setattr(layer, name, kind(jnp.asarray(np.ascontiguousarray(array))))
-    return layer

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparseflax.onnx_sizes import fold_sizes
+
 # What an attribute of a type is in Python, and whether it is a list of that.
 _ATTRIBUTES = {"INT": (int, False), "FLOAT": (float, False), "STRING": (str, False), "INTS": (int, True),
                "FLOATS": (float, True)}
@@ -37,7 +39,7 @@ class Graph(NamedTuple):
       input: name of what is not constant.
       outputs: their names.
       nodes: each after those whose outputs it takes; without Constant and Identity, and without Dropout, at inference.
-      constants: by name, initializers and Constant nodes.
+      constants: by name, initializers, Constant nodes and sizes that the graph computes.
       shapes: of the tensors as far as the file or onnx tell, ONNX's own NCHW order; None for an open size.
       opset: version of ONNX's operators.
     """
@@ -89,7 +91,9 @@ def read(path: str | PathLike[str]) -> Graph:
     if len(inputs) != 1:
         raise ValueError(f"{path} takes {inputs or 'nothing'}, wanted one input besides the weights")
     outputs = tuple(_follow(alias, entry.name) for entry in model.graph.output)
-    return Graph(inputs[0], outputs, _ordered(nodes, {*inputs, *constants}, outputs), constants, _shapes(onnx, model), opset)
+    shapes = _shapes(onnx, model)
+    nodes = fold_sizes(_ordered(nodes, {*inputs, *constants}, outputs), shapes, constants)
+    return Graph(inputs[0], outputs, nodes, constants, shapes, opset)
 
 
 def malformed(node: Node, opset: int) -> str | None:

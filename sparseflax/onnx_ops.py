@@ -47,16 +47,51 @@ def global_average_pool(x: jax.Array) -> jax.Array:
     return x.mean(axis=(1, 2), keepdims=True)
 
 
+def reduce_mean(x: jax.Array, *, keepdims: bool) -> jax.Array:
+    """The mean of each channel of images (n, h, w, c): (n, 1, 1, c), or (n, c) without `keepdims`."""
+    return x.mean(axis=(1, 2), keepdims=keepdims)
+
+
+def squeeze(x: jax.Array) -> jax.Array:
+    """(n, 1, 1, c) -> (n, c)
+
+    Raises:
+      ValueError: images of more than a pixel.
+    """
+    if x.ndim != 4 or x.shape[1:3] != (1, 1):
+        raise ValueError(f"Squeeze of shape {x.shape}, wanted (n, 1, 1, c): the network's input has the wrong size")
+    return x.reshape(x.shape[0], x.shape[3])
+
+
 def add(x: jax.Array, y: jax.Array) -> jax.Array:
     """x + y; sizes of 1 are repeated.
 
     Raises:
       ValueError: of different rank, where NHWC would not repeat what NCHW does.
     """
-    if x.ndim != y.ndim:
-        raise ValueError(f"Add of shapes {x.shape} and {y.shape}, wanted the same rank: reshape the smaller one in the "
-                         "ONNX graph")
+    _same_rank("Add", x, y)
     return x + y
+
+
+def mul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y; else as `add`."""
+    _same_rank("Mul", x, y)
+    return x * y
+
+
+def leaky_relu(x: jax.Array, *, alpha: float) -> jax.Array:
+    """x where it is not negative, else alpha x."""
+    return jnp.where(x >= 0, x, alpha * x)
+
+
+def hard_sigmoid(x: jax.Array, *, alpha: float, beta: float) -> jax.Array:
+    """min(max(alpha x + beta, 0), 1)"""
+    return jnp.clip(alpha * x + beta, 0, 1)
+
+
+def hard_swish(x: jax.Array) -> jax.Array:
+    """x min(max(x / 6 + 1/2, 0), 1)"""
+    return x * hard_sigmoid(x, alpha=1 / 6, beta=0.5)
 
 
 def concat(*xs: jax.Array, axis: int) -> jax.Array:
@@ -106,9 +141,16 @@ def flatten(x: jax.Array, *, image: tuple[int, ...] | None = None, features: int
 # By ONNX's name. Flax has the layers with weights.
 OPERATORS: dict[str, Callable[..., jax.Array]] = {
     "Add": add, "AveragePool": average_pool, "Clip": clip, "Concat": concat, "Flatten": flatten,
-    "GlobalAveragePool": global_average_pool, "LRN": lrn, "MaxPool": max_pool, "Relu": nnx.relu, "Reshape": flatten,
-    "Softmax": softmax,
+    "GlobalAveragePool": global_average_pool, "HardSigmoid": hard_sigmoid, "HardSwish": hard_swish, "LeakyRelu": leaky_relu,
+    "LRN": lrn, "MaxPool": max_pool, "Mul": mul, "ReduceMean": reduce_mean, "Relu": nnx.relu, "Reshape": flatten,
+    "Sigmoid": nnx.sigmoid, "Softmax": softmax, "Squeeze": squeeze, "Tanh": jnp.tanh,
 }
+
+
+def _same_rank(name: str, x: jax.Array, y: jax.Array) -> None:
+    if x.ndim != y.ndim:
+        raise ValueError(f"{name} of shapes {x.shape} and {y.shape}, wanted the same rank: reshape the smaller one in the "
+                         "ONNX graph")
 
 
 def _axis(axis: int, rank: int) -> int:

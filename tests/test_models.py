@@ -1,6 +1,7 @@
 """The published networks: their sizes as published, what they are made of."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ from flax import nnx
 
 import sparseflax
 from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, layers, resnet18, resnet50
+from experiments.networks import Spec, pruned
+from sparseflax import ffi
+from tests.machines import HERE
+from tests.networks import NARROW
 
 # Parameters and multiplications as published: by Caffe's model zoo, by torchvision, or in the paper (MobileNet: 4.2 million).
 PUBLISHED = {
@@ -62,3 +67,17 @@ def test_local_response_norm(size):
         expected[..., c] = x[..., c] / (2 + 0.5 / size * (neighbours**2).sum(-1)) ** 0.75
     # A handful of roundings, two of them in an exponent below 3.
     np.testing.assert_allclose(layers.local_response_norm(jnp.asarray(x), size, 0.5, 2.0), expected, rtol=20 * 2.0**-24)
+
+
+@pytest.mark.skipif(not ffi.available, reason="the native kernel is not available")
+@pytest.mark.parametrize("name", NARROW)
+def test_packed_networks_copy_no_images(name):
+    """In the compiled program no layer's input is another's output in another layout: nothing is copied or transposed."""
+    make, size = NARROW[name]
+    model, x = pruned(Spec(name, make, size, lambda path, shape: 0.1)), jnp.ones((2, size, size, 3))
+    planned = sparseflax.plan(model, x, HERE)
+    graphdef, state = nnx.split(sparseflax.pack_model(model, planned))
+    text = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x).compile().as_text()
+    assert text.count(ffi.TARGET) >= sum(row.choice == "sparse" for row in planned.layers) > 5
+    assert re.findall(r"= \S+ fusion\(|= \S+ custom-call\(", text), "what is looked for below would be found"
+    assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* (?:transpose|copy)\(", text) == []
