@@ -116,6 +116,15 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def mismatches(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[tuple[int, ...], Any]]) -> list[str]:
+    """Where arrays differ from the (shape, dtype) wanted by name, in words."""
+    return [*(f"{name!r} is not in the model" for name in tensors if name not in wanted),
+            *(f"{name!r} is missing" for name in wanted if name not in tensors),
+            *(f"{name!r} is {tensors[name].dtype}{list(tensors[name].shape)}, the model has {dtype}{list(shape)}"
+              for name, (shape, dtype) in wanted.items()
+              if name in tensors and (tensors[name].shape, tensors[name].dtype) != (shape, dtype))]
+
+
 def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     return hashlib.blake2b(dump(tensors, metadata), digest_size=16).hexdigest()
 

@@ -11,24 +11,28 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
+from sparseflax import linen_store
+from sparseflax.linen_model import PackedModel
+from sparseflax.linen_store import PATTERN
 from sparseflax.model import pack_nnx
 from sparseflax.nnx import SparseConv, SparseDense
 from sparseflax.packing import PackedKernel
 from sparseflax.plan import Plan, elsewhere
-from sparseflax.safetensors import seal, unseal, write
+from sparseflax.safetensors import mismatches, seal, unseal, write
 
 Model = TypeVar("Model", bound=nnx.Module)
-PATTERN = ("gaps", "layout")  # what a sparse layer stores beside its values: arrays of PackedKernel.to_arrays
+Linen = tuple[nn.Module, Any]
 
 
-def save(path: str | os.PathLike[str], packed: nnx.Module, plan: Plan) -> None:
+def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, Any], plan: Plan) -> None:
     """Writes a packed network and its plan, whole or not at all; `load` is the inverse.
 
     A kept weight takes 5 bytes, where a dense one takes 4. The file is a safetensors file: "conv1/values" (nnz,),
@@ -36,7 +40,7 @@ def save(path: str | os.PathLike[str], packed: nnx.Module, plan: Plan) -> None:
 
     Args:
       path: the file, which is replaced.
-      packed: from `pack_model(model, plan)`, fine-tuned or not.
+      packed: from `pack_model(model, plan)`, fine-tuned or not; of a Linen model the pair (module, variables).
       plan: what it was packed by.
 
     Raises:
@@ -45,19 +49,22 @@ def save(path: str | os.PathLike[str], packed: nnx.Module, plan: Plan) -> None:
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}, wanted the one that the model was packed by")
-    layers = dict(_sparse_layers(packed))
+    if isinstance(packed, tuple):
+        layers, arrays = dict(packed[0].patterns), linen_store.arrays_of(*packed)
+    else:
+        layers, arrays = dict(_sparse_layers(packed)), _arrays_of(packed)
     planned = {row.path for row in plan.layers if row.choice == "sparse"}
     if set(layers) != planned:
         raise ValueError(f"the model was not packed by this plan: its sparse layers are {sorted(layers)}, the plan has "
                          f"{sorted(planned)}")
-    arrays = {name: _value(leaf) for name, (_, leaf) in _leaves(packed).items()}
-    for name, layer in layers.items():
-        packed_arrays = layer.kernel.to_arrays()
-        arrays |= {f"{name}/{part}": packed_arrays[part] for part in PATTERN}
     write(path, seal("network", arrays, {"plan": json.dumps(plan.to_dict())}))
 
 
-def load(path: str | os.PathLike[str], model: Model) -> tuple[Model, Plan]:
+@overload
+def load(path: str | os.PathLike[str], model: Model) -> tuple[Model, Plan]: ...
+@overload
+def load(path: str | os.PathLike[str], model: Linen) -> tuple[tuple[PackedModel, Any], Plan]: ...
+def load(path: Any, model: Any) -> Any:
     """A packed network from its file, and its plan.
 
     A file from another machine computes the same here, perhaps not as fast: a RuntimeWarning names both.
@@ -65,35 +72,53 @@ def load(path: str | os.PathLike[str], model: Model) -> tuple[Model, Plan]:
     Args:
       path: a file that `save` wrote.
       model: the dense module that was packed, for its structure: its weights do not count, and may be abstract
-        (`nnx.eval_shape(lambda: Net(rngs))`).
+        (`nnx.eval_shape(lambda: Net(rngs))`). Or a pair (Linen module, its variables), which may be abstract too
+        (`jax.eval_shape(module.init, key, x)`).
 
     Returns:
-      (packed, plan): a new module as from `pack_model`, in evaluation mode, to be called or given to `jax.jit`.
+      (packed, plan): a new module as from `pack_model`, in evaluation mode, to be called or given to `jax.jit`; of a Linen
+      model the pair (module, variables).
 
     Raises:
       FileNotFoundError: there is no such file.
-      TypeError: `model` is no nnx module.
+      TypeError: `model` is no nnx module and no pair.
       ValueError: the file is cut, damaged, edited, of another version, or does not fit the model; names all that do not.
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model is a {type(model).__name__}, wanted the nnx.Module that was packed")
+    linen = isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module)
+    if not linen and not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}, wanted the nnx.Module that was packed, or a pair (linen module, "
+                        "variables)")
+    whole: Any = model
+    kind = type(whole[0] if linen else whole).__name__
     try:
         tensors, metadata = unseal("network", Path(path).read_bytes())
         plan = _decode(Plan, json.loads(metadata.get("plan", "null")))
     except (ArithmeticError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no packed network: {error}") from error
-    try:
-        packed = pack_nnx(_blank(model), plan)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the plan may have been edited
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    wrong = _fill(packed, tensors)
+    packed: Any
+    if linen:
+        packed, wrong = linen_store.restore(whole[0], whole[1], plan, tensors)
+    else:
+        try:
+            packed = pack_nnx(_blank(whole), plan)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the plan may have been edited
+            raise ValueError(f"{path} does not fit {kind}: {error}") from error
+        wrong = _fill(packed, tensors)
     if wrong:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong)}")
+        raise ValueError(f"{path} does not fit {kind}: {'; '.join(wrong)}")
     away = elsewhere(plan.machine)
     if away:
         warnings.warn(f"{path} was packed {away}: its outputs are right, but its layers were chosen for the other machine; "
                       "plan and pack the dense model here, so that none is slower than dense", RuntimeWarning, stacklevel=2)
     return packed, plan
+
+
+def _arrays_of(packed: nnx.Module) -> dict[str, Any]:
+    arrays = {name: _value(leaf) for name, (_, leaf) in _leaves(packed).items()}
+    for name, layer in _sparse_layers(packed):
+        parts = layer.kernel.to_arrays()
+        arrays |= {f"{name}/{part}": parts[part] for part in PATTERN}
+    return arrays
 
 
 def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, SparseConv | SparseDense]]:
@@ -148,11 +173,7 @@ def _fill(packed: nnx.Module, tensors: dict[str, np.ndarray]) -> list[str]:
             layer.pattern = kernel.pattern
             layer.values.set_value(kernel.values)
     found = _leaves(packed)
-    wrong += [f"{name!r} is not in the model" for name in tensors if name not in found]
-    wrong += [f"{name!r} is missing" for name in found if name not in tensors]
-    wrong += [f"{name!r} is {tensors[name].dtype}{list(tensors[name].shape)}, the model has {leaf.dtype}{list(leaf.shape)}"
-              for name, (_, leaf) in found.items()
-              if name in tensors and (tensors[name].shape, tensors[name].dtype) != (leaf.shape, leaf.dtype)]
+    wrong += mismatches(tensors, {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in found.items()})
     if not wrong:
         nnx.update(packed, nnx.from_flat_state([(path, _with_value(leaf, jnp.asarray(tensors[name])))
                                                 for name, (path, leaf) in found.items()]))

@@ -174,7 +174,7 @@ def test_bad_files(network, file, tmp_path):
         (ValueError, ["a Plan with ['more'] missing or unknown"], lambda: load(with_plan(more=3))()),
         (ValueError, ["does not fit Net", "batch norm 'head' is missing"],
          lambda: load(with_plan(layers=[{**table["layers"][0], "norm": "head"}, *table["layers"][1:]]))()),
-        (TypeError, ["model is a function, wanted the nnx.Module that was packed"],
+        (TypeError, ["model is a function, wanted the nnx.Module that was packed, or a pair"],
          lambda: sparseflax.load(file, lambda x: x)),  # type: ignore[type-var]
         (TypeError, ["plan is a dict, wanted the one"], lambda: sparseflax.save(file, packed, {})),  # type: ignore[arg-type]
         (ValueError, ["not packed by this plan: its sparse layers are []"],
