@@ -211,7 +211,7 @@ def _acdc(guide: Guide) -> Prepare:
 
 
 def _budget(task: Task) -> optax.GradientTransformation:
-    return task.then(prune.budget(task.guide(), task.machine, task.ramp, every=task.every))
+    return prune.budget(task.optimizer, task.guide(), task.machine, task.ramp, every=task.every)
 
 
 def _one_shot(guide: Guide) -> Prepare:

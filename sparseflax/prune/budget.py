@@ -1,19 +1,20 @@
 """Speed in the loss: how far each layer is pruned is learned, and the network's predicted time is what was asked for.
 
-Pruning minimises a damage plus a price on the predicted seconds T of the whole network, over the thresholds theta_l below
-which a layer's weights are removed. The damage stands in for the loss, whose gradients move the weights, not the thresholds:
+Pruning minimises the loss plus a price on the predicted seconds T of the whole network, over the thresholds theta_l below
+which a layer's weights are removed:
 
-    minimise  sum_l damage_l(theta_l)  +  price * T(d_1, ..., d_L),    d_l = share of |w| > theta_l in layer l
-    damage_l = -log(sum of w^2 above theta_l / sum of all w^2)
+    minimise  loss(theta_1, ..., theta_L)  +  price * T(d_1, ..., d_L),    d_l = share of |w| > theta_l in layer l
 
-The damage is the share of each layer's signal that is lost, in logarithms because layers follow each other: no layer can
-pay for another one that is gone. It does not change when a layer is scaled, as batch norm allows. Densities are functions of
-the weights, and where they are differentiable the minimum is
+What removing weights does to the loss is read off its gradients. To second order, with the mean squared gradient F_l of
+a layer's kept weights in place of the curvature (Theis, Korshunova, Tejani, Huszar, "Faster gaze prediction with dense
+networks and Fisher pruning", 2018), the loss grows by F_l / 2 times the sum of w^2 removed. Densities are functions of the
+weights, and where they are differentiable the minimum is
 
-    theta_l^2 / (kept w^2 of layer l) = price * (dT/dd_l) / n_l
+    F_l theta_l^2 / 2 = price * (dT/dd_l) / n_l
 
-for every layer: a weight stays if its share of the signal is worth the seconds that it costs. As the weights learn, the
-thresholds move with them.
+for every layer: a weight stays if what it does for the loss is worth the seconds that it costs. F_l theta_l^2 does not change
+when a layer is scaled, as batch norm allows. As the weights and their gradients change, the thresholds move with them. One F
+for each layer, since a weight's own is too noisy after some tens of batches to choose among neighbours by.
 
 The price is a multiplier that nobody has to choose. Whenever masks are taken, it is solved for, so that T is the time that
 the ramp asks for at that step; so T does not overshoot or oscillate, as it would under a multiplier that is a step behind.
@@ -40,8 +41,11 @@ from sparseflax.cost import Work, conv_seconds
 from sparseflax.machine import Machine
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, kernels, map_masks
+from sparseflax.prune.mask import masks as masks_of
 
 GRID = 128  # densities per layer between which the worth of its weights is interpolated, evenly spaced in the logarithm
+TINY = float(np.finfo(np.float32).tiny)
+MEMORY = 0.98  # of the mean squared gradients: some 50 steps, in which the layers' ratios change little
 
 
 class BudgetState(NamedTuple):
@@ -49,13 +53,17 @@ class BudgetState(NamedTuple):
 
     Attributes:
       count: updates so far, int32.
+      inner: the optimizer's state.
+      fisher: {layer: running sum of its mean squared gradients}, float32, decaying by MEMORY.
       fraction: of the ramp when the masks were last taken, float32.
-      price: of a second then, in damage, float32; 0 while the network is as fast as the ramp asks without pruning.
+      price: of a second then, in loss, float32; 0 while the network is as fast as the ramp asks without pruning.
       seconds: predicted for the whole network with those masks, float32.
       masks: of the guide's layers.
     """
 
     count: jax.Array
+    inner: Any
+    fisher: dict[str, jax.Array]
     fraction: jax.Array
     price: jax.Array
     seconds: jax.Array
@@ -63,6 +71,7 @@ class BudgetState(NamedTuple):
 
 
 def budget(
+    inner: optax.GradientTransformation,
     guide: Guidance,
     machine: Machine,
     ramp: optax.Schedule,
@@ -72,19 +81,20 @@ def budget(
     min_density: float = 0.01,
     keep_zeros: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prune the guide's layers by magnitude until the network takes the guide's time, its densities being learned.
+    """The optimizer `inner`, and the guide's layers pruned by magnitude until the network takes the guide's time:
 
         guide = prune.guided(shapes, machine, speedup=3)
-        tx = optax.chain(optax.adam(1e-3), prune.budget(guide, machine, prune.ramp(100, 600)))
+        tx = prune.budget(optax.adam(1e-3), guide, machine, prune.ramp(100, 600))
 
-    Must be the last transformation of a chain. Of the guide it takes the layers (those that it leaves dense stay dense), the
-    useful ranges and the time; not the densities. At fraction f of the ramp the predicted time is T_1 + f (T - T_1), with
-    T_1 that of the sparse kernels at density 1; at its end it is T, less what rounding to whole weights saves. No layer goes
-    below the lower end of its useful range or below min_density, and at the end of the ramp none is above the upper end.
-    After every `optax.apply_updates` the pruned weights are exactly zero, and masks only shrink. Momentum of pruned weights
-    is as in `prune.magnitude`.
+    It takes the optimizer in, because it needs the gradients themselves, and decides last. Of the guide it takes the layers
+    (those that it leaves dense stay dense), the useful ranges and the time; not the densities. At fraction f of the ramp the
+    predicted time is T_1 + f (T - T_1), with T_1 that of the sparse kernels at density 1; at its end it is T, less what
+    rounding to whole weights saves. No layer goes below the lower end of its useful range or below min_density, and at the
+    end of the ramp none is above the upper end. After every `optax.apply_updates` the pruned weights are exactly zero, and
+    masks only shrink. Momentum of pruned weights is as in `prune.magnitude`.
 
     Args:
+      inner: the optimizer, with its weight decay.
       guide: with a performance model (`prune.guided`).
       machine: on which the network is to be fast; the guide's.
       ramp: schedule from 0 (dense) to 1 (the time asked for) over optimizer steps (`prune.ramp`).
@@ -103,6 +113,7 @@ def budget(
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
     if unknown := [name for name, layer in guide.layers.items() if layer.shape is None]:
         raise ValueError(f"the guide has no performance model of layers {unknown}: make it with prune.guided")
+    inner = optax.with_extra_args_support(inner)
     names = [name for name, layer in guide.layers.items() if layer.density < 1]
     network = _Network.of(guide, names, machine, min_density) if names else None
     goal = guide.seconds if seconds is None else seconds
@@ -112,13 +123,20 @@ def budget(
         raise ValueError(_refusal(guide, network, names, goal))
 
     def init(params: Any) -> BudgetState:
-        masks = all_kept(params, names, keep_zeros=keep_zeros)
-        return BudgetState(jnp.int32(0), jnp.float32(0), jnp.float32(0), jnp.float32(guide.dense_seconds), masks)
+        masks, zero = all_kept(params, names, keep_zeros=keep_zeros), jnp.zeros((), jnp.float32)
+        state = BudgetState(jnp.int32(0), inner.init(params), dict.fromkeys(names, zero), zero, zero,
+                            jnp.float32(guide.dense_seconds), masks)
+        masks_of(state)  # raises where two methods prune the same layer
+        return state
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, BudgetState]:
-        count = jnp.asarray(optax.safe_increment(state.count))
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BudgetState]:
+        count, gradients = jnp.asarray(optax.safe_increment(state.count)), updates
+        updates, inner_state = inner.update(gradients, state.inner, params, **extra)
         if network is None:
-            return updates, state._replace(count=count)
+            return updates, state._replace(count=count, inner=inner_state)
+        slopes, kept_now = kernels(gradients), kernels(state.masks.tree)
+        fisher = {name: MEMORY * old + jnp.mean(jnp.square(slopes[name].astype(jnp.float32)), where=kept_now[name])
+                  for name, old in state.fisher.items()}
         fraction = jnp.asarray(ramp(count), jnp.float32)
         due = (fraction > state.fraction) & ((count % every == 0) | (fraction >= 1))
 
@@ -129,7 +147,9 @@ def budget(
             scores = map_masks(magnitude, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode())
             by_layer, masks = kernels(scores), kernels(state.masks.tree)
             kept = jnp.stack([jnp.sum(masks[name]) for name in names])
-            price, counts = network.solve([by_layer[name] for name in names], kept, fraction, goal)
+            # As if all gradients so far had counted alike at first.
+            curvature = jnp.stack([fisher[name] for name in names]) * (1 - MEMORY) / (1 - MEMORY ** count.astype(jnp.float32))
+            price, counts = network.solve([by_layer[name] for name in names], curvature, kept, fraction, goal)
             number = dict(zip(names, counts, strict=True))
 
             def shrink(layer: str, mask: jax.Array, score: jax.Array) -> jax.Array:
@@ -140,7 +160,7 @@ def budget(
 
         price, predicted, masks = lax.cond(due, partial(take, network), lambda: (state.price, state.seconds, state.masks))
         last = jnp.where(due, fraction, state.fraction)
-        return hold(masks, updates, params), BudgetState(count, last, price, predicted, masks)
+        return hold(masks, updates, params), BudgetState(count, inner_state, fisher, last, price, predicted, masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -182,12 +202,13 @@ class _Network(NamedTuple):
         return float(self.seconds(self.floor))
 
     def solve(
-        self, magnitudes: list[jax.Array], kept: jax.Array, fraction: jax.Array, goal: float
+        self, magnitudes: list[jax.Array], curvature: jax.Array, kept: jax.Array, fraction: jax.Array, goal: float
     ) -> tuple[jax.Array, jax.Array]:
         """The price at which the network takes the time of this fraction of the ramp, and how many weights each layer keeps.
 
         Args:
           magnitudes: |w| of each layer, 0 where pruned.
+          curvature: of the loss (layers,), their mean squared gradients; where no gradient ever came, the smallest number.
           kept: weights (layers,) that the last masks keep.
           fraction: of the ramp.
           goal: seconds at its end.
@@ -199,9 +220,10 @@ class _Network(NamedTuple):
         log_density = jnp.linspace(jnp.log(bottom), jnp.log(top), GRID, axis=1)  # (layers, GRID)
         density = jnp.exp(log_density)
         slope = jax.vmap(jax.grad(lambda d: self.seconds(d)), 1, 1)(density)
-        damage = jnp.stack([_slope_of_damage(w, d) for w, d in zip(magnitudes, density, strict=True)])
+        curvature = jnp.maximum(curvature, TINY)[:, None]
+        damage = jnp.stack([_slope_of_energy(w, d) for w, d in zip(magnitudes, density, strict=True)])
         # Where the worth falls with the density, the densities between are never the best: skip them.
-        worth = lax.cummax(jnp.log(damage / slope), axis=1, reverse=True)
+        worth = lax.cummax(jnp.log(damage) + jnp.log(curvature) - jnp.log(2 * slope), axis=1, reverse=True)
 
         def densities(log_price: jax.Array) -> jax.Array:
             """At which each layer's worth is the price, between bottom and top; a step function where the worth is flat."""
@@ -215,12 +237,11 @@ class _Network(NamedTuple):
         return jnp.exp(high), jnp.clip(counts, 1, kept)
 
 
-def _slope_of_damage(magnitude: jax.Array, density: jax.Array) -> jax.Array:
-    """d(damage)/d(density), negated, of one layer at densities (GRID,): theta^2 / (kept w^2), per share of the weights."""
+def _slope_of_energy(magnitude: jax.Array, density: jax.Array) -> jax.Array:
+    """d(sum of w^2 removed)/d(density), negated, of one layer at densities (GRID,): n theta^2."""
     energy = jnp.square(jnp.sort(magnitude.reshape(-1), descending=True))
     last = jnp.clip(jnp.floor(density * energy.size + 1e-3).astype(jnp.int32) - 1, 0, energy.size - 1)
-    tiny = jnp.finfo(jnp.float32).tiny
-    return jnp.maximum(energy[last] * energy.size / jnp.maximum(jnp.cumsum(energy)[last], tiny), tiny)
+    return jnp.maximum(energy[last] * energy.size, TINY)
 
 
 def _bisect(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
