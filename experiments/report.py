@@ -16,7 +16,7 @@ from experiments import plots
 from experiments.benchmark import results
 from experiments.benchmark.networks_table import networks_table
 from experiments.benchmark.table import layers_table, machines_table, threads_table
-from experiments.calibrate import check
+from experiments.calibrate import check, gpu, judgement, spdy, transfer
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
 
@@ -25,6 +25,7 @@ RESULTS = ROOT / "experiments" / "results" / "digits.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MODEL_BEGIN, MODEL_END = "<!-- model:begin -->", "<!-- model:end -->"
+CARRIES_BEGIN, CARRIES_END = "<!-- carries:begin -->", "<!-- carries:end -->"
 LAYERS_BEGIN, LAYERS_END = "<!-- layers:begin -->", "<!-- layers:end -->"
 NETWORKS_BEGIN, NETWORKS_END = "<!-- networks:begin -->", "<!-- networks:end -->"
 OFF = 1.5  # a prediction this many times wrong is worth a line
@@ -194,7 +195,23 @@ def with_tables(readme: str, runs: Path = RESULTS) -> str:
     """The README with its tables made anew from the result files."""
     readme = with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
     readme = with_table(readme, networks_table(results.NETWORKS), NETWORKS_BEGIN, NETWORKS_END)
-    return with_table(readme, check.table(results.read(check.LINES)), MODEL_BEGIN, MODEL_END)
+    readme = with_table(readme, carries(), CARRIES_BEGIN, CARRIES_END)
+    return with_table(readme, judgement.table(results.read(check.LINES)), MODEL_BEGIN, MODEL_END)
+
+
+def carries(folder: Path = check.LINES.parent) -> str:
+    """The README's tables of how far constants, form and machine description carry, each from its result file."""
+    parts = []
+    for text, table, file in (
+            ("The constants of one instruction set, used for the kernel of another:", transfer.table, "transfer.jsonl"),
+            ("The form, on an engine and a machine that are not ours (the timings of SPDY, Frantar and Alistarh, ICML 2022):",
+             spdy.table, "spdy.jsonl"),
+            ("A GPU, as the model sees it, and as measured:", gpu.table, "gpu.jsonl")):
+        if not (folder / file).exists():
+            option = file.removesuffix(".jsonl")
+            raise FileNotFoundError(f"{folder / file} is missing: run python -m experiments.calibrate --{option}")
+        parts += [text, table(results.read(folder / file))]
+    return "\n\n".join(parts)
 
 
 def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_LAYERS,
@@ -215,8 +232,10 @@ def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_
 
 
 def _layers(path: Path) -> str:
-    return "\n\n".join([layers_table(path), "The pruned AlexNet of Park et al., its own weights:",
-                        layers_table(path, layers="alexnet")])
+    parts = [layers_table(path), "The pruned AlexNet of Park et al., its own weights:", layers_table(path, layers="alexnet")]
+    if any(line["set"] == "corners" for line in results.newest(results.read(path))):
+        parts += ["Odd sizes:", layers_table(path, layers="corners")]
+    return "\n\n".join(parts)
 
 
 def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:

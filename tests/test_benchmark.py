@@ -162,6 +162,11 @@ def test_trained_layers_are_summed():
     assert "sum of times 2.00x" in table.summaries(lines)[0]
 
 
+def test_losses_are_named():
+    assert table.losses([line_of(), line_of("b", ours=8e-3)]) == ["loses to dense at b, n=1 (0.50x, fast)"]
+    assert table.losses([line_of()]) == []
+
+
 def test_cliffs_are_found():
     lines = [line_of(density=0.1), line_of(density=0.2, ours=0.8e-3), line_of(density=0.3, ours=0.79e-3)]
     assert table.cliffs(lines) == ["cliff: a, n=1 takes 1000 us at density 0.1, 800 us at 0.2"]

@@ -1,6 +1,7 @@
 """The calibration and its judgement: constants recovered from times made by them, and every number of the report by hand."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import matplotlib.figure  # noqa: F401  its fonts are found in the user's cache,
 import numpy as np
 import pytest
 
-from experiments.calibrate import check, figures, gpu, layers, spdy
+from experiments.calibrate import check, figures, gpu, judgement, layers, spdy, transfer
 from experiments.calibrate import run as run_module
 from experiments.calibrate.fit import PER_WEIGHT, Errors, errors, fit, predict
 from experiments.calibrate.measure import Sample, measure
@@ -145,23 +146,33 @@ A, B = layer(64, 8, 64, 3), layer(32, 8, 32, 3)
 
 def line(layer, density, measured, predicted):
     return {"cpu": "C", "isa": "avx2", "n": 1, "threads": 2, "layer": str(layer), "density": density,
-            "drawn": density and check.nearest(density), "measured": measured, "predicted": predicted}
+            "drawn": density and check.nearest(density), "measured": measured, "predicted": predicted, "date": "2026-01-01",
+            "commit": "abc"}
 
 
 def test_choices_by_hand():
     lines = [line(A, None, 10.0, 9.0), line(A, 0.1, 4.0, 3.0), line(A, 0.5, 10.5, 8.0), line(B, None, 10.0, 30.0),
              line(B, 0.1, 20.0, 25.0)]
-    found = check.choices(lines)  # right, unclear and sparse, wrong
-    assert (found.wrong, found.clear, found.count) == (1, 2, 3)
+    found = judgement.choices(lines)  # right, unclear and sparse, wrong
+    assert (found.wrong, found.clear, found.dense, found.count) == (1, 2, 2, 3)
     assert found.loss == pytest.approx((4 + 10.5 + 20) / (4 + 10 + 10) - 1)
+    near = [line(A, None, 10.0, 10.0), line(A, 0.5, 5.0, 9.5)]  # less than the margin that `plan` wants
+    assert judgement.choices(near).loss == pytest.approx(1.0)
     # Of two lines for one time the second counts. Errors 0.25, 8 / 10.5 - 1, 0.25 and 0.1, 2.
-    assert check.table([line(A, 0.1, 1.0, 9.0), *lines]).splitlines()[2:] == [
-        "| C, avx2, n=1, 2 threads | 25.0% | 25.0% | 105.0% | 181.0% | 1 of 2 | 43.75% |"]
+    other = [line(A, 0.1, 1.0, 9.0), line(A, 0.1, 1.0, 9.0) | {"cpu": "another"}]
+    cells = "25.0% | 25.0% | 105.0% | 181.0% | nan% | nan% | 2 of 3 | 1 of 2 | 43.75%"
+    assert judgement.table([*other, *lines]).splitlines()[2:] == [
+        f"| avx2, n=1, 2 threads | fitted in these rounds | {cells} |", "", "C. Measured 2026-01-01 at abc."]
+    both = judgement.table([each | {"stored": each["predicted"]} for each in lines])
+    assert f"| avx2, n=1, 2 threads | stored before | {cells} |" in both
+    missed = judgement.Judgement.of(lines).missed()
+    assert missed[0] == "the sparse median error is 25.0%, above 10%"
+    assert missed[-1] == "the time lost to choices is 43.8%, above 2%"
 
 
 def test_network_errors_by_hand():
     lines = [line(A, None, 10.0, 11.0), line(A, 0.099, 4.0, 4.0), line(B, None, 1.0, 1.0), line(B, 0.102, 2.0, 1.0)]
-    found = check.network_errors(lines, check.Counter({A: 3, B: 1}))
+    found = judgement.network_errors(lines, Counter({A: 3, B: 1}))
     assert found == {None: pytest.approx(34 / 31 - 1), 0.1: pytest.approx(13 / 14 - 1)}
 
 
@@ -171,22 +182,30 @@ def test_check_writes_lines_and_a_plot(monkeypatch, tmp_path, capsys):
     stored = calibrate(1.0)
 
     def times(shapes, seconds, isa):
-        samples = [Sample(shape, density, 1.0, 0.1) for shape, densities in list(shapes)[:12] for density in (None, *densities)]
+        samples = [Sample(shape, density, 1.0, 0.1) for shape, densities in shapes for density in (None, *densities)]
         return [replace(s, seconds=float(p)) for s, p in zip(samples, predict(samples, stored), strict=True)]
 
     monkeypatch.setattr(check, "measure", times)
+    monkeypatch.setattr(check, "held_out", lambda: layers.held_out()[:12])
     check.run([1, 2], 1.0, None, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 12 * 6 and all(line["predicted"] == pytest.approx(line["measured"]) for line in lines)
+    assert len(lines) == 2 * 12 * 6 and all(line["stored"] == pytest.approx(line["measured"]) for line in lines)
+    assert np.median([abs(line["predicted"] / line["measured"] - 1) for line in lines]) < 0.05  # fitted anew, to the same times
     assert (tmp_path / "calibration.svg").read_text().count("<svg") == 1
     out = capsys.readouterr().out
-    assert out.count("| 0.0% | 0.0% | 0.0% | 0.0% | 0 of ") == 2 and "ResNet-50 in all: dense +0.0%" in out
+    assert out.count("| stored before | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | ") == 2
+    assert "n=2, ResNet-50 in all, dense: " in out and out.count("within every bound") == 2
 
 
 @native
-def test_check_wants_a_calibration(tmp_path):
-    with pytest.raises(ValueError, match="not calibrated"):
-        check.run([1], 1.0, None, tmp_path)
+def test_check_without_a_calibration(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check, "measure", lambda shapes, seconds, isa: [
+        Sample(shape, density, 1.0, 0.1) for shape, densities in shapes for density in (None, *densities)])
+    monkeypatch.setattr(check, "held_out", lambda: layers.held_out()[:2])
+    check.run([1], 1.0, None, tmp_path)
+    out = capsys.readouterr().out
+    assert "no stored calibration to judge: " in out and "not calibrated" in out
+    assert "stored before" not in out and "above 10%" in out  # layers that all take a second are not of this world
 
 
 def test_figures(tmp_path, capsys):
@@ -220,8 +239,8 @@ def test_gathered_convolution(shape):
 
 def test_gpu_table_without_a_gpu(tmp_path, capsys):
     gpu.run(1.0, tmp_path)
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == len(BENCHMARK) and all(row.endswith("not measured | not measured | not measured") for row in rows)
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| n16 ")]
+    assert len(rows) == len(BENCHMARK) and all(row.endswith("not measured | not measured | not measured |") for row in rows)
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert all(line["measured speedup"] is None and line["speedup"] > 0 for line in lines)
 
@@ -241,12 +260,13 @@ def write_timings(folder, text=""):
         (folder / file).write_text(f"base\n0.2\nprunable\n0.1\n{body}{text}")
 
 
-@pytest.mark.skipif("avx512" not in ffi.kernels(), reason="the counts are those of the AVX-512 kernel")
+@native
 def test_spdy(tmp_path, capsys):
     write_timings(tmp_path)
     spdy.run(tmp_path, tmp_path)
     out = capsys.readouterr().out
-    assert "counts of a tiled kernel, ResNet-18: sparse median" in out and "the paper's form, ResNet-50: sparse median" in out
+    assert " kernel | ResNet-18, fitted | " in out and "| the paper's form | ResNet-50, predicted | " in out
+    assert len((tmp_path / "spdy.jsonl").read_text().splitlines()) == 4
 
 
 def test_spdy_files(tmp_path):
@@ -256,6 +276,17 @@ def test_spdy_files(tmp_path):
     write_timings(tmp_path)
     samples = spdy.read(tmp_path / spdy.FILES["ResNet-18"], spdy.shapes("ResNet-18"))
     assert len(samples) == 63 and [s.density for s in samples[:3]] == [None, 0.5, pytest.approx(0.1)]
-    write_timings(tmp_path, "layer9.conv\n")
-    with pytest.raises(ValueError, match="line 89: 'layer9.conv' is neither a layer of the network nor seconds"):
-        spdy.read(tmp_path / spdy.FILES["ResNet-18"], spdy.shapes("ResNet-18"))
+    for text in ("layer9.conv", "0.001 1.0", "0.001 -0.1", "0 0.5", "nan 0.5", "a b", "1 2 3"):
+        write_timings(tmp_path, f"{text}\n")
+        with pytest.raises(ValueError, match=f"line 89: '{text}' is neither a layer of the network nor seconds above 0"):
+            spdy.read(tmp_path / spdy.FILES["ResNet-18"], spdy.shapes("ResNet-18"))
+    (tmp_path / "empty").write_text("base\n0.2\n")
+    with pytest.raises(ValueError, match="empty holds no times"):
+        spdy.read(tmp_path / "empty", spdy.shapes("ResNet-18"))
+
+
+def test_transfer_table():
+    lines = [{"fitted": "a", "used": "b", "median": median, "high": 0.5, "bias": -0.1, "cpu": "C", "threads": 1,
+              "date": "2026-01-01", "commit": "abc"} for median in (0.3, 0.25)]
+    assert transfer.table(lines).splitlines()[2:] == [
+        "| a | b | 25.0% | 50.0% | -10.0% |", "", "C, 1 thread. Measured 2026-01-01 at abc."]

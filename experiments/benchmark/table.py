@@ -94,6 +94,13 @@ def cliffs(lines: Iterable[Line]) -> list[str]:
     return found
 
 
+def losses(lines: Iterable[Line]) -> list[str]:
+    """Where a dense rival is faster, in a sentence."""
+    slow = [f"{line['layer']}, n={line['n']} ({speedup(line):.2f}x, {fastest_dense(line)})"
+            for line in lines if speedup(line) < 1]
+    return [f"loses to dense at {'; '.join(slow)}"] if slow else []
+
+
 def machines_table(paths: Sequence[Path], *, density: float = 0.1) -> str:
     """What the files sum up to, as a Markdown table with a row for each and for each batch; errors as in `layers_table`."""
     rows = []
@@ -133,7 +140,8 @@ def layers_table(path: Path = LAYERS, *, layers: str = "benchmark", threads: int
     rows = [[name, *(cell for n in batches for cell in _cells(found.get((name, n))))] for name in names]
     means = [geometric_mean(speedup(line) for line in lines if line["n"] == n) for n in batches]
     rows.append(["**geometric mean**", *(cell for mean in means for cell in ("", "", "", f"**{mean:.2f}x**"))])
-    return "\n".join([markdown(head, rows), "", caption(lines), "", *(f"- {text}" for text in summaries(lines))])
+    notes = [f"- {text}" for text in (*summaries(lines), *losses(lines))]
+    return "\n".join([markdown(head, rows), "", caption(lines), "", *notes])
 
 
 def threads_row(line: Line) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Fits the cost model's constants on this machine and stores them where `detect_machine` finds them; judges them.
 
     python -m experiments.calibrate                     # at most a minute
-    python -m experiments.calibrate --check             # predicted against measured, on layers that were not fitted
+    python -m experiments.calibrate --check             # predicted against measured, on layers that were not fitted, 6 minutes
     python -m experiments.calibrate --transfer          # constants of one instruction set used for another
     python -m experiments.calibrate --gpu               # a GPU's roofline, where there is a GPU
     python -m experiments.calibrate --spdy DIR          # the model's form on another engine and machine
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.calibrate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--check", action="store_true", help="measure held-out layers; calibrate before")
+    task.add_argument("--check", action="store_true", help="predict layers that were not fitted, and measure them")
     task.add_argument("--transfer", action="store_true", help="fit on AVX2 and on AVX-512, predict the other")
     task.add_argument("--gpu", action="store_true", help="dense and gathered sparse convolutions on a GPU")
     task.add_argument("--spdy", type=Path, metavar="DIR", help="fit ResNet-18's published times, predict ResNet-50's")
@@ -31,9 +31,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: as many as there are CPUs")
     parser.add_argument("--isa", help="instruction set of the sparse kernel, default the best")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="of --check")
-    parser.add_argument("--seconds", type=float, default=50.0, help="for measuring, together or each batch of --check")
+    parser.add_argument("--seconds", type=float, help="for measuring; default 50, of --check 300")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results and plots")
     args = parser.parse_args()
+    seconds = args.seconds or (300.0 if args.check else 50.0)
     if args.threads:
         use_threads(args.threads)
     keep_memory()
@@ -43,17 +44,17 @@ def main() -> None:
 
     try:
         if args.check:
-            check.run(args.batch, args.seconds, args.isa, args.out)
+            check.run(args.batch, seconds, args.isa, args.out)
         elif args.transfer:
-            transfer.run(args.seconds, args.out)
+            transfer.run(seconds, args.out)
         elif args.gpu:
-            gpu.run(args.seconds, args.out)
+            gpu.run(seconds, args.out)
         elif args.spdy:
             spdy.run(args.spdy, args.out)
         elif args.figures:
             figures.run(args.out)
         else:
-            calibrate(args.seconds, args.isa)
+            calibrate(seconds, args.isa)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

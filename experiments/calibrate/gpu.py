@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.results import append, provenance
+from experiments.benchmark.results import Line, append, provenance
+from experiments.benchmark.table import markdown
 from experiments.layers import BENCHMARK, name_of
+from experiments.progress import progress
 from sparseflax.cost import conv_seconds, dense_seconds
 from sparseflax.machine import Machine
 from sparseflax.shapes import ConvShape
 
 DENSITY, BATCH = 0.1, 16
+COLUMNS = "dense", "sparse", "speedup", "measured dense", "measured sparse", "measured speedup"
 # Without tensor cores. alpha: unstructured sparse products reach 27 % of the peak (Gale et al., "Sparse GPU Kernels for Deep
 # Learning", SC 2020); beta: a 32-bit index beside each weight.
 DOCUMENTED = Machine(
@@ -36,12 +39,23 @@ def run(seconds: float, out: Path) -> None:
     device = next((d for d in jax.devices() if d.platform in ("gpu", "cuda", "rocm")), None)
     machine = DOCUMENTED if device is None else measure_machine(device)
     print(machine)
-    print("layer | dense us | sparse us | speedup | measured dense us | measured sparse us | measured speedup")
-    for shape in BENCHMARK:
-        row = compare(shape.with_batch(BATCH), machine, device, seconds / len(BENCHMARK))
-        print(" | ".join([row["layer"], *("not measured" if row[key] is None else f"{row[key]:.3g}" for key in (
-            "dense", "sparse", "speedup", "measured dense", "measured sparse", "measured speedup"))]))
-        append(out / "gpu.jsonl", {"machine": machine.name} | row | provenance({"jax", "jaxlib"}))
+    origin, lines = provenance({"jax", "jaxlib"}), []
+    with progress("layers", len(BENCHMARK)) as advance:
+        for i, shape in enumerate(BENCHMARK, 1):
+            row = compare(shape.with_batch(BATCH), machine, device, seconds / len(BENCHMARK))
+            lines.append({"machine": machine.name} | row | origin)
+            append(out / "gpu.jsonl", lines[-1])
+            advance(i, row["layer"])
+    print(table(lines))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The newest line of each layer as Markdown, on the machine that came last."""
+    newest = {line["layer"]: line for line in lines if line["machine"] == lines[-1]["machine"]}
+    rows = [(layer, *("not measured" if line[key] is None else f"{line[key]:.3g}" for key in COLUMNS))
+            for layer, line in newest.items()]
+    return "\n".join([markdown(("layer", *(name + ", us" * ("speedup" not in name) for name in COLUMNS)), rows), "",
+                      f"{lines[-1]['machine']}, density {DENSITY:g}."])
 
 
 def compare(shape: ConvShape, machine: Machine, device: Any, seconds: float) -> dict:

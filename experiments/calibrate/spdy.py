@@ -6,16 +6,20 @@ and used for the second. Engine, machine and batch are not in the files: 64 imag
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from experiments.benchmark.results import Line, append, provenance
+from experiments.benchmark.table import markdown
 from experiments.calibrate.fit import Errors, fit, predict
 from experiments.calibrate.measure import Sample
 from experiments.layers import layer
 from sparseflax import ffi
-from sparseflax.machine import TYPICAL, Machine
+from sparseflax.machine import LANES, TYPICAL, Machine
 from sparseflax.shapes import ConvShape
 
 BATCH, CORES = 64, 24
@@ -28,26 +32,40 @@ ENGINE = Machine(
 
 
 def run(folder: Path, out: Path) -> None:
-    """Fits on ResNet-18, predicts ResNet-50, prints the errors.
+    """Fits on ResNet-18, predicts ResNet-50, prints the errors and appends them to the results.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is not in SPDY's format, or the AVX-512 kernel, whose counts are used, does not run here.
+      ValueError: a file is not in SPDY's format, or no kernel whose counts could be used runs here.
     """
-    if ENGINE.isa not in ffi.kernels():
-        raise ValueError(f"the counts are those of the {ENGINE.isa} kernel, which does not run here, only {ffi.kernels()}")
+    if not ffi.kernels():
+        raise ValueError(f"the counts are asked of the native kernel, which does not run here: {ffi.reason}")
+    # The tiles of the AVX-512 kernel are the likeliest to be like theirs.
+    engine = ENGINE if ENGINE.isa in ffi.kernels() else replace(ENGINE, isa=ffi.isa(), lanes=LANES[ffi.isa()])
     samples = {name: read(folder / file, shapes(name)) for name, file in FILES.items()}
-    machine = fit(samples["ResNet-18"], ENGINE)
-    assert machine.fitted is not None
     # What the engine gains from sparsity and what it loses by layers: the paper's alone, for comparison.
-    for title, found in (("counts of a tiled kernel", machine),
-                         ("the paper's form", _roofline(samples["ResNet-18"]))):
+    forms = {f"counts of the {engine.isa} kernel": fit(samples["ResNet-18"], engine),
+             "the paper's form": _roofline(samples["ResNet-18"])}
+    origin, lines = provenance({"jax", "jaxlib"}), []
+    for form, machine in forms.items():
         for name, some in samples.items():
-            measured = np.array([s.seconds for s in some])
-            predicted = predict(some, found)
+            measured, predicted = np.array([s.seconds for s in some]), predict(some, machine)
             sparse = np.array([s.density is not None for s in some])
-            print(f"{title}, {name}: sparse {Errors.of(predicted[sparse], measured[sparse])}; "
-                  f"dense {Errors.of(predicted[~sparse], measured[~sparse])}")
+            kinds = {"sparse": sparse, "dense": ~sparse}
+            lines.append({"form": form, "network": name} | {
+                kind: vars(Errors.of(predicted[rows], measured[rows])) for kind, rows in kinds.items()})
+            append(out / "spdy.jsonl", lines[-1] | origin)
+    print(table(lines))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The newest errors of each form and network as Markdown."""
+    newest = {(line["form"], line["network"]): line for line in lines}
+    kinds, what = ("sparse", "dense"), {"median": "median error", "high": "90th percentile"}
+    return markdown(("form", "network", *(f"{kind}: {text}" for kind in kinds for text in what.values())), [
+        (form, network + (", fitted" if network == "ResNet-18" else ", predicted"),
+         *(f"{line[kind][key]:.1%}" for kind in kinds for key in what))
+        for (form, network), line in newest.items()])
 
 
 def _roofline(samples: list[Sample]) -> Machine:
@@ -90,18 +108,24 @@ def read(file: Path, shapes: dict[str, ConvShape]) -> list[Sample]:
     """Samples from a file of names and lines of seconds and sparsity; a sparsity of 0 is the dense layer.
 
     Raises:
-      ValueError: a layer that is not known, or a line that is neither.
+      ValueError: a layer that is not known, a line that is neither, a time or a sparsity that cannot be, or no times at all.
     """
     samples, shape = [], None
     for at, line in enumerate(file.read_text().splitlines(), 1):
         words = line.split()
         if len(words) == 1 and words[0] in shapes:
             shape = shapes[words[0]]
-        elif len(words) == 1 and samples == [] and shape is None:
+            continue
+        if len(words) == 1 and samples == [] and shape is None:
             continue  # the head: totals of the network
-        elif len(words) == 2 and shape is not None:
+        try:
             seconds, sparsity = map(float, words)
-            samples.append(Sample(shape, 1 - sparsity if sparsity > 0 else None, seconds, 0.0))
-        else:
-            raise ValueError(f"{file}, line {at}: {line!r} is neither a layer of the network nor seconds and sparsity")
+        except ValueError:
+            seconds, sparsity = math.nan, math.nan
+        if shape is None or not (0 < seconds < math.inf and 0 <= sparsity < 1):
+            raise ValueError(f"{file}, line {at}: {line!r} is neither a layer of the network nor seconds above 0 and a "
+                             "sparsity in [0, 1)")
+        samples.append(Sample(shape, 1 - sparsity if sparsity > 0 else None, seconds, 0.0))
+    if not samples:
+        raise ValueError(f"{file} holds no times: wanted names of layers, each followed by lines of seconds and sparsity")
     return samples

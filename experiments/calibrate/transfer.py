@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.benchmark.results import append, provenance
+from experiments.benchmark.results import Line, append, provenance
+from experiments.benchmark.table import markdown
 from experiments.calibrate.fit import errors, fit
 from experiments.calibrate.layers import fitting
 from experiments.calibrate.measure import measure
@@ -36,3 +38,13 @@ def run(seconds: float, out: Path) -> None:
     for isa, machine in machines.items():
         assert machine.fitted is not None
         print(isa, json.dumps({name: float(f"{rate:.3g}") for name, rate in machine.fitted.sparse._asdict().items()}))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The newest errors of each pair as Markdown."""
+    newest = {(line["fitted"], line["used"]): line for line in lines}
+    last, threads = lines[-1], lines[-1]["threads"]
+    return "\n".join([markdown(("fitted on", "used for", "median error", "90th percentile", "bias"), [
+        (fitted, used, f"{line['median']:.1%}", f"{line['high']:.1%}", f"{line['bias']:+.1%}")
+        for (fitted, used), line in newest.items()]), "",
+        f"{last['cpu']}, {threads} thread{'s' * (threads > 1)}. Measured {last['date'][:10]} at {last['commit']}."])

@@ -1,0 +1,129 @@
+"""What the predictions are worth: errors by kind, of whole networks, and the time lost to choices made by them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.benchmark.results import Line
+from experiments.benchmark.table import markdown
+from experiments.calibrate.fit import Errors
+from experiments.calibrate.layers import googlenet, resnet50
+from sparseflax.plan import MARGIN
+from sparseflax.shapes import ConvShape
+
+CLEAR = 0.1  # times that differ by more have one right choice
+NETWORKS = {"ResNet-50": resnet50, "GoogLeNet": googlenet}
+CONSTANTS = {"predicted": "fitted in these rounds", "stored": "stored before"}  # by the key of a line
+MEDIAN, HIGH, LOSS = 0.1, 0.25, 0.02  # what is promised
+HEAD = ("", "constants", "sparse: median error", "90th percentile", "dense: median error", "90th percentile",
+        "network totals: median", "worst", "dense is faster", "wrong choices", "time lost")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What choosing by the model costs.
+
+    Attributes:
+      wrong: choices of the slower one where the times differ by more than CLEAR.
+      clear: pairs whose times do.
+      dense: pairs whose dense time is the shorter one.
+      count: pairs of a sparse and a dense time.
+      loss: time of all choices / time of the right ones - 1.
+    """
+
+    wrong: int
+    clear: int
+    dense: int
+    count: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of the lines of one CPU, batch and number of threads.
+
+    Attributes:
+      sparse, dense: errors of single layers.
+      networks: {(network, density drawn): relative error of the sum of its layers}.
+      choices: dense or sparse.
+    """
+
+    sparse: Errors
+    dense: Errors
+    networks: dict[tuple[str, float | None], float]
+    choices: Choices
+
+    @classmethod
+    def of(cls, lines: Sequence[Line], key: str = "predicted") -> Judgement:
+        sparse, dense = (Errors.of(*np.array([(line[key], line["measured"]) for line in lines
+                                              if (line["density"] is None) == kind]).T) for kind in (False, True))
+        networks = {(name, drawn): error for name, network in NETWORKS.items()
+                    for drawn, error in network_errors(lines, network(), key).items()}
+        return cls(sparse, dense, networks, choices(lines, key))
+
+    def missed(self) -> list[str]:
+        """Which of the promised bounds do not hold."""
+        totals = np.abs(list(self.networks.values()) or [0.0])
+        found = (("the sparse median error", self.sparse.median, MEDIAN), ("the dense median error", self.dense.median, MEDIAN),
+                 ("the sparse 90th percentile", self.sparse.high, HIGH), ("the dense 90th percentile", self.dense.high, HIGH),
+                 ("the median error of network totals", np.median(totals), MEDIAN),
+                 ("their 90th percentile", np.quantile(totals, 0.9), HIGH),
+                 ("the time lost to choices", self.choices.loss, LOSS))
+        return [f"{what} is {value:.1%}, above {bound:.0%}" for what, value, bound in found if value > bound]
+
+    def cells(self) -> tuple[str, ...]:
+        """Under HEAD, after its second column."""
+        totals = np.abs(list(self.networks.values()) or [np.nan])
+        made = self.choices
+        return (*(f"{value:.1%}" for error in (self.sparse, self.dense) for value in (error.median, error.high)),
+                f"{np.median(totals):.1%}", f"{totals.max():.1%}", f"{made.dense} of {made.count}",
+                f"{made.wrong} of {made.clear}", f"{made.loss:.2%}")
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A Markdown row for each batch, number of threads and origin of the constants, on the CPU measured last.
+
+    The newest line of each time counts.
+    """
+    newest = {(line["isa"], line["n"], line["threads"], line["layer"], line["drawn"]): line for line in lines
+              if line["cpu"] == lines[-1]["cpu"]}
+    fields: dict[tuple, list[Line]] = {}
+    for key, line in newest.items():
+        fields.setdefault(key[:3], []).append(line)
+    rows = [(f"{isa}, n={n}, {threads} thread{'s' * (threads > 1)}", constants, *Judgement.of(some, key).cells())
+            for (isa, n, threads), some in sorted(fields.items()) for key, constants in CONSTANTS.items()
+            if all(line.get(key) is not None for line in some)]
+    last = list(newest.values())[-1]
+    return "\n".join([markdown(HEAD, rows), "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
+
+
+def choices(lines: Sequence[Line], key: str = "predicted") -> Choices:
+    """Dense or sparse, for every sparse time of one CPU, batch and number of threads, chosen as `plan` does."""
+    dense = {line["layer"]: line for line in lines if line["density"] is None}
+    chosen = best = 0.0
+    wrong = clear = slower = count = 0
+    for line in lines:
+        if line["density"] is not None:
+            other = dense[line["layer"]]
+            sparse = MARGIN * line[key] <= other[key]
+            seconds, right = line["measured"] if sparse else other["measured"], min(line["measured"], other["measured"])
+            differs = max(line["measured"], other["measured"]) > (1 + CLEAR) * right
+            wrong, clear, count = wrong + (differs and seconds > right), clear + differs, count + 1
+            slower += other["measured"] < line["measured"]
+            chosen, best = chosen + seconds, best + right
+    return Choices(wrong, clear, slower, count, chosen / best - 1)
+
+
+def network_errors(lines: Sequence[Line], network: Counter[ConvShape], key: str = "predicted") -> dict[float | None, float]:
+    """{density drawn: relative error of the sum over a network's layers}."""
+    often = {str(shape): count for shape, count in network.items()}
+    sums: dict[float | None, np.ndarray] = {}
+    for line in lines:
+        if line["layer"] in often:
+            times = often[line["layer"]] * np.array([line[key], line["measured"]])
+            sums[line["drawn"]] = sums.get(line["drawn"], np.zeros(2)) + times
+    return {drawn: float(predicted / measured - 1) for drawn, (predicted, measured) in sums.items()}
