@@ -1,4 +1,4 @@
-"""What XLA:CPU compiles badly, written so that it compiles well: pooling, grouped and depthwise convolutions, some powers.
+"""What XLA:CPU compiles badly, written so that it compiles well: pooling, grouped, depthwise and 1x1 convolutions, powers.
 
 Each function takes an equation of a jaxpr and its operands, and returns the same result computed in another way, or None
 where the equation is better left as it is. All are for float32, and for the CPU: on other devices XLA has better ways.
@@ -55,19 +55,23 @@ def pool(equation: Any, x: jax.Array) -> jax.Array | None:
 
 
 def convolve(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | None:
-    """A dense grouped convolution as one convolution per group; a depthwise one as a sum of shifted images.
+    """A dense grouped convolution as one convolution per group; a depthwise one as a sum of shifted images; one of single
+    pixels as a product of matrices.
 
     depthwise: y[n,i,j,c] = sum_{r,s} x[n, i*sh + r*dh - ph, j*sw + s*dw - pw, c] w[r,s,0,c]
+    pixels:    y[n,i,j,k] = sum_c x[n, i*sh, j*sw, c] w[0,0,c,k]
 
     Args:
       equation: conv_general_dilated.
-      x, kernel: its operands; a depthwise convolution is rewritten for NHWC and HWIO only.
+      x, kernel: its operands; depthwise convolutions and those of pixels are rewritten for NHWC and HWIO only.
     """
     params = equation.params
     groups, layout = params["feature_group_count"], params["dimension_numbers"]
     float32 = x.dtype == kernel.dtype == equation.outvars[0].aval.dtype == jnp.float32
-    if groups == 1 or params["batch_group_count"] != 1 or not float32:
+    if params["batch_group_count"] != 1 or not float32:
         return None
+    if groups == 1:
+        return _pointwise(equation, x, kernel)
     if groups == x.shape[layout.lhs_spec[1]] == kernel.shape[layout.rhs_spec[0]]:
         return _depthwise(equation, x, kernel)
     if groups > MAX_GROUPS:
@@ -94,13 +98,27 @@ def power(_, x: jax.Array, exponent: Any) -> jax.Array | None:
     return 1 / y if exponent < 0 else y
 
 
+def _pointwise(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | None:
+    params = equation.params
+    if not _nhwc(params["dimension_numbers"]) or kernel.shape[:2] != (1, 1) or params["lhs_dilation"] != (1, 1) or any(
+            map(any, params["padding"])):
+        return None
+    rows, columns = params["window_strides"]
+    return jax.lax.dot_general(x[:, ::rows, ::columns], kernel.reshape(kernel.shape[2:]), (((3,), (0,)), ((), ())),
+                               precision=params["precision"])
+
+
+def _nhwc(layout: Any) -> bool:
+    """Whether images are NHWC, before and after, and kernels HWIO."""
+    return layout.lhs_spec == layout.out_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
+
+
 def _depthwise(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | None:
     params = equation.params
     layout, strides, pads, dilation = (params[name] for name in (
         "dimension_numbers", "window_strides", "padding", "rhs_dilation"))
     shape = equation.outvars[0].aval.shape
-    nhwc = layout.lhs_spec == layout.out_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
-    if not nhwc or params["lhs_dilation"] != (1, 1) or min(min(pad) for pad in pads) < 0:
+    if not _nhwc(layout) or params["lhs_dilation"] != (1, 1) or min(min(pad) for pad in pads) < 0:
         return None
     kh, kw, _, channels = kernel.shape
     sizes = (*x.shape[1:3], *shape[1:3])

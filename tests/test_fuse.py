@@ -320,6 +320,18 @@ def test_grouped_convolutions_agree_with_xla(size, kernel, strides, dilation, pa
     agrees(f, jnp.asarray(x), jnp.asarray(weights))
 
 
+@given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), strides=PAIR,
+       padding=st.sampled_from(["SAME", "VALID", ((1, 0), (0, 2))]))
+def test_convolutions_of_pixels_agree_with_xla(size, strides, padding):
+    random = np.random.default_rng(0)
+    x, weights = reference.integers(random, 2, *size, 5), reference.integers(random, 1, 1, 5, 3)
+
+    def f(x, weights):
+        return jax.lax.conv_general_dilated(x, weights, strides, padding, dimension_numbers=NHWC)
+
+    agrees(f, jnp.asarray(x), jnp.asarray(weights))
+
+
 def test_grouped_convolutions_change_form():
     def convolutions(kernel, groups, layout=NHWC, **kwargs):
         def f(x, kernel):
@@ -331,6 +343,11 @@ def test_grouped_convolutions_change_form():
                 if e.primitive.name == "conv_general_dilated"]
 
     assert convolutions(jnp.ones((3, 3, 8, 4)), 1) == [1]
+    assert convolutions(jnp.ones((1, 1, 8, 4)), 1) == []
+    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, window_strides=(2, 3)) == []
+    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, padding=((0, 1), (0, 0))) == [1]
+    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, lhs_dilation=(2, 1), padding=((0, 0), (0, 0))) == [1]
+    assert convolutions(jnp.ones((4, 6, 1, 1)), 1, ("NCHW", "OIHW", "NCHW")) == [1], "pixels: NHWC only"
     assert convolutions(jnp.ones((3, 3, 4, 4)), 2) == [1, 1]
     assert convolutions(jnp.ones((3, 3, 1, 8)), 8) == []
     assert convolutions(jnp.ones((3, 3, 1, 8)), 8, window_strides=(2, 2)) == []
