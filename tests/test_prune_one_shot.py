@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from sparseflax import prune
@@ -23,6 +24,23 @@ class Net(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.grouped(nnx.relu(self.norm(self.conv(x)))))
         return self.head(self.dropout(x.mean((1, 2))))
+
+
+class LinenNet(nn.Module):
+    """The same in Linen."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Conv(8, (3, 3), strides=2, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        x = nn.relu(nn.Conv(6, (3, 3), feature_group_count=2, padding="VALID", name="grouped")(x))
+        return nn.Dense(3, name="head")(nn.Dropout(0.5, deterministic=not train)(x.mean((1, 2))))
+
+
+def twin(model):
+    """(module, variables) of the Linen network with the weights of an nnx one."""
+    params, statistics = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return LinenNet(), {"params": params, "batch_stats": {"norm": {name: statistics["norm"][name] for name in ("mean", "var")}}}
 
 
 def images(seed, count=24):
@@ -68,7 +86,7 @@ def test_hessians_are_those_of_the_outputs(options):
     layer = nnx.Conv(4, 6, size, use_bias=False, **{k: v for k, v in options.items() if k != "kernel_size"}, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (3, *(5,) * (1 if isinstance(size, int) else len(size)), 4))
     energies = np.square(np.asarray(layer(x), np.float64)).reshape(-1, 6).sum(axis=0)
-    hessians = np.asarray(_gram(layer, x), np.float64)
+    hessians = np.asarray(_gram(layer, layer.kernel.shape, x), np.float64)
     groups = len(hessians)
     rows = np.asarray(layer.kernel[...], np.float64).reshape(-1, groups, 6 // groups).transpose(1, 2, 0)
     found = np.einsum("goi,gij,goj->go", rows, hessians, rows).ravel()
@@ -143,6 +161,30 @@ def test_recalibrated_statistics_are_those_of_all_examples():
     model.eval()
     x = images(9)
     assert not np.allclose(model(x), fresh(x))
+
+
+def test_linen_networks_are_pruned_and_recalibrated_alike():
+    model, batches, guide = Net(nnx.Rngs(0)), [images(0), images(1)], prune.constant({"conv": 0.3, "grouped": 0.4, "head": 0.5})
+    pair = twin(model)
+    before = jax.tree.map(np.asarray, pair[1])
+    module, pruned = prune.obs(pair, batches, guide, train=False)
+    expected = prune.obs(model, batches, guide)
+    _, fresh = prune.recalibrate((module, pruned), batches, train=False)
+    statistics = prune.recalibrate(expected, batches).norm
+    for name in guide.densities:
+        np.testing.assert_array_equal(pruned["params"][name]["kernel"], getattr(expected, name).kernel[...])
+        np.testing.assert_array_equal(fresh["params"][name]["kernel"], pruned["params"][name]["kernel"])
+    for name in ("mean", "var"):
+        # float32 means of 600 numbers, summed in another order.
+        np.testing.assert_allclose(fresh["batch_stats"]["norm"][name], getattr(statistics, name)[...], rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, pair[1]))
+    assert module.apply(fresh, images(9), train=False).shape == (24, 3)
+    with pytest.raises(ValueError, match=r"no linen.Conv or linen.Dense of the model ran at \['norm'\]"):
+        prune.obs(pair, batches, prune.constant({"norm": 0.3}), train=False)
+    with pytest.raises(ValueError, match="there are no batches"):
+        prune.recalibrate(pair, [], train=False)
+    with pytest.raises(ValueError, match="found no linen.BatchNorm in Dense"):
+        prune.recalibrate((nn.Dense(2), nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 2)))), [jnp.ones((1, 2))])
 
 
 def test_refusals():

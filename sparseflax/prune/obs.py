@@ -26,17 +26,21 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 from scipy import linalg
 
 from sparseflax.prune.guide import Guidance
 
-Model = TypeVar("Model", bound=nnx.Module)
+Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 CHUNK = 16  # images whose im2col is held at a time
 
 
-def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 4, damping: float = 0.01) -> Model:
+def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 4, damping: float = 0.01,
+        **call: Any) -> Model:
     """A copy of the model with the guide's layers pruned to its densities, by layer-wise optimal brain surgery.
 
         model = prune.recalibrate(prune.obs(model, batches, guide), batches)
@@ -45,14 +49,15 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
     a layer of 512 channels.
 
     Args:
-      model: an nnx module; stays as it is.
+      model: an nnx module, or a pair (Linen module, its variables); stays as it is.
       batches: inputs of the model, a few hundred examples; for convolutions each gives as many rows as outputs it has.
-      guide: which layers (`nnx.Conv` and `nnx.Linear`), to which density.
+      guide: which layers (Conv, and Linear or Dense), to which density.
       rounds: in which the density falls geometrically.
       damping: added to the diagonal of H, relative to its mean, so that it can be inverted.
+      **call: further keyword arguments of a Linen model's call, e.g. `train=False`.
 
     Returns:
-      In evaluation mode.
+      In evaluation mode; of a pair, a pair with new variables.
 
     Raises:
       ValueError: for a layer of the guide that does not exist, is of another class, or never ran; for no batches.
@@ -62,7 +67,9 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}")
-    copy = nnx.clone(model)
+    if isinstance(model, tuple):
+        return _linen(*model, batches, guide, rounds, damping, call)  # type: ignore[return-value]
+    copy: Any = nnx.clone(model)
     copy.eval()
     layers: dict[str, Any] = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(copy)}
     wanted = guide.densities
@@ -71,12 +78,39 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
     hessians = _hessians(copy, {name: layers[name] for name in wanted}, batches)
     for name, density in wanted.items():
         kernel = layers[name].kernel
-        dense = np.asarray(kernel[...], np.float64)
-        groups = len(hessians[name])
-        rows = dense.reshape(-1, groups, dense.shape[-1] // groups).transpose(1, 2, 0)  # (groups, outputs, m)
-        pruned = _prune(rows, hessians[name], round(density * dense.size), rounds, damping)
-        kernel[...] = jnp.asarray(pruned.transpose(2, 0, 1).reshape(dense.shape), kernel[...].dtype)
+        kernel[...] = _pruned(kernel[...], hessians[name], density, rounds, damping)
     return copy
+
+
+def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Guidance, rounds: int, damping: float,
+           call: Any) -> tuple[nn.Module, Any]:
+    wanted, found, leaves = guide.densities, {}, flatten_dict(unfreeze(variables), sep="/")
+
+    def observe(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        name = "/".join(context.module.path)
+        if name in wanted and context.method_name == "__call__" and isinstance(context.module, (nn.Conv, nn.Dense)):
+            kernel = context.module.get_variable("params", "kernel")
+            _note(found, name, context.module, kernel.shape, args[0] if args else kwargs["inputs"])
+        return run(*args, **kwargs)
+
+    for batch in batches:
+        with nn.intercept_methods(observe):
+            module.apply(variables, batch, **call)
+    if unseen := sorted(wanted.keys() - found.keys()):
+        raise ValueError(f"no linen.Conv or linen.Dense of the model ran at {unseen}, wanted the paths of the guide's layers: "
+                         "is there no batch, or does the model not call them?")
+    for name, density in wanted.items():
+        key = f"params/{name}/kernel"
+        leaves[key] = _pruned(leaves[key], found[name], density, rounds, damping)
+    return module, unflatten_dict(leaves, sep="/")
+
+
+def _pruned(kernel: Any, hessian: np.ndarray, density: float, rounds: int, damping: float) -> jax.Array:
+    """A kernel (..., ic / groups, oc) at a density; hessian (groups, m, m)."""
+    dense, groups = np.asarray(kernel, np.float64), len(hessian)
+    rows = dense.reshape(-1, groups, dense.shape[-1] // groups).transpose(1, 2, 0)  # (groups, outputs, m)
+    pruned = _prune(rows, hessian, round(density * dense.size), rounds, damping)
+    return jnp.asarray(pruned.transpose(2, 0, 1).reshape(dense.shape), kernel.dtype)
 
 
 def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, damping: float) -> np.ndarray:
@@ -119,12 +153,7 @@ def _hessians(model: Any, layers: dict[str, Any], batches: Iterable[Any]) -> dic
     found: dict[str, np.ndarray] = {}
 
     def observe(name: str, layer: Any, x: Any) -> None:
-        if isinstance(x, Tracer):
-            raise TypeError(f"layer {name!r} is called inside a compiled function: give a model that does not call jit")
-        images = x.reshape(-1, *x.shape[-layer.kernel.ndim + 1 :])
-        for first in range(0, len(images), CHUNK):
-            new = np.asarray(_gram(layer, images[first : first + CHUNK]), np.float64)
-            found[name] = found[name] + new if name in found else new
+        _note(found, name, layer, layer.kernel.shape, x)
 
     classes = {name: type(layer) for name, layer in layers.items()}
     try:
@@ -142,6 +171,16 @@ def _hessians(model: Any, layers: dict[str, Any], batches: Iterable[Any]) -> dic
     return found
 
 
+def _note(found: dict[str, np.ndarray], name: str, layer: Any, kernel: tuple[int, ...], x: Any) -> None:
+    """Adds X^T X of a layer's input x to what was found of it before."""
+    if isinstance(x, Tracer):
+        raise TypeError(f"layer {name!r} is called inside a compiled function: give a model that does not call jit")
+    images = x.reshape(-1, *x.shape[-len(kernel) + 1 :])
+    for first in range(0, len(images), CHUNK):
+        new = np.asarray(_gram(layer, kernel, images[first : first + CHUNK]), np.float64)
+        found[name] = found[name] + new if name in found else new
+
+
 @functools.lru_cache
 def _observed(layer_type: type) -> type:
     """A subclass that shows its input: unlike a wrapper it keeps isinstance and attributes working."""
@@ -154,16 +193,16 @@ def _observed(layer_type: type) -> type:
     return Observed
 
 
-def _gram(layer: Any, x: jax.Array) -> jax.Array:
+def _gram(layer: Any, kernel: tuple[int, ...], x: jax.Array) -> jax.Array:
     """X^T X (groups, m, m) of images (n, ..., ic), the rows of X in the order of the kernel's first axes."""
-    if isinstance(layer, nnx.Linear):
+    if len(kernel) == 2:
         return (x.T @ x)[None]
     rank, groups = x.ndim - 2, layer.feature_group_count
     pick = functools.partial(_window, rank=rank)
     strides, dilation = pick(layer.strides), pick(layer.kernel_dilation)
     padding = layer.padding
     if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-        reach = [(k - 1) * d for k, d in zip(layer.kernel.shape, dilation, strict=False)]
+        reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=False)]
         pads = [(r, 0) if padding == "CAUSAL" else (r // 2, (r + 1) // 2) for r in reach]
         mode: Any = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]
         x, padding = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=mode), "VALID"
@@ -171,9 +210,9 @@ def _gram(layer: Any, x: jax.Array) -> jax.Array:
         padding = [(p, p) if isinstance(p, int) else tuple(p) for p in pick(padding)]
     spatial = "DHW"[-rank:]
     patches = jax.lax.conv_general_dilated_patches(
-        x, layer.kernel.shape[:-2], strides, padding, lhs_dilation=pick(layer.input_dilation), rhs_dilation=dilation,
+        x, kernel[:-2], strides, padding, lhs_dilation=pick(layer.input_dilation), rhs_dilation=dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"), precision=jax.lax.Precision.HIGHEST)
-    ic, taps = x.shape[-1] // groups, int(np.prod(layer.kernel.shape[:-2]))
+    ic, taps = x.shape[-1] // groups, int(np.prod(kernel[:-2]))
     rows = patches.reshape(-1, groups, ic, taps).swapaxes(2, 3).reshape(-1, groups, taps * ic)  # patches are (ic, taps)
     return jnp.einsum("pgi,pgj->gij", rows, rows)
 
