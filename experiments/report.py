@@ -274,8 +274,8 @@ def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _conditions(result: Result) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    return (f"Measured on {result['cpu']}, {result['threads']} threads, with {versions}, commit {result['commit']}, "
+    versions, threads = ", ".join(f"{name} {version}" for name, version in result["versions"].items()), result["threads"]
+    return (f"Measured on {result['cpu']}, {threads} thread{'s' * (threads > 1)}, with {versions}, commit {result['commit']}, "
             f"{result['date'][:10]}.")
 
 

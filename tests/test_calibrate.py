@@ -146,8 +146,8 @@ A, B = layer(64, 8, 64, 3), layer(32, 8, 32, 3)
 
 def line(layer, density, measured, predicted):
     return {"cpu": "C", "isa": "avx2", "n": 1, "threads": 2, "layer": str(layer), "density": density,
-            "drawn": density and check.nearest(density), "measured": measured, "predicted": predicted, "date": "2026-01-01",
-            "commit": "abc"}
+            "drawn": density and check.nearest(density), "measured": measured, "predicted": predicted, "spread": 0.3,
+            "date": "2026-01-01", "commit": "abc"}
 
 
 def test_choices_by_hand():
@@ -165,6 +165,8 @@ def test_choices_by_hand():
         f"| avx2, n=1, 2 threads | fitted in these rounds | {cells} |", "", "C. Measured 2026-01-01 at abc."]
     both = judgement.table([each | {"stored": each["predicted"]} for each in lines])
     assert f"| avx2, n=1, 2 threads | stored before | {cells} |" in both
+    steady = judgement.table([each | {"spread": 0.1} if each["layer"] == str(B) else each for each in lines])
+    assert "; the 2 of 5 times that repeat within 20% | 25.0% | 25.0% | 200.0% | 200.0% |  |" in steady
     missed = judgement.Judgement.of(lines).missed()
     assert missed[0] == "the sparse median error is 25.0%, above 10%"
     assert missed[-1] == "the time lost to choices is 43.8%, above 2%"

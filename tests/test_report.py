@@ -167,6 +167,11 @@ def test_the_readme_table(result):
     assert report.with_table(report.with_table(before, "x"), text) == report.with_table(before, text)
 
 
+def test_missing_results_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"transfer.jsonl is missing: run python -m experiments.calibrate --transfer"):
+        report.carries(tmp_path)
+
+
 def test_a_readme_without_markers():
     for readme in ("", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"):
         with pytest.raises(ValueError, match=re.escape(f"needs one line {report.BEGIN} and after it one line {report.END}")):

@@ -19,6 +19,7 @@ CLEAR = 0.1  # times that differ by more have one right choice
 NETWORKS = {"ResNet-50": resnet50, "GoogLeNet": googlenet}
 CONSTANTS = {"predicted": "fitted in these rounds", "stored": "stored before"}  # by the key of a line
 MEDIAN, HIGH, LOSS = 0.1, 0.25, 0.02  # what is promised
+STEADY = 0.2  # distance of the quartiles / median: what repeats no better cannot be predicted better
 HEAD = ("", "constants", "sparse: median error", "90th percentile", "dense: median error", "90th percentile",
         "network totals: median", "worst", "dense is faster", "wrong choices", "time lost")
 
@@ -59,8 +60,7 @@ class Judgement:
 
     @classmethod
     def of(cls, lines: Sequence[Line], key: str = "predicted") -> Judgement:
-        sparse, dense = (Errors.of(*np.array([(line[key], line["measured"]) for line in lines
-                                              if (line["density"] is None) == kind]).T) for kind in (False, True))
+        sparse, dense = errors(lines, key)
         networks = {(name, drawn): error for name, network in NETWORKS.items()
                     for drawn, error in network_errors(lines, network(), key).items()}
         return cls(sparse, dense, networks, choices(lines, key))
@@ -94,11 +94,25 @@ def table(lines: Sequence[Line]) -> str:
     fields: dict[tuple, list[Line]] = {}
     for key, line in newest.items():
         fields.setdefault(key[:3], []).append(line)
-    rows = [(f"{isa}, n={n}, {threads} thread{'s' * (threads > 1)}", constants, *Judgement.of(some, key).cells())
-            for (isa, n, threads), some in sorted(fields.items()) for key, constants in CONSTANTS.items()
-            if all(line.get(key) is not None for line in some)]
+    rows: list[Sequence[str]] = []
+    for (isa, n, threads), some in sorted(fields.items()):
+        name = f"{isa}, n={n}, {threads} thread{'s' * (threads > 1)}"
+        rows += [(name, constants, *Judgement.of(some, key).cells()) for key, constants in CONSTANTS.items()
+                 if all(line.get(key) is not None for line in some)]
+        steady = [line for line in some if line["spread"] <= STEADY]
+        if {line["density"] is None for line in steady} == {False, True}:
+            cells = [f"{value:.1%}" for error in errors(steady) for value in (error.median, error.high)]
+            which = f"fitted in these rounds; the {len(steady)} of {len(some)} times that repeat within {STEADY:.0%}"
+            rows.append((name, which, *cells, *[""] * 5))
     last = list(newest.values())[-1]
     return "\n".join([markdown(HEAD, rows), "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
+
+
+def errors(lines: Sequence[Line], key: str = "predicted") -> tuple[Errors, Errors]:
+    """Of the sparse times and of the dense ones."""
+    times = {kind: np.array([(line[key], line["measured"]) for line in lines if (line["density"] is None) == kind]).T
+             for kind in (False, True)}
+    return Errors.of(*times[False]), Errors.of(*times[True])
 
 
 def choices(lines: Sequence[Line], key: str = "predicted") -> Choices:
