@@ -84,13 +84,16 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
 
 def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Guidance, rounds: int, damping: float,
            call: Any) -> tuple[nn.Module, Any]:
-    wanted, found, leaves = guide.densities, {}, flatten_dict(unfreeze(variables), sep="/")
+    wanted = guide.densities
+    found: dict[str, np.ndarray] = {}
+    leaves: dict[str, Any] = flatten_dict(unfreeze(variables), sep="/")
 
     def observe(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        name = "/".join(context.module.path)
-        if name in wanted and context.method_name == "__call__" and isinstance(context.module, (nn.Conv, nn.Dense)):
-            kernel = context.module.get_variable("params", "kernel")
-            _note(found, name, context.module, kernel.shape, args[0] if args else kwargs["inputs"])
+        layer: Any = context.module
+        name = "/".join(layer.path)
+        if name in wanted and context.method_name == "__call__" and isinstance(layer, (nn.Conv, nn.Dense)):
+            kernel: Any = layer.get_variable("params", "kernel")
+            _note(found, name, layer, kernel.shape, args[0] if args else kwargs["inputs"])
         return run(*args, **kwargs)
 
     for batch in batches:

@@ -78,11 +78,11 @@ def _pooled(statistics: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nda
 
 def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], call: Any) -> tuple[nn.Module, Any]:
     def normalise(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        norm = context.module
+        norm: Any = context.module
         if context.method_name != "__call__" or not isinstance(norm, nn.BatchNorm):
             return run(*args, **kwargs)
         x = args[0] if args else kwargs["x"]
-        axis = range(x.ndim)[norm.axis] if isinstance(norm.axis, int) else tuple(range(x.ndim)[a] for a in norm.axis)
+        axis = range(x.ndim)[norm.axis]
         others = tuple(a for a in range(x.ndim) if a != axis)
         mean, var = x.mean(others), x.var(others)
         norm.sow(SEEN, "statistics", (mean, var))
@@ -96,15 +96,17 @@ def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], call: Any)
         with nn.intercept_methods(normalise):
             return module.apply(variables, batch, mutable=[SEEN], **call)[1]
 
-    variables, seen = unfreeze(variables), {}
+    variables = unfreeze(variables)
+    seen: dict[Any, list[Any]] = {}
     for batch in batches:
-        for path, calls in flatten_dict(run(variables, batch).get(SEEN, {})).items():
+        found: dict[Any, Any] = flatten_dict(run(variables, batch).get(SEEN, {}))
+        for path, calls in found.items():
             seen.setdefault(path[:-1], []).extend(tuple(np.asarray(part, np.float64) for part in one) for one in calls)
         if not seen:
             raise ValueError(f"found no linen.BatchNorm in {type(module).__name__}: it has no statistics to recalibrate")
     if not seen:
         raise ValueError("there are no batches to take statistics of: is the iterator exhausted?")
-    old = flatten_dict(variables["batch_stats"])
+    old: dict[Any, Any] = flatten_dict(variables["batch_stats"])
     for path, statistics in seen.items():
         for name, value in zip(("mean", "var"), _pooled(statistics), strict=True):
             old[*path, name] = jnp.asarray(value, old[*path, name].dtype)
