@@ -9,7 +9,7 @@ import matplotlib.figure  # noqa: F401  its fonts are found in the user's cache,
 import numpy as np
 import pytest
 
-from experiments.calibrate import check, figures, gpu, judgement, layers, spdy, transfer
+from experiments.calibrate import check, figures, gpu, gpu_conv, judgement, layers, spdy, transfer
 from experiments.calibrate import run as run_module
 from experiments.calibrate.fit import PER_WEIGHT, Errors, errors, fit, predict
 from experiments.calibrate.measure import Sample, measure
@@ -227,22 +227,23 @@ def test_lowering_only_reads_more():
 
 @pytest.mark.parametrize("shape", [
     layer(6, 7, 8, 3, stride=2), layer(8, 6, 12, 3, groups=2), layer(5, 9, 4, 3, dilation=2), layer(7, 1, 9, 1)], ids=str)
-def test_gathered_convolution(shape):
+@pytest.mark.parametrize("block", [16, gpu_conv.BLOCKS[0]])  # more than one, and one that no image fills
+def test_gathered_convolution(shape, block):
     draw = np.random.default_rng(0)
     shape = shape.with_batch(2)
     kernel = draw.standard_normal(shape.kernel_shape, np.float32) * (draw.random(shape.kernel_shape) < 0.3)
     x = draw.standard_normal((2, shape.ih, shape.iw, shape.ic), np.float32)
-    found = gpu.gather_conv(x, *gpu.rows_of(kernel, shape.groups), shape)
-    exact = gpu._dense(x, kernel, shape)
+    found = gpu_conv.gather_conv(x.transpose(3, 0, 1, 2), *gpu_conv.rows_of(kernel, shape), shape, block)
+    found, exact = found.transpose(1, 2, 3, 0), gpu_conv.dense_conv(x, kernel, shape)
     # Both add at most ic * kh * kw products; each rounds by 6e-8 of the sum of their sizes.
-    size = gpu._dense(np.abs(x), np.abs(kernel), shape)
+    size = gpu_conv.dense_conv(np.abs(x), np.abs(kernel), shape)
     np.testing.assert_array_less(np.abs(found - exact), 2 * kernel[..., 0].size * 6e-8 * size + 1e-9)
 
 
 def test_gpu_table_without_a_gpu(tmp_path, capsys):
     gpu.run(1.0, tmp_path)
     rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| n16 ")]
-    assert len(rows) == len(BENCHMARK) and all(row.endswith("not measured | not measured | not measured |") for row in rows)
+    assert len(rows) == len(BENCHMARK) and all(row.endswith(5 * "| not measured " + "|") for row in rows)
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert all(line["measured speedup"] is None and line["speedup"] > 0 for line in lines)
 

@@ -1,4 +1,4 @@
-"""Can unstructured sparsity pay on a GPU? Dense convolutions of its library against sparse ones that gather, in plain JAX.
+"""Can unstructured sparsity pay on a GPU? Dense convolutions of its library against sparse ones of our own, in Pallas.
 
 The machine is the paper's kind: peak, bandwidth and alpha, nothing else. alpha is measured on one layer. Without a GPU the
 predictions are those for a documented one, and nothing is measured.
@@ -19,14 +19,17 @@ import numpy as np
 
 from experiments.benchmark.results import Line, append, provenance
 from experiments.benchmark.table import markdown
+from experiments.calibrate.gpu_conv import BLOCKS, dense_conv, gather_conv, rows_of
 from experiments.layers import BENCHMARK, name_of
 from experiments.progress import progress
 from sparseflax.cost import conv_seconds, dense_seconds
 from sparseflax.machine import Machine
 from sparseflax.shapes import ConvShape
 
-DENSITY, BATCH = 0.1, 16
-COLUMNS = "dense", "sparse", "speedup", "measured dense", "measured sparse", "measured speedup"
+DENSITY, BATCH, CALLS = 0.1, 16, 20
+MEASURED = "measured dense", "measured tensor cores", "measured sparse", "measured speedup", "over tensor cores"
+COLUMNS = "dense", "sparse", "speedup", *MEASURED
+RATIOS = "speedup", "measured speedup", "over tensor cores"
 # Without tensor cores. alpha: unstructured sparse products reach 27 % of the peak (Gale et al., "Sparse GPU Kernels for Deep
 # Learning", SC 2020); beta: a 32-bit index beside each weight.
 DOCUMENTED = Machine(
@@ -52,20 +55,20 @@ def run(seconds: float, out: Path) -> None:
 def table(lines: Sequence[Line]) -> str:
     """The newest line of each layer as Markdown, on the machine that came last."""
     newest = {line["layer"]: line for line in lines if line["machine"] == lines[-1]["machine"]}
-    rows = [(layer, *("not measured" if line[key] is None else f"{line[key]:.3g}" for key in COLUMNS))
+    rows = [(layer, *("not measured" if line.get(key) is None else f"{line[key]:.3g}" for key in COLUMNS))
             for layer, line in newest.items()]
-    return "\n".join([markdown(("layer", *(name + ", us" * ("speedup" not in name) for name in COLUMNS)), rows), "",
-                      f"{lines[-1]['machine']}, density {DENSITY:g}."])
+    return "\n".join([markdown(("layer", *(name + ", us" * (name not in RATIOS) for name in COLUMNS)), rows), "",
+                      f"{lines[-1]['machine']}, density {DENSITY:g}, float32; with tensor cores in TF32."])
 
 
 def compare(shape: ConvShape, machine: Machine, device: Any, seconds: float) -> dict:
     """Predicted and measured microseconds of a layer at DENSITY; None where no device is given."""
     dense, sparse = float(dense_seconds(shape, machine)), float(conv_seconds(shape, DENSITY, machine))
     row = {"layer": f"n{shape.n} {name_of(shape)}", "dense": 1e6 * dense, "sparse": 1e6 * sparse, "speedup": dense / sparse,
-           "measured dense": None, "measured sparse": None, "measured speedup": None}
+           **dict.fromkeys(MEASURED)}
     if device is not None:
-        dense, sparse = time_layer(shape, device, seconds)
-        row |= {"measured dense": 1e6 * dense, "measured sparse": 1e6 * sparse, "measured speedup": dense / sparse}
+        dense, fast, sparse = time_layer(shape, device, seconds)
+        row |= zip(MEASURED, (1e6 * dense, 1e6 * fast, 1e6 * sparse, dense / sparse, fast / sparse), strict=True)
     return row
 
 
@@ -78,14 +81,14 @@ def measure_machine(device: Any) -> Machine:
         peak = 2 * side**3 / _median(jax.jit(functools.partial(jnp.dot, precision="highest")), (a, a), 0.5)
         x = jnp.ones((16 if small else 256) << 20, jnp.float32)
         bandwidth = 2 * x.nbytes / _median(jax.jit(lambda x: x * 0.5 + 0.5), (x,), 0.5)
-    dense, sparse = time_layer(BENCHMARK[4].with_batch(1 if small else BATCH), device, 1.0)
+    dense, _, sparse = time_layer(BENCHMARK[4].with_batch(1 if small else BATCH), device, 1.0)
     return Machine(
         name=device.device_kind, isa=device.platform, lanes=32, cores=1, threads=1, l1_bytes=1, l2_bytes=0, l3_bytes=0,
         peak=peak, bandwidth=bandwidth, alpha=sparse / (DENSITY * dense), beta=2.0, source="measured")
 
 
-def time_layer(shape: ConvShape, device: Any, seconds: float) -> tuple[float, float]:
-    """Seconds of the dense and of the gathered sparse convolution of a random layer; their outputs are compared.
+def time_layer(shape: ConvShape, device: Any, seconds: float) -> tuple[float, float, float]:
+    """Seconds of a random layer: dense, dense with tensor cores, and sparse, in the blocks that suit it best.
 
     Raises:
       AssertionError: the outputs differ by more than rounding.
@@ -93,58 +96,26 @@ def time_layer(shape: ConvShape, device: Any, seconds: float) -> tuple[float, fl
     draw = np.random.default_rng(0)
     kernel = draw.standard_normal(shape.kernel_shape, np.float32) * (draw.random(shape.kernel_shape) < DENSITY)
     x = draw.standard_normal((shape.n, shape.ih, shape.iw, shape.ic), np.float32)
-    columns, values = rows_of(kernel, shape.groups)
     with jax.default_device(device):
-        dense = jax.jit(functools.partial(_dense, shape=shape))
-        sparse = jax.jit(functools.partial(gather_conv, shape=shape))
-        ours, theirs = (jnp.asarray(x), jnp.asarray(columns), jnp.asarray(values)), (jnp.asarray(x), jnp.asarray(kernel))
-        expected, found = np.asarray(dense(*theirs)), np.asarray(sparse(*ours))
-        error = float(np.abs(found - expected).max())
-        assert error <= 1e-4 * np.abs(expected).max(), f"{shape}: outputs differ by {error}"
-        return _median(dense, theirs, seconds / 2), _median(sparse, ours, seconds / 2)
-
-
-def rows_of(kernel: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Kept weights of each output channel, padded with zeros: which patch entries they meet, and their values.
-
-    Returns:
-      columns: int32 (oc, most), indices into a patch (ic, kh, kw).
-      values: float32 (oc, most).
-    """
-    kh, kw, icg, oc = kernel.shape
-    matrix = kernel.transpose(3, 2, 0, 1).reshape(oc, -1)
-    most = max(1, int(np.count_nonzero(matrix, axis=1).max()))
-    columns, values = np.zeros((oc, most), np.int32), np.zeros((oc, most), np.float32)
-    for k, row in enumerate(matrix):
-        kept = np.flatnonzero(row)
-        columns[k, :len(kept)] = kept + k // (oc // groups) * icg * kh * kw
-        values[k, :len(kept)] = row[kept]
-    return columns, values
-
-
-def gather_conv(x: jax.Array, columns: jax.Array, values: jax.Array, shape: ConvShape) -> jax.Array:
-    """The sparse convolution as gathers from patches and sums: x (n, ih, iw, ic) -> (n, oh, ow, oc)."""
-    patches = jax.lax.conv_general_dilated_patches(
-        x, (shape.kh, shape.kw), shape.strides, shape.padding, rhs_dilation=shape.kernel_dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    flat = patches.reshape(-1, shape.ic * shape.kh * shape.kw).T  # a column of a kept weight is contiguous
-    y = jax.lax.map(lambda row: jnp.einsum("kp,k->p", flat[row[0]], row[1], precision="highest"), (columns, values),
-                    batch_size=8)
-    return y.T.reshape(shape.n, shape.oh, shape.ow, shape.oc)
-
-
-def _dense(x: jax.Array, kernel: jax.Array, shape: ConvShape) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, shape.strides, shape.padding, rhs_dilation=shape.kernel_dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=shape.groups, precision="highest")
+        images = jnp.asarray(x), jnp.asarray(kernel)
+        dense, fast = (functools.partial(dense_conv, shape=shape, precision=p) for p in ("highest", "default"))
+        operands = jnp.asarray(x.transpose(3, 0, 1, 2)), *map(jnp.asarray, rows_of(kernel, shape))
+        expected, times = np.asarray(dense(*images)).transpose(3, 0, 1, 2), []
+        for block in BLOCKS:
+            sparse = jax.jit(functools.partial(gather_conv, shape=shape, block=block))
+            error = float(np.abs(np.asarray(sparse(*operands)) - expected).max())
+            assert error <= 1e-4 * np.abs(expected).max(), f"{shape}: outputs differ by {error}"
+            times.append(_median(sparse, operands, seconds / 5))
+        return _median(dense, images, seconds / 5), _median(fast, images, seconds / 5), min(times)
 
 
 def _median(call: Callable[..., jax.Array], operands: tuple, seconds: float) -> float:
+    """Seconds of a call; CALLS are under way at once, so that the host's share of them does not count."""
     call(*operands).block_until_ready()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
-        call(*operands).block_until_ready()
-        times.append(time.perf_counter() - begin)
+        jax.block_until_ready([call(*operands) for _ in range(CALLS)])
+        times.append((time.perf_counter() - begin) / CALLS)
     return statistics.median(times)
