@@ -108,10 +108,10 @@ def dense_seconds(shape: ConvShape | Work, machine: Machine) -> jax.Array:
     """
     counts = shape.dense if isinstance(shape, Work) else dense_counts(shape, machine)
     seconds = DenseCounts(*(jnp.asarray(count * rate, float) for count, rate in zip(counts, machine.rates.dense, strict=True)))
-    arithmetic = (seconds.flop + seconds.deep + seconds.pointwise + seconds.shifted + seconds.group_taps + seconds.odd
-                  + seconds.patches + seconds.outputs + seconds.rows)
+    arithmetic = (seconds.flop + seconds.deep + seconds.far + seconds.shifted + seconds.group_taps + seconds.odd
+                  + seconds.patches + seconds.outputs)
     traffic = seconds.kernel_bytes + seconds.packed_bytes + seconds.activation_bytes
-    return seconds.call + _overlapped(arithmetic, traffic, machine.rates.overlap)
+    return seconds.call + seconds.split + _overlapped(arithmetic, traffic, machine.rates.overlap)
 
 
 def speedup(shape: ConvShape | Work, density: Any, machine: Machine) -> jax.Array:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Densities at which the kernel is asked for its tile; between them it takes one of these tiles or one about as fast.
 DENSITIES = (0.02, 0.06, 0.2, 0.6)
 KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense weight
+SHARED = 3e7  # operations from which on XLA's threads share a product, about a millisecond of one
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
 
 
@@ -69,32 +70,32 @@ class DenseCounts(NamedTuple):
       flop: operations, padding included; none of those of a single row, of a depthwise convolution, and of XLA's own loop
         over more than MAX_GROUPS groups.
       deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
-      pointwise: the same of a 1x1 convolution, again.
+      far: the same, again, but not of a 1x1 convolution, times the part of the kernel that the core's own cache does not hold.
       shifted: multiply-adds of a depthwise convolution, which is a sum of shifted images.
       group_taps: output positions times kernel positions times groups, of more than MAX_GROUPS groups.
       odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
         number of input channels is odd.
       patches: inputs copied into the rows of the matrix.
       outputs: written by a product.
-      rows: rows of the output images.
       kernel_bytes: of a kernel that meets a single row; twice those that do not stay in the core's own cache.
-      packed_bytes: of any other kernel but a depthwise one.
+      packed_bytes: of any other kernel but a depthwise one; likewise, with the packed copy in that cache too.
       activation_bytes: of input and output, that do not stay in a quarter of the last cache.
+      split: the part of `call` that threads share: half of a product of SHARED operations, most of a longer one.
       call: 1, or as many as there are groups, each a convolution of its own up to MAX_GROUPS of them.
     """
 
     flop: Any
     deep: Any
-    pointwise: Any
+    far: Any
     shifted: Any
     group_taps: Any
     odd: Any
     patches: Any
     outputs: Any
-    rows: Any
     kernel_bytes: Any
     packed_bytes: Any
     activation_bytes: Any
+    split: Any
     call: Any
 
 
@@ -224,21 +225,25 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
     depthwise = shape.groups > 1 and icg == 1
     loop, product = shape.groups > MAX_GROUPS and not depthwise, rows > 1
     lowered = product and not depthwise  # to a product of matrices
-    flop, moved = float(shape.flops * (lowered and not loop)), float(_read_bytes(shape) + shape.output_bytes)
+    products = float(shape.groups if lowered and not loop else 0)
+    flop, moved = shape.flops * bool(products), float(_read_bytes(shape) + shape.output_bytes)
+    # A kernel that is packed first is there twice.
+    outside = _beyond(shape.weight_bytes / shape.groups, 2 * machine.l2_bytes)
+    call = 1.0 if depthwise or loop else float(shape.groups)
     return DenseCounts(
-        flop=flop,
+        flop=float(flop),
         deep=flop * taps * icg / (taps * icg + 1000),
-        pointwise=flop * (taps == 1),
+        far=flop * (taps > 1) * outside,
         shifted=float(rows * taps * shape.oc * depthwise),
         group_taps=float(rows * taps * shape.groups * loop),
         odd=rows * taps * (icg > 1 and icg % 2) * (shape.oc % 64) / 64,
         patches=float(rows * taps * shape.ic * lowered),
         outputs=float(rows * shape.oc * product),
-        rows=float(shape.n * shape.oh * product),
         kernel_bytes=shape.weight_bytes * (not product) * (1 + _beyond(shape.weight_bytes, machine.l2_bytes)),
-        packed_bytes=float(shape.weight_bytes * lowered),
+        packed_bytes=shape.weight_bytes * lowered * (1 + outside),
         activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
-        call=1.0 if depthwise or loop else float(shape.groups))
+        split=products * (machine.threads > 1) * flop / (flop + SHARED * call),
+        call=call)
 
 
 def _read_bytes(shape: ConvShape) -> float:

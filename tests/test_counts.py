@@ -116,9 +116,10 @@ def test_useful_range_ends_where_half_of_the_time_is_not_the_weights():
 
 def test_dense_counts_see_what_xla_is_slow_at():
     plain = dense_counts(CONV, MACHINE)
-    assert plain.shifted == plain.group_taps == plain.odd == plain.pointwise == plain.kernel_bytes == 0
-    assert plain.flop == CONV.flops and plain.rows == 14 and 0 < plain.deep < plain.flop and plain.call == 1
-    assert plain.patches == 14 * 14 * 9 * 96 and plain.outputs == 14 * 14 * 64 and plain.packed_bytes == CONV.weight_bytes
+    assert plain.shifted == plain.group_taps == plain.odd == plain.split == plain.kernel_bytes == 0
+    assert plain.flop == CONV.flops and 0 < plain.deep < plain.flop and plain.call == 1
+    assert plain.patches == 14 * 14 * 9 * 96 and plain.outputs == 14 * 14 * 64
+    assert CONV.weight_bytes < plain.packed_bytes < 1.1 * CONV.weight_bytes  # 216 KB beside two own caches of 256 KB
     # As `fuse` leaves them: a convolution per group, a sum of shifted images, XLA's own loop.
     grouped = dense_counts(replace(CONV, groups=4), MACHINE)
     assert grouped.flop == plain.flop / 4 and grouped.call == 4 and grouped.shifted == grouped.group_taps == 0
@@ -138,7 +139,20 @@ def test_dense_counts_see_what_xla_is_slow_at():
     linear = dense_counts(ConvShape(1, 1, 1, 512, 100, 1, 1), MACHINE)
     assert 4 * 512 * 100 < linear.kernel_bytes < 2 * 4 * 512 * 100  # 200 KB beside an own cache of 256 KB
     assert dense_counts(ConvShape(1, 1, 1, 8192, 4096, 1, 1), MACHINE).kernel_bytes == pytest.approx(8 * 8192 * 4096, rel=1e-6)
-    assert linear.flop == linear.packed_bytes == linear.pointwise == 0
+    assert linear.flop == linear.packed_bytes == linear.far == 0
+    # Both copies of a kernel of 7 MB lie outside of an own cache of 256 KB, and a half of them where it holds as much.
+    heavy = ConvShape(1, 14, 14, 448, 448, 3, 3, padding=((1, 1), (1, 1)))
+    far = dense_counts(heavy, MACHINE)
+    assert far.far == pytest.approx(heavy.flops, rel=1e-3)
+    assert far.packed_bytes == pytest.approx(2 * heavy.weight_bytes, rel=1e-3)
+    even = dense_counts(heavy, replace(MACHINE, l2_bytes=heavy.weight_bytes // 2))
+    assert even.far == heavy.flops / 2 and even.packed_bytes == 1.5 * heavy.weight_bytes
+    assert dense_counts(replace(heavy, kh=1, kw=1, padding=((0, 0), (0, 0))), MACHINE).far == 0
+    # Threads share what is long enough.
+    two = replace(MACHINE, threads=2)
+    short, long = (dense_counts(shape, two).split for shape in (ConvShape(1, 7, 7, 64, 64, 1, 1), heavy))
+    assert 0 < short < 0.02 and 0.9 < long < 1
+    assert dense_counts(replace(heavy, groups=4), two).split < 4 * long
 
 
 def test_no_kernel_of_that_name():
@@ -178,18 +192,18 @@ GOLDEN = {
         layer(64, 56, 64, 3): "2x7 2x7 2x7 2x7 dense",
         layer(256, 14, 256, 3): "2x7 2x7 2x7 1x14 1x14",
         layer(512, 7, 512, 3): "1x7 1x7 1x7 1x7 1x7",
-        layer(1024, 14, 256, 1): "1x13 1x9 1x9 1x9 1x9",
+        layer(1024, 14, 256, 1): "1x13 1x9 1x9 1x9 dense",
         layer(64, 56, 256, 1): "1x11 1x13 1x13 1x14 dense",
         layer(256, 13, 384, 3).with_batch(16): "1x13 1x13 1x13 1x13 1x13",
-        layer(128, 56, 128, 3, 2): "2x7 2x7 2x7 1x7 dense",
+        layer(128, 56, 128, 3, 2): "2x7 2x7 2x7 1x7 1x7",
         layer(16, 14, 16, 1): "1x13 1x13 1x13 1x13 1x13",
         layer(2048, 1, 1000, 1): "1x1 1x1 dense dense dense",
-        layer(96, 27, 256, 5, groups=2): "2x7 2x7 2x7 2x7 dense",
+        layer(96, 27, 256, 5, groups=2): "2x7 2x7 2x7 2x7 2x7",
     },
     "portable": {
         layer(64, 56, 64, 3): "2x7 2x7 dense dense dense",
         layer(1024, 14, 256, 1): "1x10 1x10 dense dense dense",
-        layer(256, 13, 384, 3).with_batch(16): "1x13 1x13 dense dense dense",
+        layer(256, 13, 384, 3).with_batch(16): "1x13 1x13 1x13 dense dense",
         layer(2048, 1, 1000, 1): "1x1 1x1 dense dense dense",
     },
 }

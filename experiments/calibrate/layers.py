@@ -47,6 +47,9 @@ def held_out() -> list[ConvShape]:
 # Which the random layers seldom have: more input and output than a cache holds, up to 60 MB at 16 images; narrow outputs.
 LARGE = ((48, 80, 96, 1), (96, 60, 192, 1), (192, 40, 64, 1), (224, 40, 96, 3, 2), (32, 96, 40, 3), (320, 40, 48, 1),
          (640, 14, 32, 1), (288, 24, 24, 1))
+# The same of kernels: more than a core's own cache holds, up to 8 MB.
+HEAVY = (layer(448, 7, 448, 3), layer(400, 10, 400, 3), layer(384, 8, 480, 3, 2).with_batch(8), layer(640, 7, 1536, 1),
+         layer(1536, 7, 640, 1), layer(896, 14, 2048, 1, 2))
 # What the random layers seldom are.
 SPECIAL = (
     layer(3, 160, 32, 7, 2), layer(3, 64, 32, 3), layer(3, 112, 48, 3, 2), layer(1, 28, 32, 3), layer(4, 32, 64, 5),
@@ -87,4 +90,4 @@ def fitting(seed: int = 0) -> list[tuple[ConvShape, tuple[float, ...]]]:
                     and shape.with_batch(1) not in known):
                 drawn.append((shape, densities()))
                 count -= 1
-    return drawn + [(shape, densities()) for shape in SPECIAL] + [(shape, ()) for shape in GROUPED]
+    return drawn + [(shape, densities()) for shape in SPECIAL + HEAVY] + [(shape, ()) for shape in GROUPED]
