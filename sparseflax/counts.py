@@ -76,6 +76,7 @@ class DenseCounts(NamedTuple):
       odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
         number of input channels is odd.
       patches: inputs copied into the rows of the matrix.
+      pixels: the same of a 1x1 convolution, whose image is that matrix already, if the stride is 1.
       outputs: written by a product.
       kernel_bytes: of a kernel that meets a single row; twice those that do not stay in the core's own cache.
       packed_bytes: of any other kernel but a depthwise one; likewise, with the packed copy in that cache too.
@@ -91,6 +92,7 @@ class DenseCounts(NamedTuple):
     group_taps: Any
     odd: Any
     patches: Any
+    pixels: Any
     outputs: Any
     kernel_bytes: Any
     packed_bytes: Any
@@ -237,7 +239,8 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
         shifted=float(rows * taps * shape.oc * depthwise),
         group_taps=float(rows * taps * shape.groups * loop),
         odd=rows * taps * (icg > 1 and icg % 2) * (shape.oc % 64) / 64,
-        patches=float(rows * taps * shape.ic * lowered),
+        patches=float(rows * taps * shape.ic * lowered * (taps > 1)),
+        pixels=float(rows * shape.ic * lowered * (taps == 1)),
         outputs=float(rows * shape.oc * product),
         kernel_bytes=shape.weight_bytes * (not product) * (1 + _beyond(shape.weight_bytes, machine.l2_bytes)),
         packed_bytes=shape.weight_bytes * lowered * (1 + outside),

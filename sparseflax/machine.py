@@ -114,7 +114,8 @@ TYPICAL = Rates(
                  store=1.5e-9, pack=9e-10, input_bytes=4e-12, output_bytes=1.5e-11, memory_bytes=2e-11, split=5e-6,
                  call=1.5e-6),
     DenseCounts(flop=9.3e-12, deep=3.8e-12, far=3e-12, shifted=7e-11, group_taps=1.5e-8, odd=1.5e-8, patches=6e-11,
-                outputs=6e-11, kernel_bytes=1.7e-11, packed_bytes=6e-11, activation_bytes=1.5e-10, split=1e-4, call=1.6e-5),
+                pixels=3e-11, outputs=6e-11, kernel_bytes=1.7e-11, packed_bytes=6e-11, activation_bytes=1.5e-10, split=1e-4,
+                call=1.6e-5),
     overlap=1.0)
 
 

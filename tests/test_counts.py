@@ -118,7 +118,7 @@ def test_dense_counts_see_what_xla_is_slow_at():
     plain = dense_counts(CONV, MACHINE)
     assert plain.shifted == plain.group_taps == plain.odd == plain.split == plain.kernel_bytes == 0
     assert plain.flop == CONV.flops and 0 < plain.deep < plain.flop and plain.call == 1
-    assert plain.patches == 14 * 14 * 9 * 96 and plain.outputs == 14 * 14 * 64
+    assert plain.patches == 14 * 14 * 9 * 96 and plain.pixels == 0 and plain.outputs == 14 * 14 * 64
     assert CONV.weight_bytes < plain.packed_bytes < 1.1 * CONV.weight_bytes  # 216 KB beside two own caches of 256 KB
     # As `fuse` leaves them: a convolution per group, a sum of shifted images, XLA's own loop.
     grouped = dense_counts(replace(CONV, groups=4), MACHINE)
@@ -130,6 +130,7 @@ def test_dense_counts_see_what_xla_is_slow_at():
     assert loop.group_taps == 14 * 14 * 9 * 96 and loop.call == 1 and loop.flop == loop.shifted == 0
     # A 1x1 window with stride 2 meets a quarter of the pixels.
     skips = dense_counts(ConvShape(4096, 14, 14, 96, 64, 1, 1, strides=(2, 2)), MACHINE)
+    assert skips.patches == 0 and skips.pixels == 4096 * 7 * 7 * 96
     assert skips.activation_bytes == pytest.approx(4096 * 7 * 7 * (96 + 64) * 4, rel=0.01)
     assert dense_counts(replace(CONV, ic=3, oc=32), MACHINE).odd == 14 * 14 * 9 / 2
     assert dense_counts(replace(CONV, ic=3), MACHINE).odd == 0  # whole vectors of outputs
