@@ -196,7 +196,8 @@ def with_tables(readme: str, runs: Path = RESULTS) -> str:
     readme = with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
     readme = with_table(readme, networks_table(results.NETWORKS), NETWORKS_BEGIN, NETWORKS_END)
     readme = with_table(readme, carries(), CARRIES_BEGIN, CARRIES_END)
-    return with_table(readme, judgement.table(results.read(check.LINES)), MODEL_BEGIN, MODEL_END)
+    judged = "\n\n".join(judgement.table(results.read(path)) for path in (check.LINES, *check.OTHER_LINES))
+    return with_table(readme, judged, MODEL_BEGIN, MODEL_END)
 
 
 def carries(folder: Path = check.LINES.parent) -> str:
@@ -215,16 +216,16 @@ def carries(folder: Path = check.LINES.parent) -> str:
 
 
 def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_LAYERS,
-           threads: Path = results.THREADS) -> str:
+           threads: Sequence[Path] = (results.THREADS, *results.OTHER_THREADS)) -> str:
     """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to files.
 
     Args:
       first: of the CPU that was measured last.
       others: each of one more CPU.
-      threads: what `python -m experiments.benchmark threads` has appended.
+      threads: what `python -m experiments.benchmark threads` has appended, a file for each CPU.
     """
-    parts = [machines_table([first, *others]), "Two threads over one, `python -m experiments.benchmark threads`; independent "
-             "copies, one on each CPU, are what the machine allows:", threads_table(threads)]
+    parts = [machines_table([first, *others]), "Several threads over one, `python -m experiments.benchmark threads`; "
+             "independent copies, one on each CPU, are what the machine allows:", *map(threads_table, threads)]
     for path in (first, *others):
         last = results.read(path)[-1]
         parts += [f"<details><summary>Layer by layer on {last['cpu']}, {last['isa']}</summary>", _layers(path), "</details>"]

@@ -21,6 +21,7 @@ from sparseflax import profile
 from sparseflax.machine import Machine
 
 LINES = ROOT / "experiments" / "results" / "calibration.jsonl"
+OTHER_LINES = LINES.with_name("calibration_xeon.jsonl"),  # of other CPUs
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
