@@ -123,17 +123,6 @@ def program(model: nnx.Module, x: np.ndarray) -> Callable[[], jax.Array]:
     return lambda: run(state, images).block_until_ready()
 
 
-def peak_bytes(model: nnx.Module, x: np.ndarray) -> int:
-    """What XLA reserves for the call `model(x)`: operands, weights among them, outputs and everything in between.
-
-    Beside it stand 3 bytes per kept weight of the sparse kernel's own, and its panels, a few hundred KB per thread.
-    """
-    graphdef, state = nnx.split(model)
-    compiled = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, jnp.asarray(x)).compile()
-    memory: Any = compiled.memory_analysis()
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-
-
 def in_float64(model: nnx.Module, x: np.ndarray) -> np.ndarray:
     """What a model of Flax's own layers computes in float64."""
     graphdef, state = nnx.split(model)

@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments import plots
 from experiments.benchmark import results
+from experiments.benchmark.memory import memory_table
 from experiments.benchmark.networks_table import networks_table
 from experiments.benchmark.table import layers_table, machines_table, threads_table
 from experiments.calibrate import check, gpu, judgement, spdy, transfer
@@ -194,7 +195,9 @@ def table(lines: Sequence[Result]) -> str:
 def with_tables(readme: str, runs: Path = RESULTS) -> str:
     """The README with its tables made anew from the result files."""
     readme = with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
-    readme = with_table(readme, networks_table(results.NETWORKS), NETWORKS_BEGIN, NETWORKS_END)
+    networks = [networks_table(results.NETWORKS), "Peak memory of the process while it runs, "
+                "`python -m experiments.benchmark memory`; weights, images and whatever comes and goes:", memory_table()]
+    readme = with_table(readme, "\n\n".join(networks), NETWORKS_BEGIN, NETWORKS_END)
     readme = with_table(readme, carries(), CARRIES_BEGIN, CARRIES_END)
     judged = "\n\n".join(judgement.table(results.read(path)) for path in (check.LINES, *check.OTHER_LINES))
     return with_table(readme, judged, MODEL_BEGIN, MODEL_END)

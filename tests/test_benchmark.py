@@ -12,7 +12,7 @@ import reference
 
 from experiments.baselines import Rival, bcsr, field, xla
 from experiments.baselines.yardstick import can_run, time_command
-from experiments.benchmark import results, table, threads
+from experiments.benchmark import memory, results, table, threads
 from experiments.benchmark.layers import check, measure, ours
 from experiments.benchmark.layers import reference as expected_of
 from experiments.benchmark.plot import plot_speed
@@ -155,6 +155,37 @@ def test_the_threads_command(tmp_path):
     text = table.threads_table(out)
     assert "| 8.00x | " in text
     assert "| **4.00x** | " in text
+
+
+linux = pytest.mark.skipif(not memory.CLEAR.exists(), reason="the system does not tell the peak of a process")
+
+
+@linux
+def test_the_rise_of_a_process():
+    def use(size):
+        return lambda: np.ones(size, np.uint8).sum()
+
+    use(1 << 20)()  # what comes with the first call stays
+    assert 60 << 20 <= memory.rise(use(64 << 20)) <= 80 << 20
+    assert memory.rise(use(1 << 20)) < 8 << 20  # the peak before does not count
+
+
+@linux
+def test_the_memory_command(tmp_path):
+    out = tmp_path / "memory.jsonl"
+    subprocess.run([sys.executable, "-m", "experiments.benchmark", "memory", "--network", "mobilenet", "--batch", "1",
+                    "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = results.read(out)
+    assert line["weights"][table.OURS] < line["weights"][memory.DENSE] == 4 * 4_253_864  # of MobileNetV1, with its statistics
+    assert all(line["peak"][form] > line["weights"][form] for form in (table.OURS, memory.DENSE))
+    results.append(out, line | {"peak": {table.OURS: 12_300_000, memory.DENSE: 45_600_000}})
+    assert "| mobilenet | 1 | 12 | 46 | " in memory.memory_table(out)
+
+
+def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "none")
+    with pytest.raises(ValueError, match="does not tell the peak memory of a process: measure on Linux"):
+        memory.measure("mobilenet", 1)
 
 
 def test_trained_layers_are_summed():

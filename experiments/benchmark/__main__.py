@@ -6,6 +6,7 @@
     python -m experiments.benchmark threads                     # the same layers on two threads and on one, 3 minutes
     python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
     python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
+    python -m experiments.benchmark memory                      # what they need while they run, 5 minutes
     python -m experiments.benchmark plot --out speed.svg
 """
 
@@ -66,6 +67,11 @@ def main() -> None:
     networks.add_argument("--explain", action="store_true", help="show where our time goes")
     networks.add_argument("--out", type=Path, default=results.NETWORKS, help="JSON lines, appended")
     networks.set_defaults(run=run_networks)
+    memory = commands.add_parser("memory", help="the peak memory of whole networks, packed and dense, append to the results")
+    memory.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
+    memory.add_argument("--network", nargs="+", default=[], metavar="NAME", help="only these, e.g. resnet50")
+    memory.add_argument("--out", type=Path, default=results.MEMORY, help="JSON lines, appended")
+    memory.set_defaults(run=run_memory)
     plot = commands.add_parser("plot", help="draw speed against density from the results")
     plot.add_argument("--threads", type=int, default=1)
     plot.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -152,6 +158,21 @@ def run_networks(args: argparse.Namespace) -> None:
                 show(networks_table.row(lines[-1]))
     for text in (*table.disturbed(lines), *(text for line in lines if args.explain for text in networks_table.breakdown(line))):
         console.print(text, soft_wrap=True, highlight=False)
+
+
+def run_memory(args: argparse.Namespace) -> None:
+    from experiments.benchmark import memory
+    from experiments.networks import NETWORKS
+
+    if unknown := set(args.network) - set(NETWORKS):
+        raise ValueError(f"no network is called {sorted(unknown)}, wanted some of {list(NETWORKS)}")
+    origin = results.provenance({"jax", "jaxlib"})
+    with shown(Console(), memory.HEAD) as show:
+        for name in args.network or NETWORKS:
+            for n in args.batch:
+                line = memory.measure(name, n)
+                results.append(args.out, {"set": "memory"} | line | {"drawn": "random", "memory": "fresh"} | origin)
+                show(memory.row(line))
 
 
 @contextmanager

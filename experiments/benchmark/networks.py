@@ -15,7 +15,7 @@ from experiments.benchmark.layers import beside
 from experiments.benchmark.table import OURS
 from experiments.benchmark.timing import Others, alternate
 from experiments.benchmark.where import where_time_goes
-from experiments.evaluate import ERROR_FACTOR, count_weights, fold_only, in_float64, peak_bytes, program
+from experiments.evaluate import ERROR_FACTOR, count_weights, fold_only, in_float64, program
 from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
 from sparseflax import ffi
@@ -66,7 +66,6 @@ def measure(spec: Spec, n: int, baselines: Iterable[ModuleType], machine: Machin
     line = {
         "layer": spec.name, "n": n, "threads": threads, "isa": ffi.isa(), "density": kept / weights,
         "flops": sum(layer.shape.flops for layer in planned.layers if layer.shape), "others": others.load,
-        "peak_bytes": {OURS: peak_bytes(packed, x)} | {name: peak_bytes(network, x) for name, network in dense.items()},
         "times": {c.name: vars(timings[c.name]) | {"dense": c.dense, "error": errors[c.name]} for c in contenders},
         "measured": measured,
     } | breakdown(packed, planned, x)

@@ -53,28 +53,21 @@ def networks_table(path: Path) -> str:
     if not lines:
         raise ValueError(f"{path} holds no results: measure them with `python -m experiments.benchmark networks`")
     lines.sort(key=lambda line: (line["layer"], line["n"], line["threads"]))
-    head = ["network", "n", "threads", "weights kept", "ms", "XLA dense, ms", "speedup", "fastest dense engine, ms", "speedup",
-            "memory, MB (XLA dense)"]
+    head = ["network", "n", "threads", "weights kept", "ms", "XLA dense, ms", "speedup", "fastest dense engine, ms", "speedup"]
     rows = []
     for line in lines:
         name = _engine(line)
         seconds, ours = line["times"][name]["seconds"], line["times"][OURS]["seconds"]
         rows.append([line["layer"], str(line["n"]), str(line["threads"]), f"{line['density']:.1%}", _ms(ours),
                      _ms(over_xla(line) * ours), f"{over_xla(line):.2f}x", f"{_ms(seconds)} ({name})",
-                     f"**{seconds / ours:.2f}x**", _memory(line)])
+                     f"**{seconds / ours:.2f}x**"])
     last = lines[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     caption = (f"{last['cpu']}, {last['isa']}, float32; batch norm folded for the engines and, where that is faster, for XLA "
-               f"({versions}); memory is what the program reserves, weights included. Measured {last['date'][:10]} at "
+               f"({versions}). Measured {last['date'][:10]} at "
                f"{commits}.")
     return "\n".join([markdown(head, rows), "", caption, *_where(lines)])
-
-
-def _memory(line: Line) -> str:
-    ours = line["peak_bytes"][OURS]
-    dense = min(size for name, size in line["peak_bytes"].items() if name != OURS)
-    return f"{ours / 1e6:.0f} ({dense / 1e6:.0f})"
 
 
 def _engine(line: Line) -> str:
