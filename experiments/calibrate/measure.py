@@ -68,11 +68,11 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
     gc.collect()
     gc.disable()
     try:
-        _round(calls, times)
+        _round(calls, times, draw)
         expected = max(rounds, int((end - start) / (time.perf_counter() - start)))
         with progress("timing", expected, 1) as advance:
             for i in range(2, expected + 1):
-                _round(calls, times)
+                _round(calls, times, draw)
                 advance(i, "rounds")
                 if i >= rounds and time.perf_counter() > end:
                     break
@@ -118,10 +118,11 @@ def _nothing() -> Callable[[], jax.Array]:
     return lambda: program(*operands).block_until_ready()
 
 
-def _round(calls: Sequence[Callable[[], jax.Array]], times: list[list[float]]) -> None:
-    for call, durations in zip(calls, times, strict=True):
-        _burst(call)  # what the others left in the caches is not its own
-        durations.append(statistics.median(_burst(call)))
+def _round(calls: Sequence[Callable[[], jax.Array]], times: list[list[float]], draw: np.random.Generator) -> None:
+    # In another order each time: a second in which the machine is slow meets layers that have nothing in common.
+    for i in draw.permutation(len(calls)):
+        _burst(calls[i])  # what the others left in the caches is not its own
+        times[i].append(statistics.median(_burst(calls[i])))
 
 
 def _burst(call: Callable[[], jax.Array]) -> list[float]:
