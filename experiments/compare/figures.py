@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axis import Axis
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -42,7 +43,7 @@ def styles(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
 
 
 def pareto(lines: Sequence[Line], network: str, batch: int = 1) -> str:
-    """Accuracy against measured time; up and to the left is better."""
+    """Accuracy against measured speedup over the dense network in the same run; up and to the right is better."""
     look = styles(lines)
     lines = [line for line in lines if line["network"] == network and "times" in line]
     found = points(lines)
@@ -51,23 +52,23 @@ def pareto(lines: Sequence[Line], network: str, batch: int = 1) -> str:
         axes = figure.subplots()
         dense = statistics.mean(100 * line["dense_accuracy"] for line in lines)
         axes.axhspan(dense - EQUAL, dense, color="#E4E4E4", zorder=0)
-        time = statistics.mean(1e3 * point.dense_seconds[batch] for point in found)
-        axes.plot(time, dense, "s", color=GREY, markersize=10, label="dense", linestyle="none")
+        axes.plot(1, dense, "s", color=GREY, markersize=10, label="dense", linestyle="none")
         for method in dict.fromkeys(point.method for point in found):
-            own = sorted((point for point in found if point.method == method), key=lambda point: point.seconds[batch])
+            own = sorted((point for point in found if point.method == method), key=lambda point: point.speedup(batch))
             low, high = zip(*(_reach(lines, point) for point in own), strict=True)
-            x, y = [1e3 * point.seconds[batch] for point in own], [point.accuracy for point in own]
+            x, y = [point.speedup(batch) for point in own], [point.accuracy for point in own]
             below, above = ([abs(a - b) for a, b in zip(y, end, strict=True)] for end in (low, high))
-            axes.errorbar(x, y, yerr=(below, above), elinewidth=0.8, capsize=2, linewidth=1.2, label=method, **look[method])
+            axes.errorbar(x, y, yerr=(below, above), elinewidth=0.8, ecolor=to_rgba(look[method]["color"], 0.35), linewidth=1.2,
+                          label=method, **look[method])
         shown = max([dense, *(point.accuracy for point in found)])
         axes.set_ylim(max(shown - NEAR, min(point.accuracy for point in found) - 1), shown + 0.7)
-        axes.annotate(f"within {EQUAL} points of dense", (0.01, dense - EQUAL / 2), xycoords=("axes fraction", "data"),
+        axes.annotate(f"within {EQUAL} points of dense", (0.06, dense - EQUAL / 2), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8)
         axes.set_xscale("log")
-        times = [time, *(1e3 * point.seconds[batch] for point in found)]
-        axes.set_xlim(0.85 * min(times), 1.15 * max(times))
+        speedups = [1.0, *(point.speedup(batch) for point in found)]
+        axes.set_xlim(0.9 * min(speedups), 1.3 * max(speedups))
         _plain_ticks(axes.xaxis)
-        axes.set_xlabel(f"measured time at batch {batch}, ms")
+        axes.set_xlabel(f"measured speedup over dense at batch {batch}")
         axes.set_ylabel("test accuracy, %")
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
         return svg(figure)

@@ -61,7 +61,7 @@ def table(lines: Sequence[Line]) -> str:
     said = [f"- {sentence}" for sentence in summary.conclusions(lines)]
     return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", _conditions(lines),
                       "Rows marked published are the papers' own numbers, on their machines.", "", *said, "",
-                      "![accuracy against measured time](experiments/results/compare.svg)"])
+                      "![accuracy against measured speedup](experiments/results/compare.svg)"])
 
 
 def terminal(lines: Sequence[Line]) -> str:
