@@ -227,13 +227,12 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
     depthwise = shape.groups > 1 and icg == 1
     loop, product = shape.groups > MAX_GROUPS and not depthwise, rows > 1
     lowered = product and not depthwise  # to a product of matrices
-    products = float(shape.groups if lowered and not loop else 0)
-    flop, moved = shape.flops * bool(products), float(_read_bytes(shape) + shape.output_bytes)
+    flop, moved = float(shape.flops * (lowered and not loop)), float(_read_bytes(shape) + shape.output_bytes)
     # A kernel that is packed first is there twice.
     outside = _beyond(shape.weight_bytes / shape.groups, 2 * machine.l2_bytes)
     call = 1.0 if depthwise or loop else float(shape.groups)
     return DenseCounts(
-        flop=float(flop),
+        flop=flop,
         deep=flop * taps * icg / (taps * icg + 1000),
         far=flop * (taps > 1) * outside,
         shifted=float(rows * taps * shape.oc * depthwise),
@@ -245,7 +244,7 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
         kernel_bytes=shape.weight_bytes * (not product) * (1 + _beyond(shape.weight_bytes, machine.l2_bytes)),
         packed_bytes=shape.weight_bytes * lowered * (1 + outside),
         activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
-        split=products * (machine.threads > 1) * flop / (flop + SHARED * call),
+        split=call * (machine.threads > 1) * flop / (flop + SHARED * call),
         call=call)
 
 

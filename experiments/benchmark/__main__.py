@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,17 +137,15 @@ def run_networks(args: argparse.Namespace) -> None:
     from experiments.networks import NETWORKS
     from sparseflax import detect_machine
 
-    if unknown := set(args.network) - set(NETWORKS):
-        raise ValueError(f"no network is called {sorted(unknown)}, wanted some of {list(NETWORKS)}")
     baselines, absent = network_field(args.rival)
-    console, machine = Console(), detect_machine()
+    names, console, machine = chosen(args.network), Console(), detect_machine()
     if absent:
         console.print(f"not installed: {', '.join(absent)}")
     origin = results.provenance({"jax", "jaxlib", *(need for baseline in baselines for need in baseline.needs)})
     trained = {name: alexnet_problem(name, args.matrices, 1).kernel for name in ALEXNET} if args.matrices else {}
     lines = []
     with shown(console, networks_table.HEAD) as show:
-        for name in args.network or NETWORKS:
+        for name in names:
             kernels = trained if name == "alexnet" else {}
             for n in args.batch:
                 line = measure(NETWORKS[name], n, baselines, machine, threads=args.threads, seconds=args.seconds,
@@ -162,17 +160,23 @@ def run_networks(args: argparse.Namespace) -> None:
 
 def run_memory(args: argparse.Namespace) -> None:
     from experiments.benchmark import memory
-    from experiments.networks import NETWORKS
 
-    if unknown := set(args.network) - set(NETWORKS):
-        raise ValueError(f"no network is called {sorted(unknown)}, wanted some of {list(NETWORKS)}")
-    origin = results.provenance({"jax", "jaxlib"})
+    names, origin = chosen(args.network), results.provenance({"jax", "jaxlib"})
     with shown(Console(), memory.HEAD) as show:
-        for name in args.network or NETWORKS:
+        for name in names:
             for n in args.batch:
                 line = memory.measure(name, n)
                 results.append(args.out, {"set": "memory"} | line | {"drawn": "random", "memory": "fresh"} | origin)
                 show(memory.row(line))
+
+
+def chosen(networks: Sequence[str]) -> Sequence[str]:
+    """The names given, or all. Raises ValueError for one that is no network's."""
+    from experiments.networks import NETWORKS
+
+    if unknown := set(networks) - set(NETWORKS):
+        raise ValueError(f"no network is called {sorted(unknown)}, wanted some of {list(NETWORKS)}")
+    return networks or list(NETWORKS)
 
 
 @contextmanager
