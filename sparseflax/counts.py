@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 DENSITIES = (0.02, 0.06, 0.2, 0.6)
 KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense weight
 SHARED = 3e7  # operations from which on XLA's threads share a product, about a millisecond of one
+# What XLA's threads share of other convolutions than 1x1 is blocks of output channels: of as many weights as this part of the
+# core's own cache holds, and of no fewer channels.
+BLOCK, BLOCK_CHANNELS = 0.42, 64
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
 
 
@@ -71,6 +74,8 @@ class DenseCounts(NamedTuple):
         over more than MAX_GROUPS groups.
       deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
       far: the same, again, but not of a 1x1 convolution, times the part of the kernel that the core's own cache does not hold.
+      lone: what the busiest thread does of them beyond an even part, in the blocks of channels that are shared, but for a 1x1
+        convolution: all but that part, if there is one block.
       shifted: multiply-adds of a depthwise convolution, which is a sum of shifted images.
       group_taps: output positions times kernel positions times groups, of more than MAX_GROUPS groups.
       odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
@@ -88,6 +93,7 @@ class DenseCounts(NamedTuple):
     flop: Any
     deep: Any
     far: Any
+    lone: Any
     shifted: Any
     group_taps: Any
     odd: Any
@@ -235,6 +241,7 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
         flop=flop,
         deep=flop * taps * icg / (taps * icg + 1000),
         far=flop * (taps > 1) * outside,
+        lone=flop * (taps > 1) * (_busiest(shape, machine) - 1 / machine.threads),
         shifted=float(rows * taps * shape.oc * depthwise),
         group_taps=float(rows * taps * shape.groups * loop),
         odd=rows * taps * (icg > 1 and icg % 2) * (shape.oc % 64) / 64,
@@ -246,6 +253,14 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
         activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
         split=call * (machine.threads > 1) * flop / (flop + SHARED * call),
         call=call)
+
+
+def _busiest(shape: ConvShape, machine: Machine) -> float:
+    """The part of a dense convolution's output channels that one thread takes, if it takes whole blocks of them."""
+    channels = shape.oc // shape.groups
+    block = max(BLOCK_CHANNELS, BLOCK * machine.l2_bytes * shape.oc / shape.weight_bytes)
+    taken = math.ceil(channels / block / machine.threads) * block
+    return max(min(1, taken / channels), 1 / machine.threads)
 
 
 def _read_bytes(shape: ConvShape) -> float:

@@ -107,15 +107,15 @@ XEON_PHI_7250 = Machine(
     source="Park et al. 2017, alpha derived from its speedup")
 
 
-# Fitted on an AMD EPYC of the Zen 4 generation, one thread (`far` and `split` on Zen 3): what an estimate of another machine
-# starts from.
+# Fitted on an AMD EPYC of the Zen 4 generation, one thread (`far`, `lone` and `split` on Zen 3): what an estimate of another
+# machine starts from.
 TYPICAL = Rates(
     SparseCounts(fma=2.8e-10, weight=2.4e-10, wait=7e-11, spill=5e-11, kernel_bytes=1e-11, visit=1e-9, accumulate=5.5e-10,
                  store=1.5e-9, pack=9e-10, input_bytes=4e-12, output_bytes=1.5e-11, memory_bytes=2e-11, split=5e-6,
                  call=1.5e-6),
-    DenseCounts(flop=9.3e-12, deep=3.8e-12, far=3e-12, shifted=7e-11, group_taps=1.5e-8, odd=1.5e-8, patches=6e-11,
-                pixels=3e-11, outputs=6e-11, kernel_bytes=1.7e-11, packed_bytes=6e-11, activation_bytes=1.5e-10, split=1e-4,
-                call=1.6e-5),
+    DenseCounts(flop=9.3e-12, deep=3.8e-12, far=3e-12, lone=1.2e-11, shifted=7e-11, group_taps=1.5e-8, odd=1.5e-8,
+                patches=6e-11, pixels=3e-11, outputs=6e-11, kernel_bytes=1.7e-11, packed_bytes=6e-11, activation_bytes=1.5e-10,
+                split=1e-4, call=1.6e-5),
     overlap=1.0)
 
 
