@@ -26,7 +26,7 @@ KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense we
 SHARED = 3e7  # operations from which on XLA's threads share a product, about a millisecond of one
 # What XLA's threads share of other convolutions than 1x1 is blocks of output channels: of as many weights as this part of the
 # core's own cache holds, and of no fewer channels.
-BLOCK, BLOCK_CHANNELS = 0.42, 64
+BLOCK, BLOCK_CHANNELS = 0.43, 64
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
 
 

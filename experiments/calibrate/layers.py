@@ -50,6 +50,9 @@ LARGE = ((48, 80, 96, 1), (96, 60, 192, 1), (192, 40, 64, 1), (224, 40, 96, 3, 2
 # The same of kernels: more than a core's own cache holds, up to 8 MB.
 HEAVY = (layer(448, 7, 448, 3), layer(400, 10, 400, 3), layer(384, 8, 480, 3, 2).with_batch(8), layer(640, 7, 1536, 1),
          layer(1536, 7, 640, 1), layer(896, 14, 2048, 1, 2))
+# Long sums for many outputs at many positions, which threads share well, with channels in multiples of 16, as networks have them.
+LONG = ((176, 14, 176, 3), (208, 10, 416, 3), (112, 28, 160, 3), (416, 14, 416, 1), (736, 7, 736, 1), (352, 14, 736, 1),
+        (672, 14, 176, 1), (288, 28, 112, 1))
 # What the random layers seldom are.
 SPECIAL = (
     layer(3, 160, 32, 7, 2), layer(3, 64, 32, 3), layer(3, 112, 48, 3, 2), layer(1, 28, 32, 3), layer(4, 32, 64, 5),
@@ -57,7 +60,7 @@ SPECIAL = (
     layer(512, 1, 1024, 1).with_batch(16), layer(1024, 1, 512, 1).with_batch(6),
     layer(64, 28, 64, 3, groups=2), layer(128, 14, 128, 3, groups=4), layer(64, 24, 96, 5, groups=2),
     layer(256, 12, 256, 1, groups=2), layer(64, 20, 64, 3, groups=2).with_batch(8), layer(96, 16, 96, 3, groups=16),
-    *(layer(*sizes).with_batch(16) for sizes in LARGE),
+    *(layer(*sizes).with_batch(16) for sizes in LARGE + LONG),
     layer(64, 28, 64, 3, dilation=2), layer(96, 17, 96, (1, 7)), layer(96, 17, 96, (7, 1)), layer(48, (30, 50), 64, 3))
 
 
