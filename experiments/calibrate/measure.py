@@ -1,8 +1,8 @@
 """What it takes here: seconds of convolutions, dense and sparse, on a machine that others may use at the same time.
 
 All programs are made first and then timed in turn, round after round, so that a noisy spell meets a few calls of each. The
-time of a program is the median over the rounds, less that of a program that does nothing: inside a network, a layer is
-not called from Python.
+time of a program is the lower quartile over the rounds, since others on the machine only ever add to it and may do so half of
+the time; less that of a program that does nothing: inside a network, a layer is not called from Python.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sparseflax.fuse import fuse
 from sparseflax.shapes import ConvShape
 
 BURST = 0.004  # seconds of timed calls in a round, and of untimed ones before: a large layer needs some until caches hold it
+QUARTILE = 0.25  # of the rounds
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Sample:
     Attributes:
       shape: of the layer.
       density: kept / all of its weights, None for the dense convolution.
-      seconds: of a call inside a program.
+      seconds: of a call inside a program, lower quartile over the rounds.
       spread: distance of the quartiles over the rounds / median.
     """
 
@@ -78,7 +79,7 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
                     break
     finally:
         gc.enable()
-    nothing = statistics.median(times[0])
+    nothing = float(np.quantile(times[0], QUARTILE))
     return [_sample(shape, density, ts, nothing) for (shape, density, _), ts in zip(programs, times[1:], strict=True)]
 
 
@@ -136,5 +137,5 @@ def _burst(call: Callable[[], jax.Array]) -> list[float]:
 
 
 def _sample(shape: ConvShape, density: float | None, times: list[float], nothing: float) -> Sample:
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return Sample(shape, density, float(max(median - nothing, 0.1 * median)), float((high - low) / median))
+    low, median, high = np.quantile(times, (QUARTILE, 0.5, 1 - QUARTILE))
+    return Sample(shape, density, float(max(low - nothing, 0.1 * low)), float((high - low) / median))
