@@ -191,11 +191,13 @@ def _scaled(machine: Machine, timed: Timed) -> Rates:
     """The built-in rates times what makes them predict the timed layer."""
     from sparseflax.cost import conv_seconds, dense_seconds  # here, since cost models are made of machines
 
-    known = replace(machine, fitted=TYPICAL)
+    # XLA's threads do not share dense layers unevenly on every machine, and a layer left dense in doubt is never slower.
+    typical = replace(TYPICAL, dense=TYPICAL.dense._replace(lone=0.0))
+    known = replace(machine, fitted=typical)
     sparse = timed.sparse / float(conv_seconds(TIMED, timed.density, known))
     dense = timed.dense / float(dense_seconds(TIMED, known))
-    return replace(TYPICAL, sparse=TYPICAL.sparse._make(sparse * rate for rate in TYPICAL.sparse),
-                   dense=TYPICAL.dense._make(dense * rate for rate in TYPICAL.dense))
+    return replace(typical, sparse=typical.sparse._make(sparse * rate for rate in typical.sparse),
+                   dense=typical.dense._make(dense * rate for rate in typical.dense))
 
 
 def _peak(seconds: float) -> float:
