@@ -126,4 +126,5 @@ def _checked(lines: Sequence[Line]) -> list[Point]:
 
 def _conditions(lines: Sequence[Line]) -> str:
     timed = [line for line in lines if "times" in line]
-    return report._conditions(timed[-1]) if timed else "Every run was refused: nothing was measured."
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in timed))
+    return report._conditions(timed[-1] | {"commit": commits}) if timed else "Every run was refused: nothing was measured."

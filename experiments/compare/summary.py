@@ -11,6 +11,7 @@ from experiments.evaluate import DENSE, FOLDED, PACKED
 from experiments.methods import METHODS
 
 EQUAL = 0.5  # points of accuracy below dense, mean over seeds, that still count as equal
+NEARLY_ALL = 0.95  # of a layer's weights: a layer that keeps more runs sparse because that kernel is faster, and loses nothing
 MET = 0.1  # a measured speedup this close to the requested one, relatively, meets it
 
 
@@ -100,7 +101,8 @@ def conclusions(lines: Sequence[Line]) -> list[str]:
     """What came out, in sentences: a comparison for each network, and whether the requested speedups were met."""
     found = points(lines)
     networks = list(dict.fromkeys(point.network for point in found))
-    return [*(sentence for network in networks for sentence in (_comparison(found, network), *_twins(found, network))),
+    return [*(sentence for network in networks
+              for sentence in (_comparison(found, network), *_twins(found, network), *_shares(found, lines, network))),
             *_requests(found), *_refusals(lines)]
 
 
@@ -174,6 +176,28 @@ def _twins(found: list[Point], network: str) -> list[str]:
         return []
     return [f"{network}: the same method with the guide and without: {'; '.join(gains)}. Those without are told the density at "
             "which the performance model predicts the requested speedup, so they lack only how to share it out over layers."]
+
+
+def _shares(found: list[Point], lines: Sequence[Line], network: str) -> list[str]:
+    """How far the guide of the fastest method departs from one density for all, which bounds what it can gain."""
+    guided = fastest(found, network, True)
+    twin = METHODS[guided.method].twin if guided else None
+    if not (guided and twin):
+        return []
+    kept = []
+    for method in (guided.method, twin):
+        densities: dict[str, list[float]] = {}
+        for line in lines:
+            if (line["network"], line["method"], line["requested"]) == (network, method, guided.requested) and "times" in line:
+                for layer in line["layers"]:
+                    densities.setdefault(layer["path"], []).append(layer["density"])
+        means = [statistics.mean(own) for own in densities.values()]
+        pruned = [100 * mean for mean in means if mean < NEARLY_ALL]
+        if not pruned:
+            return []
+        ends = f"{min(pruned):.0f} to {max(pruned):.0f}" if max(pruned) - min(pruned) > 1 else f"{max(pruned):.0f}"
+        kept.append(f"{method} keeps {ends} % of each of the {len(pruned)} layers it prunes")
+    return [f"{network}: at {guided.requested:g}x {', '.join(kept)}. The less these differ, the less a guide can gain."]
 
 
 def _named(point: Point) -> str:

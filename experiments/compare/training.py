@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 from flax import nnx
 
@@ -31,6 +32,7 @@ from sparseflax.plan import plan
 from sparseflax.shapes import conv_shapes
 
 DENSITIES = 0.3, 0.03  # at which a whole network is measured
+REPEATS = 3
 
 
 class Dense(NamedTuple):
@@ -68,7 +70,9 @@ def measure(config: Config, out: Path) -> tuple[Machine, Whole]:
     path = out / f"{config.name}-whole.json"
     if not path.exists():
         x = dataset(config).test_images[:1]
-        dense, layers, packed = zip(*(_packed(config, machine, x, density) for density in DENSITIES), strict=True)
+        # Others on the machine only ever add to a time, and may do so for seconds.
+        times = [[_packed(config, machine, x, density) for density in DENSITIES] for _ in range(REPEATS)]
+        dense, layers, packed = np.min(times, axis=0).T.tolist()
         checkpoint.write_atomically(path, json.dumps(calibrated(min(dense), layers, packed)._asdict(), indent=1))
     return machine, Whole(**json.loads(path.read_text()))
 
