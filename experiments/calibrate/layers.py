@@ -50,7 +50,7 @@ LARGE = ((48, 80, 96, 1), (96, 60, 192, 1), (192, 40, 64, 1), (224, 40, 96, 3, 2
 # The same of kernels: more than a core's own cache holds, up to 8 MB.
 HEAVY = (layer(448, 7, 448, 3), layer(400, 10, 400, 3), layer(384, 8, 480, 3, 2).with_batch(8), layer(640, 7, 1536, 1),
          layer(1536, 7, 640, 1), layer(896, 14, 2048, 1, 2))
-# Long sums for many outputs at many positions, which threads share well, with channels in multiples of 16, as networks have them.
+# Long sums for many outputs at many positions, which threads share well; channels in multiples of 16, as networks have them.
 LONG = ((176, 14, 176, 3), (208, 10, 416, 3), (112, 28, 160, 3), (416, 14, 416, 1), (736, 7, 736, 1), (352, 14, 736, 1),
         (672, 14, 176, 1), (288, 28, 112, 1))
 # What the random layers seldom are.

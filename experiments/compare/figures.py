@@ -43,33 +43,32 @@ def styles(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
 
 
 def pareto(lines: Sequence[Line], network: str, batch: int = 1) -> str:
-    """Accuracy against measured speedup over the dense network in the same run; up and to the right is better."""
+    """Accuracy over that of the seed's dense network against measured speedup over it; up and to the right is better."""
     look = styles(lines)
     lines = [line for line in lines if line["network"] == network and "times" in line]
     found = points(lines)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.8), layout="constrained")
         axes = figure.subplots()
-        dense = statistics.mean(100 * line["dense_accuracy"] for line in lines)
-        axes.axhspan(dense - EQUAL, dense, color="#E4E4E4", zorder=0)
-        axes.plot(1, dense, "s", color=GREY, markersize=10, label="dense", linestyle="none")
+        axes.axhspan(-EQUAL, 0, color="#E4E4E4", zorder=0)
+        axes.plot(1, 0, "s", color=GREY, markersize=10, label="dense", linestyle="none")
         for method in dict.fromkeys(point.method for point in found):
             own = sorted((point for point in found if point.method == method), key=lambda point: point.speedup(batch))
             low, high = zip(*(_reach(lines, point) for point in own), strict=True)
-            x, y = [point.speedup(batch) for point in own], [point.accuracy for point in own]
+            x, y = [point.speedup(batch) for point in own], [-point.lost for point in own]
             below, above = ([abs(a - b) for a, b in zip(y, end, strict=True)] for end in (low, high))
             axes.errorbar(x, y, yerr=(below, above), elinewidth=0.8, ecolor=to_rgba(look[method]["color"], 0.35), linewidth=1.2,
                           label=method, **look[method])
-        shown = max([dense, *(point.accuracy for point in found)])
-        axes.set_ylim(max(shown - NEAR, min(point.accuracy for point in found) - 1), shown + 0.7)
-        axes.annotate(f"within {EQUAL} points of dense", (0.06, dense - EQUAL / 2), xycoords=("axes fraction", "data"),
+        shown = max([0.0, *(-point.lost for point in found)])
+        axes.set_ylim(max(shown - NEAR, min(-point.lost for point in found) - 1), shown + 0.7)
+        axes.annotate(f"within {EQUAL} points of dense", (0.06, -EQUAL / 2), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8)
         axes.set_xscale("log")
         speedups = [1.0, *(point.speedup(batch) for point in found)]
         axes.set_xlim(0.9 * min(speedups), 1.3 * max(speedups))
         _plain_ticks(axes.xaxis)
         axes.set_xlabel(f"measured speedup over dense at batch {batch}")
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel("test accuracy minus dense, points")
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
         return svg(figure)
 
@@ -136,8 +135,8 @@ def over_steps(lines: Sequence[Line], network: str, requested: float, methods: S
 
 
 def _reach(lines: Sequence[Line], point: Point) -> tuple[float, float]:
-    """Lowest and highest accuracy of a point's seeds, in %."""
-    own = [100 * line["packed_accuracy"] for line in lines
+    """Lowest and highest accuracy of a point's seeds over that of their dense networks, in points."""
+    own = [100 * (line["packed_accuracy"] - line["dense_accuracy"]) for line in lines
            if (line["method"], line["requested"]) == (point.method, point.requested) and "times" in line]
     return min(own), max(own)
 
