@@ -249,6 +249,24 @@ def test_the_best_methods_go_on_to_the_other_networks():
     assert summary.best(lines) == ["GMP, uniform", "GMP, guided"]
 
 
+def test_the_best_methods_are_asked_for_more(tmp_path, monkeypatch):
+    made = []
+
+    def pretend(config, wanted, out):
+        for run in wanted:
+            made.append(run)
+            accuracy = 0.9 + 0.05 * run.method.startswith("DNS") + 0.06 * run.method.startswith("RigL, guided")
+            results.append(out / runs.TRAINED, {"network": run.network, "method": run.method, "requested": run.speedup,
+                                                "seed": run.seed, "guided": METHODS[run.method].guided, "accuracy": accuracy})
+
+    monkeypatch.setattr(training, "measure", lambda config, out: None)
+    monkeypatch.setattr(training, "prune_all", pretend)
+    compare.main(["train", "--quick", "--out", str(tmp_path)])
+    best = [("DNS", 1.5), ("DNS", 2.0), ("RigL, guided", 1.5), ("RigL, guided", 2.0)]
+    asked = {name: [(run.method, run.speedup) for run in made if run.network == name] for name in networks.QUICK}
+    assert asked == {"vgg": [*((method, 1.5) for method in METHODS), *best], "resnet": best, "inception": best}
+
+
 def test_the_page_needs_nothing_else():
     lines = [line(method, network, seed, requested, 0.96 - 0.001 * requested, 2 / requested)
              for network in ("vgg", "resnet") for method in METHODS for requested in (1.5, 2.0, 3.0) for seed in (0, 1)]

@@ -6,8 +6,9 @@
     python -m experiments.compare readme             rewrites the README's table and figure from the committed results
 
 Everything runs on one thread, for which `python -m experiments.calibrate --threads 1` makes good predictions: run it first.
-By default the first network runs every method and the others the best guided and the best unguided one of those, by accuracy.
-A run takes about 45 seconds of one core, and all of them three hours. Runs are made seed by seed, so that the first ones are a
+By default the first network runs every method, and the others the best guided and the best unguided one of those by accuracy,
+which are asked for more speedups than the rest. A run takes about 45 seconds of one core, those two methods' less, and all of
+them some three hours. Runs are made seed by seed, so that the first ones are a
 fair table too. The same command goes on where it was killed: finished runs are skipped, others continue from their
 checkpoints. Processes may share a folder if no two of them train the same network and seed.
 """
@@ -15,7 +16,7 @@ checkpoints. Processes may share a folder if no two of them train the same netwo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import report
@@ -41,14 +42,20 @@ def main(flags: Sequence[str] | None = None) -> None:
     if "readme" in arguments.stages:
         _rewrite_readme(arguments.results)
     seeds = arguments.seeds or (networks.QUICK_SEEDS if arguments.quick else networks.SEEDS)
-    speedups = arguments.speedups or (networks.QUICK_SPEEDUPS if arguments.quick else networks.SPEEDUPS)
+    speedups, between = ((networks.QUICK_SPEEDUPS, networks.QUICK_BETWEEN) if arguments.quick else
+                         (networks.SPEEDUPS, networks.BETWEEN))
+    first = next(iter(configs))
 
-    def wanted(name: str) -> list[Run]:
-        methods = arguments.methods
-        if not methods and name != next(iter(configs)):
+    def wanted(name: str) -> Iterator[list[Run]]:
+        """The runs of a network, those of the best methods only when the others are done, which tell them."""
+        if arguments.methods or name == first:
+            yield [Run(name, method, speedup, seed) for seed in seeds for method in arguments.methods or METHODS
+                   for speedup in arguments.speedups or speedups]
+        if not arguments.methods:
             trained = runs.lines(out / runs.TRAINED)
-            methods = summary.best([line for run, line in trained.items() if run.network == next(iter(configs))])
-        return [Run(name, method, speedup, seed) for seed in seeds for method in methods or METHODS for speedup in speedups]
+            best = summary.best([line for run, line in trained.items() if run.network == first and run.speedup not in between])
+            yield [Run(name, method, speedup, seed) for seed in seeds for method in best
+                   for speedup in arguments.speedups or sorted(speedups + between)]
 
     chosen = [configs[name] for name in arguments.networks or configs]
     if "measure" in arguments.stages or "train" in arguments.stages:
@@ -56,10 +63,12 @@ def main(flags: Sequence[str] | None = None) -> None:
             training.measure(config, out)
     if "train" in arguments.stages:
         for config in chosen:
-            training.prune_all(config, wanted(config.name), out)
+            for some in wanted(config.name):
+                training.prune_all(config, some, out)
     if "time" in arguments.stages:
         for config in chosen:
-            timing.time_all(config, wanted(config.name), out)
+            for some in wanted(config.name):
+                timing.time_all(config, some, out)
     if "report" in arguments.stages:
         lines = list(runs.lines(out / runs.RESULTS).values())
         write_atomically(out / "compare.html", page.page(lines))

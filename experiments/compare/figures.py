@@ -6,7 +6,6 @@ seen as such and all stay apart when printed in grey.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.benchmark.results import Line
-from experiments.compare.summary import EQUAL, Point, points
+from experiments.compare.summary import EQUAL, Point, layer_densities, points
 from experiments.methods import METHODS
 from experiments.plots import GREY, STYLE, svg
 
@@ -88,9 +87,8 @@ def densities(lines: Sequence[Line], network: str, requested: float, methods: Se
                 axes.bar(i, upper - lower, 0.9, bottom=lower, color="#E4E4E4", edgecolor=GREY, linewidth=0.6, zorder=1,
                          label="useful range")
         for k, method in enumerate(methods):
-            own = [line["layers"] for line in lines if line["method"] == method]
+            means = layer_densities([line for line in lines if line["method"] == method])
             offset = 0.7 * ((k + 0.5) / len(methods) - 0.5)
-            means = [statistics.mean(layers[i]["density"] for layers in own) for i in range(len(first))]
             kind: dict[str, Any] = look[method] | {"linestyle": "none"}
             axes.plot([i + offset for i in range(len(first))], means, label=method, zorder=3, **kind)
         axes.set_yscale("log")

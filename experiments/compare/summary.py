@@ -97,6 +97,12 @@ def best(lines: Sequence[Line]) -> list[str]:
     return chosen
 
 
+def layer_densities(lines: Sequence[Line]) -> list[float]:
+    """Kept / all weights of every layer of a network, means over the lines of its timed runs; none without lines."""
+    of_runs = [[layer["density"] for layer in line["layers"]] for line in lines]
+    return [statistics.mean(own) for own in zip(*of_runs, strict=True)]
+
+
 def conclusions(lines: Sequence[Line]) -> list[str]:
     """What came out, in sentences: a comparison for each network, and whether the requested speedups were met."""
     found = points(lines)
@@ -186,13 +192,9 @@ def _shares(found: list[Point], lines: Sequence[Line], network: str) -> list[str
         return []
     kept = []
     for method in (guided.method, twin):
-        densities: dict[str, list[float]] = {}
-        for line in lines:
-            if (line["network"], line["method"], line["requested"]) == (network, method, guided.requested) and "times" in line:
-                for layer in line["layers"]:
-                    densities.setdefault(layer["path"], []).append(layer["density"])
-        means = [statistics.mean(own) for own in densities.values()]
-        pruned = [100 * mean for mean in means if mean < NEARLY_ALL]
+        own = [line for line in lines if "times" in line and
+               (line["network"], line["method"], line["requested"]) == (network, method, guided.requested)]
+        pruned = [100 * density for density in layer_densities(own) if density < NEARLY_ALL]
         if not pruned:
             return []
         ends = f"{min(pruned):.0f} to {max(pruned):.0f}" if max(pruned) - min(pruned) > 1 else f"{max(pruned):.0f}"
