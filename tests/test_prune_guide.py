@@ -153,11 +153,22 @@ def test_below_its_useful_range_only_for_the_speedup_asked_for():
     assert all(guide.layers[name].lower == pytest.approx(lower[name]) for name in shapes)
     guide = prune.guided(shapes, XEON_E5_2697V4, speedup=1.1 * dense / within)
     assert guide.densities["flat"] < 0.99 * lower["flat"]
-    assert ", pruned below it for the speedup asked for" in guide.layers["flat"].reason
+    assert ", pruned further for the speedup asked for" in guide.layers["flat"].reason
     assert all(layer.lower <= layer.density for layer in guide.layers.values())
     highest = re.search(r"the highest is ([\d.]+)", str(refusal(shapes, XEON_E5_2697V4, 100)))
     guide = prune.guided(shapes, XEON_E5_2697V4, speedup=float(highest[1]))
     assert min(guide.densities.values()) == pytest.approx(0.01, rel=0.2)
+
+
+def test_a_layer_that_runs_sparse_with_nearly_all_weights_says_so():
+    machine, stem = replace(SLOW_DENSE, alpha=0.4), conv(2, 48, 32, 3)
+    guide = prune.guided({"stem": stem}, machine, speedup=1.5)
+    assert guide.densities["stem"] == 1 - 1 / stem.weights
+    assert guide.layers["stem"].reason == "runs sparse, though fewer weights hardly save time"
+    guide = prune.guided({"stem": stem}, machine, speedup=2)
+    assert guide.densities["stem"] < 0.95
+    assert guide.layers["stem"].reason == ("runs sparse, though fewer weights hardly save time, pruned further for the "
+                                           "speedup asked for")
 
 
 def test_a_time_instead_of_a_speedup():
@@ -206,7 +217,8 @@ def test_any_network_is_as_fast_as_asked_or_refused(layers, machine, speedup):
     for name, density in guide.densities.items():
         useful, reason = useful_range(shapes[name], machine), guide.layers[name].reason
         assert 0.01 * 0.999 <= density < useful.upper
-        assert density >= 0.99 * useful.lower or ", pruned below it for the speedup asked for" in reason
+        most = 1 - 1 / shapes[name].weights
+        assert density >= 0.99 * min(useful.lower, most) or ", pruned further for the speedup asked for" in reason
     assert prune.guided(shapes, machine, speedup=speedup) == guide  # deterministic
 
 

@@ -102,10 +102,13 @@ def guided(
     def reason(i: int, density: float) -> str:
         if i in dense_because:
             return f"dense: {dense_because[i]}"
-        below = ", pruned below it for the speedup asked for" if density < 0.999 * lower[i] else ""
+        useful = f"useful from {lower[i]:.3f} to {upper[i]:.2f}"
+        if lower[i] > one[i]:
+            useful = "runs sparse, though fewer weights hardly save time"
+        below = ", pruned further for the speedup asked for" if density < 0.999 * min(lower[i], one[i]) else ""
         end = "the lower end of it" if floor[i] == lower[i] else "min_density"
-        stopped = f", stopped at {end}" if density < 1.001 * floor[i] else ""
-        return f"useful from {lower[i]:.3f} to {upper[i]:.2f}{below}{stopped}"
+        stopped = f", stopped at {end}" if density < min(1.001 * floor[i], one[i]) else ""
+        return useful + below + stopped
 
     if goal < shortest:
         longest = sorted(range(len(names)), key=lambda i: -best[i])[:5]
