@@ -1,8 +1,8 @@
 """The pruning methods that are compared, under the names they are shown by: to add one, add a row to METHODS.
 
-A method makes an optimizer out of a Task: a dense network, what is known of the machine, a requested speedup, and the length
-of the training. What knows nothing of speed gets the densities at which the performance model *predicts* the requested
-speedup (`Task.matched`), so that all methods are asked for the same and accuracy tells them apart.
+A method makes an optimizer out of a Task (a dense network, what is known of the machine, a requested speedup, the length of the
+training) and a guide for it. A guide that knows nothing of speed gives the densities at which the performance model *predicts*
+the requested speedup (`Task.matched`), so that all methods are asked for the same and accuracy tells them apart.
 """
 
 from __future__ import annotations
@@ -150,25 +150,29 @@ class Task:
         return optax.chain(self.optimizer, method)
 
 
+Guide = Callable[[Task], prune.Guidance]
+Prepare = Callable[[Task, prune.Guidance], optax.GradientTransformation | None]
+
+
 class Method(NamedTuple):
     """A row of the comparison.
 
     Attributes:
-      guided: whether the performance model says how far each layer is pruned.
-      prepare: the optimizer to prune and train with; None if the model of the task has been pruned and needs no training.
-        Raises ValueError where the requested speedup is out of reach.
-      twin: of a guided method, the name of the same method without guidance.
+      guide: which layers to prune, how far; raises ValueError where the requested speedup is out of reach.
+      prepare: the optimizer to prune with, as that says, and train; None if the task's model was pruned and is not trained.
+      twin: of a guided method, the name of the same method without the performance model's guide.
       trains: whether it does; a method that does not prepares no optimizer.
     """
 
-    guided: bool
-    prepare: Callable[[Task], optax.GradientTransformation | None]
+    guide: Guide
+    prepare: Prepare
     twin: str | None = None
     trains: bool = True
 
-
-Guide = Callable[[Task], prune.Guidance]
-Prepare = Callable[[Task], optax.GradientTransformation | None]
+    @property
+    def guided(self) -> bool:
+        """Whether the performance model says how far each layer is pruned."""
+        return self.guide is Task.guide
 
 
 # The first layer stays dense, as it does where these allocations were published. The guide decides for itself.
@@ -185,81 +189,72 @@ def one_threshold(task: Task) -> prune.Guidance:
     return task.matched(lambda density: prune.global_magnitude(params, density, exclude=task.first))
 
 
-def _magnitude(guide: Guide) -> Prepare:
-    return lambda task: task.then(prune.magnitude(guide(task), task.ramp, every=task.every))
+def _magnitude(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    return task.then(prune.magnitude(guide, task.ramp, every=task.every))
 
 
-def _lasso(guide: Guide) -> Prepare:
-    return lambda task: task.then(prune.lasso(guide(task), lambda step: L1 * task.rate(step), task.ramp))
+def _lasso(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    return task.then(prune.lasso(guide, lambda step: L1 * task.rate(step), task.ramp))
 
 
-def _surgery(guide: Guide) -> Prepare:
-    return lambda task: task.then(prune.surgery(guide(task), task.ramp))
+def _surgery(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    return task.then(prune.surgery(guide, task.ramp))
 
 
-def _soft_threshold(guide: Guide) -> Prepare:
-    return lambda task: prune.soft_threshold(task.optimizer, guide(task), task.ramp, every=task.every)
+def _soft_threshold(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    return prune.soft_threshold(task.optimizer, guide, task.ramp, every=task.every)
 
 
-def _rigl(guide: Guide) -> Prepare:
-    return lambda task: prune.rigl(task.optimizer, guide(task), end=3 * task.steps // 4, every=task.every)
+def _rigl(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    return prune.rigl(task.optimizer, guide, end=3 * task.steps // 4, every=task.every)
 
 
-def _acdc(guide: Guide) -> Prepare:
+def _acdc(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
     # Four phases: compressed, decompressed, twice; then compressed for good.
-    return lambda task: task.then(prune.acdc(guide(task), begin=0, end=task.ramp_steps, phase=max(1, task.ramp_steps // 4)))
+    return task.then(prune.acdc(guide, begin=0, end=task.ramp_steps, phase=max(1, task.ramp_steps // 4)))
 
 
-def _budget(task: Task) -> optax.GradientTransformation:
-    return prune.budget(task.optimizer, task.guide(), task.machine, task.ramp, every=task.every)
+def _budget(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    return prune.budget(task.optimizer, guide, task.machine, task.ramp, every=task.every)
 
 
-def _one_shot(guide: Guide) -> Prepare:
-    def prepare(task: Task) -> None:
-        nnx.update(task.model, prune.one_shot(nnx.state(task.model, nnx.Param), guide(task)))
-        nnx.update(task.model, nnx.state(prune.recalibrate(task.model, task.batches)))
-
-    return prepare
+def _one_shot(task: Task, guide: prune.Guidance) -> None:
+    nnx.update(task.model, prune.one_shot(nnx.state(task.model, nnx.Param), guide))
+    nnx.update(task.model, nnx.state(prune.recalibrate(task.model, task.batches)))
 
 
-def _obs(guide: Guide) -> Prepare:
-    def prepare(task: Task) -> None:
-        # Half of them give thousands of positions, and so rows, to every convolution.
-        pruned = prune.obs(task.model, task.batches[:2], guide(task))
-        nnx.update(task.model, nnx.state(prune.recalibrate(pruned, task.batches)))
-
-    return prepare
+def _obs(task: Task, guide: prune.Guidance) -> None:
+    # Half of them give thousands of positions, and so rows, to every convolution.
+    pruned = prune.obs(task.model, task.batches[:2], guide)
+    nnx.update(task.model, nnx.state(prune.recalibrate(pruned, task.batches)))
 
 
-def _obs_then_trained(guide: Guide) -> Prepare:
-    def prepare(task: Task) -> optax.GradientTransformation:
-        _obs(guide)(task)
-        return task.then(prune.fixed())
-
-    return prepare
+def _obs_then_trained(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
+    _obs(task, guide)
+    return task.then(prune.fixed())
 
 
 # Unguided methods get an allocation of their own kind: that of one l1 strength for all layers is that of one threshold, and
 # the thresholds of DNS are multiples of a layer's mean weight, nearly uniform.
 METHODS: dict[str, Method] = {
-    "GMP, uniform": Method(False, _magnitude(uniform)),
-    "GMP, ERK": Method(False, _magnitude(erk)),
-    "GMP, global": Method(False, _magnitude(one_threshold)),
-    "GMP, guided": Method(True, _magnitude(Task.guide), twin="GMP, uniform"),
-    "ESL": Method(False, _lasso(one_threshold)),
-    "GESL": Method(True, _lasso(Task.guide), twin="ESL"),
-    "DNS": Method(False, _surgery(uniform)),
-    "GDNS": Method(True, _surgery(Task.guide), twin="DNS"),
-    "STR": Method(False, _soft_threshold(uniform)),
-    "STR, guided": Method(True, _soft_threshold(Task.guide), twin="STR"),
-    "RigL, ERK": Method(False, _rigl(erk)),
-    "RigL, guided": Method(True, _rigl(Task.guide), twin="RigL, ERK"),
-    "AC/DC, uniform": Method(False, _acdc(uniform)),
-    "AC/DC, guided": Method(True, _acdc(Task.guide), twin="AC/DC, uniform"),
-    "one-shot": Method(False, _one_shot(uniform), trains=False),
-    "OBS one-shot": Method(False, _obs(uniform), trains=False),
-    "OBS one-shot, guided": Method(True, _obs(Task.guide), twin="OBS one-shot", trains=False),
-    "OBS, then trained": Method(False, _obs_then_trained(uniform)),
-    "OBS, then trained, guided": Method(True, _obs_then_trained(Task.guide), twin="OBS, then trained"),
-    "speed in the loss": Method(True, _budget),
+    "GMP, uniform": Method(uniform, _magnitude),
+    "GMP, ERK": Method(erk, _magnitude),
+    "GMP, global": Method(one_threshold, _magnitude),
+    "GMP, guided": Method(Task.guide, _magnitude, twin="GMP, uniform"),
+    "ESL": Method(one_threshold, _lasso),
+    "GESL": Method(Task.guide, _lasso, twin="ESL"),
+    "DNS": Method(uniform, _surgery),
+    "GDNS": Method(Task.guide, _surgery, twin="DNS"),
+    "STR": Method(uniform, _soft_threshold),
+    "STR, guided": Method(Task.guide, _soft_threshold, twin="STR"),
+    "RigL, ERK": Method(erk, _rigl),
+    "RigL, guided": Method(Task.guide, _rigl, twin="RigL, ERK"),
+    "AC/DC, uniform": Method(uniform, _acdc),
+    "AC/DC, guided": Method(Task.guide, _acdc, twin="AC/DC, uniform"),
+    "one-shot": Method(uniform, _one_shot, trains=False),
+    "OBS one-shot": Method(uniform, _obs, trains=False),
+    "OBS one-shot, guided": Method(Task.guide, _obs, twin="OBS one-shot", trains=False),
+    "OBS, then trained": Method(uniform, _obs_then_trained),
+    "OBS, then trained, guided": Method(Task.guide, _obs_then_trained, twin="OBS, then trained"),
+    "speed in the loss": Method(Task.guide, _budget),
 }

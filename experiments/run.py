@@ -68,13 +68,14 @@ def run(config: Config) -> dict[str, Any]:
     print(f"machine: {machine}", flush=True)
     model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
     shapes = conv_shapes(model, data.test_images[:1])
+    method, asked = METHODS[config.method], task(config, model, data, shapes, machine)
     # Refused here, not after hours of dense training.
-    print(prune.guided(shapes, machine, speedup=config.speedup), flush=True)
+    print(method.guide(asked), flush=True)
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
 
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
     steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
-    optimizer = METHODS[config.method].prepare(task(config, model, data, shapes, machine))
+    optimizer = method.prepare(asked, method.guide(asked))  # a guide may look at the weights, which are others now
     assert optimizer is not None, config.method  # it trains
     pruned = fit(config, model, data, out, "pruning", optimizer, steps)
 

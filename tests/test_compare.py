@@ -166,7 +166,7 @@ def test_unguided_densities_are_the_largest_that_are_predicted_fast_enough():
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "GESL"])
 def test_every_method_prunes_to_the_requested_prediction(name):
     asked = dataclasses.replace(task(1.3), steps=80, ramp_steps=60, every=5)
-    optimizer = METHODS[name].prepare(asked)
+    optimizer = METHODS[name].prepare(asked, METHODS[name].guide(asked))
     params = asked.params
     assert (optimizer is not None) == METHODS[name].trains
     if optimizer:

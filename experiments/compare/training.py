@@ -167,7 +167,7 @@ def _prune(config: Config, run: Run, out: Path) -> Line:
             "requested": run.speedup, "dense_accuracy": dense.accuracy, "dense_training_seconds": dense.seconds}
     start = time.process_time()
     try:
-        optimizer = method.prepare(task)
+        optimizer = method.prepare(task, method.guide(task))
     except ValueError as error:
         print(f"  refused: {error}", flush=True)
         return line | {"refused": str(error)}
