@@ -80,6 +80,12 @@ def test_masks_of_a_state_apply_to_the_parameters():
     assert pruned["norm"] is not None and jnp.array_equal(pruned["conv"]["bias"], PARAMS["conv"]["bias"])
 
 
+def test_the_bias_of_a_model_that_is_itself_a_layer_has_no_mask():
+    mask = jnp.array([[True, False], [False, True]])
+    pruned = prune.apply_masks({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, {"": mask})
+    assert jnp.array_equal(pruned["kernel"], jnp.eye(2)) and pruned["bias"].tolist() == [1, 1]
+
+
 def test_a_state_without_pruning_has_no_masks():
     assert prune.masks(optax.adam(1e-3).init(PARAMS)) == {}
 

@@ -159,7 +159,8 @@ def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:
             raise ValueError(f"mask of layer {layer!r} has shape {mask.shape}, its kernel in the parameters {wanted}")
 
     def apply(path: KeyPath, p: jax.Array) -> jax.Array:
-        mask = masks.get(layer_of(path) or "")
+        layer = layer_of(path)
+        mask = None if layer is None else masks.get(layer)
         return p if mask is None else jnp.where(mask, p, jnp.zeros_like(p))
 
     return tree_map_with_path(apply, params)
