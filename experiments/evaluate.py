@@ -26,8 +26,7 @@ ERROR_FACTOR = 16
 
 def fold_only(model: nnx.Module, plan: Plan) -> nnx.Module:
     """The model with its batch norms folded and every layer dense: what XLA reaches without us."""
-    layers = tuple(dataclasses.replace(layer, choice="dense") for layer in plan.layers)
-    return pack_model(model, dataclasses.replace(plan, layers=layers), fuse=False)
+    return pack_model(model, plan.all_dense, fuse=False)
 
 
 def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: float) -> dict[str, dict[str, float]]:

@@ -36,16 +36,13 @@ class Speed:
     Args:
       shapes: of its layers, at the batch it is to be fast at.
       machine: on which.
-      dense_seconds: measured time of the whole network dense, if it was measured; else it is predicted too.
-      other_seconds: time of everything in the packed network that is no layer.
+      whole: the network as it was measured; None goes by its layers alone.
     """
 
-    def __init__(self, shapes: Mapping[str, ConvShape], machine: Machine, dense_seconds: float | None = None,
-                 other_seconds: float = 0.0):
-        self._names, self._other = list(shapes), other_seconds
-        work = Work.stack(shapes.values(), machine)
+    def __init__(self, shapes: Mapping[str, ConvShape], machine: Machine, whole: prune.Whole | None = None):
+        self._names, work = list(shapes), Work.stack(shapes.values(), machine)
         self._layers = np.asarray(cost.dense_seconds(work, machine), float)
-        self._whole = dense_seconds or other_seconds + float(self._layers.sum())
+        self._whole = whole or prune.Whole(float(self._layers.sum()))
         self._weights = np.array([shape.weights for shape in shapes.values()], float)
         self._sparse = jax.jit(lambda density: conv_seconds(work, density, machine))
 
@@ -54,7 +51,8 @@ class Speed:
         density = np.maximum(self._vector(densities), 1 / self._weights)
         sparse = np.asarray(self._sparse(jnp.asarray(density, jnp.float32)), float)
         runs_sparse = (density < 1) & (MARGIN * sparse <= self._layers)  # as `plan` chooses
-        return self._whole / float(self._other + np.where(runs_sparse, sparse, self._layers).sum())
+        layers = float(np.where(runs_sparse, sparse, self._layers).sum())
+        return self._whole.dense_seconds / (self._whole.other_seconds + self._whole.scale * layers)
 
     def density(self, densities: Mapping[str, float]) -> float:
         """Kept / all weights of the network at these densities of its layers."""
@@ -73,9 +71,8 @@ class Task:
       images: training images (count, h, w, c), for methods that look at activations.
       shapes: of its layers.
       machine: on which it is to be fast.
-      speedup: requested of the whole network, as predicted.
-      dense_seconds: time of the whole network dense, if it was measured, in the performance model's seconds.
-      other_seconds: time of everything in the packed network that is no layer, likewise.
+      speedup: requested of the whole network.
+      whole: the network as it was measured; None goes by what is predicted of its layers.
       rate: learning rate, a schedule over the updates.
       optimizer: that follows it; the method comes after it in the chain.
       steps: updates there will be.
@@ -88,8 +85,7 @@ class Task:
     shapes: Mapping[str, ConvShape]
     machine: Machine
     speedup: float
-    dense_seconds: float | None
-    other_seconds: float
+    whole: prune.Whole | None
     rate: optax.Schedule
     optimizer: optax.GradientTransformation
     steps: int
@@ -108,7 +104,7 @@ class Task:
     @functools.cached_property
     def speed(self) -> Speed:
         """The performance model's predictions of this network."""
-        return Speed(self.shapes, self.machine, self.dense_seconds, self.other_seconds)
+        return Speed(self.shapes, self.machine, self.whole)
 
     @property
     def batches(self) -> list[np.ndarray]:
@@ -122,8 +118,7 @@ class Task:
 
     def guide(self) -> prune.Guidance:
         """The performance model's. Raises ValueError for a speedup out of reach."""
-        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY,
-                            other_seconds=self.other_seconds, whole_seconds=self.dense_seconds)
+        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole)
 
     def matched(self, allocate: Callable[[float], prune.Guidance]) -> prune.Guidance:
         """The guide without a performance model that is predicted to reach the requested speedup with the most weights.

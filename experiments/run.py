@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optax
 import tyro
 from flax import nnx
@@ -68,7 +69,8 @@ def run(config: Config) -> dict[str, Any]:
     print(f"machine: {machine}", flush=True)
     model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
     shapes = conv_shapes(model, data.test_images[:1])
-    method, asked = METHODS[config.method], task(config, model, data, shapes, machine)
+    whole = whole_of(out / "whole.json", model, data.test_images[:1], machine, config.timing_seconds)
+    method, asked = METHODS[config.method], task(config, model, data, shapes, machine, whole)
     # Refused here, not after hours of dense training.
     print(method.guide(asked), flush=True)
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
@@ -94,7 +96,8 @@ def run(config: Config) -> dict[str, Any]:
             "packed": train.accuracy(packed, data.test_images, data.test_labels),
         },
         "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
-        "requested": config.speedup, "predicted": chosen.dense_seconds / chosen.seconds,
+        "requested": config.speedup, "whole": whole._asdict(),
+        "predicted": asked.speed.speedup({layer.path: layer.density for layer in chosen.layers}),
         "times": {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES},
         "layers": {str(n): evaluate.time_layers(folded, chosen, n, config.timing_seconds / 4) for n in BATCHES},
         "curves": {"dense": dense._asdict(), "pruning": pruned._asdict()},
@@ -132,10 +135,10 @@ def prune_optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTrans
 
 
 def task(config: Config, model: nnx.Module, data: Data, shapes: Mapping[str, ConvShape], machine: Machine,
-         dense_seconds: float | None = None, other_seconds: float = 0.0) -> Task:
+         whole: prune.Whole) -> Task:
     """What a method is asked."""
-    return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, dense_seconds, other_seconds,
-                *prune_optimizer(config), config.prune_steps, config.ramp_steps, config.prune_every)
+    return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, whole, *prune_optimizer(config),
+                config.prune_steps, config.ramp_steps, config.prune_every)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -176,6 +179,13 @@ def machine_of(out: Path) -> Machine:
     if not path.exists():
         checkpoint.write_atomically(path, json.dumps(profile.to_dict(detect_machine()), indent=1))
     return profile.from_dict(json.loads(path.read_text()))
+
+
+def whole_of(path: Path, model: nnx.Module, x: np.ndarray, machine: Machine, seconds: float) -> prune.Whole:
+    """What the network takes, as measured when the file was made, likewise."""
+    if not path.exists():
+        checkpoint.write_atomically(path, json.dumps(prune.measure(model, x, machine, seconds=seconds)._asdict(), indent=1))
+    return prune.Whole(**json.loads(path.read_text())).checked()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ class Plan:
         """Predicted for all layers as planned."""
         return sum(layer.seconds for layer in self.layers)
 
+    @property
+    def all_dense(self) -> Plan:
+        """The same with every layer dense."""
+        return replace(self, layers=tuple(replace(layer, choice="dense") for layer in self.layers))
+
     def to_dict(self) -> dict[str, Any]:
         """The plan in plain dicts, lists, strings and numbers, for `json.dump`."""
         return asdict(self)

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
     model, data = CONFIG.network(CONFIG.widths, 1, CONFIG.classes, rngs=nnx.Rngs(0)), CONFIG.data()
     dense = prune.guided(conv_shapes(model, data.test_images[:1]), MACHINE, speedup=1).dense_seconds
-    checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(training.Whole(dense, 0.0, 1.0)._asdict()))
+    checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(prune.Whole(dense)._asdict()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "use_threads", lambda threads: None)
         patch.setattr(compare, "keep_memory", lambda: True)
@@ -133,7 +133,7 @@ def test_a_folder_of_other_settings(folder, monkeypatch):
 
 
 def test_predictions_of_a_network():
-    speed = Speed(SHAPES, MACHINE, other_seconds=1e-5)
+    speed = Speed(SHAPES, MACHINE, prune.Whole(1e-5 + sum(float(dense_seconds(s, MACHINE)) for s in SHAPES.values()), 1e-5))
     densities = {"a": 0.1, "b": 0.9}
     dense = {name: float(dense_seconds(shape, MACHINE)) for name, shape in SHAPES.items()}
     sparse = {name: float(conv_seconds(SHAPES[name], density, MACHINE)) for name, density in densities.items()}
@@ -150,7 +150,7 @@ def task(speedup):
     config = dataclasses.replace(CONFIG, speedup=speedup)
     data, model = training.dataset(CONFIG), training._network(CONFIG)
     model.eval()
-    return training.main_job.task(config, model, data, conv_shapes(model, data.test_images[:1]), MACHINE)
+    return training.main_job.task(config, model, data, conv_shapes(model, data.test_images[:1]), MACHINE, None)
 
 
 def test_unguided_densities_are_the_largest_that_are_predicted_fast_enough():
@@ -315,18 +315,6 @@ def test_the_readme_has_the_table_of_the_committed_results():
     section = text.partition(f"{page.BEGIN}\n")[2].partition(page.END)[0]
     assert section == (f"{committed}\n" if committed else "")
     assert report.with_table(text, "", page.BEGIN, page.END).count(page.BEGIN) == 1  # raises unless there is one section
-
-
-def test_model_error_and_everything_else_are_told_apart():
-    """Packed times that are 1.2 times the prediction for the layers, and 50 us more; in the model's seconds, all over 1.2."""
-    layers = 900e-6, 400e-6
-    packed = [1.2 * seconds + 50e-6 for seconds in layers]
-    found = training.calibrated(2e-3, layers, packed)
-    assert found == pytest.approx(training.Whole(2e-3 / 1.2, 50e-6 / 1.2, 1.2))
-    # Noise: no negative rest, no scale beyond two, no line through one point.
-    assert training.calibrated(2e-3, layers, [990e-6, 400e-6]) == pytest.approx((2e-3, 45e-6, 1.0))
-    assert training.calibrated(2e-3, layers, [4e-3, 1e-3]).scale == 2
-    assert training.calibrated(2e-3, (400e-6, 400e-6), [500e-6, 500e-6]) == pytest.approx((2e-3, 100e-6, 1.0))
 
 
 @pytest.mark.parametrize("command, message", [

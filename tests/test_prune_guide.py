@@ -36,6 +36,12 @@ NETWORK = {
 }
 
 
+def whole(machine, other=0.0, scale=1.0, shapes=NETWORK):
+    """A network that takes what is predicted of its layers, times a scale, and something else."""
+    layers = scale * sum(float(dense_seconds(shape, machine)) for shape in shapes.values())
+    return prune.Whole(other + layers, other, scale)
+
+
 def damage(shape, density):
     return 1 / (shape.kh * shape.kw * shape.ic / shape.groups * density)
 
@@ -44,7 +50,7 @@ def damage(shape, density):
 @pytest.mark.parametrize("speedup", [1.1, 1.5, 2.0, 2.5])
 def test_meets_the_speedup_and_balances_the_layers(machine, speedup):
     other = 1e-6
-    guide = prune.guided(NETWORK, machine, speedup=speedup, exclude=["stem"], other_seconds=other)
+    guide = prune.guided(NETWORK, machine, speedup=speedup, exclude=["stem"], whole=whole(machine, other))
     seconds, dense, worth = other, other, []
     for name, shape in NETWORK.items():
         layer, useful = guide.layers[name], useful_range(shape, machine)
@@ -117,13 +123,27 @@ def test_a_pruned_layer_has_a_zero_and_a_dense_one_is_dense(speedup):
 def test_a_measured_dense_time_is_what_speedups_count_from():
     predicted = prune.guided(NETWORK, ATOM_C2750, speedup=1)
     measured = 1.25 * predicted.dense_seconds
-    guide = prune.guided(NETWORK, ATOM_C2750, speedup=2.5, whole_seconds=measured)
+    guide = prune.guided(NETWORK, ATOM_C2750, speedup=2.5, whole=prune.Whole(measured))
     assert guide.seconds == pytest.approx(measured / 2.5, rel=2e-3) and guide.speedup == pytest.approx(2.5, rel=2e-3)
     assert guide.densities == pytest.approx(prune.guided(NETWORK, ATOM_C2750, speedup=2).densities, rel=1e-3)
     highest = [float(re.search(r"the highest is ([\d.]+)", str(refusal(NETWORK, ATOM_C2750, 99, **options)))[1])
-               for options in ({"whole_seconds": measured}, {})]
+               for options in ({"whole": prune.Whole(measured)}, {})]
     assert highest[0] == pytest.approx(1.25 * highest[1], abs=0.02)
-    assert str(refusal(NETWORK, ATOM_C2750, 2, whole_seconds=0.0)).startswith("whole_seconds must be positive and finite, or")
+
+
+def test_a_network_that_takes_longer_than_its_layers_are_predicted_to():
+    """All seconds are times the scale, so that the densities for a speedup stay and those for a time do not."""
+    plain, slow = (prune.guided(NETWORK, ATOM_C2750, speedup=2, whole=whole(ATOM_C2750, 1e-3 * s, s)) for s in (1.0, 1.5))
+    assert slow.densities == pytest.approx(plain.densities, rel=1e-3)
+    for field in ("seconds", "dense_seconds"):
+        assert getattr(slow, field) == pytest.approx(1.5 * getattr(plain, field), rel=1e-3)
+    for name, layer in slow.layers.items():
+        other = plain.layers[name]
+        for field in ("dense_seconds", "seconds", "slope"):
+            assert getattr(layer, field) == pytest.approx(1.5 * getattr(other, field), rel=1e-3), field
+    assert slow.strengths == pytest.approx(plain.strengths, rel=1e-3)
+    timed = prune.guided(NETWORK, ATOM_C2750, seconds=slow.seconds, whole=slow.whole)
+    assert timed.densities == pytest.approx(slow.densities, rel=1e-3)
 
 
 def test_the_papers_rules():
@@ -179,11 +199,13 @@ def test_a_time_instead_of_a_speedup():
     assert prune.guided(NETWORK, ATOM_C2750, seconds=2 * dense).densities == {}
     with pytest.raises(ValueError, match=r"^\S+ ms cannot be reached: the least is \S+ ms, a speedup of \d+\.\d\d, where the"):
         prune.guided(NETWORK, ATOM_C2750, seconds=dense / 1000)
-    for name in ("seconds", "whole_seconds"):
-        with pytest.raises(ValueError, match=f"^{name} must be positive and finite, or None, got nan"):
-            prune.guided(NETWORK, ATOM_C2750, speedup=2, **{name: float("nan")})
-    with pytest.raises(ValueError, match="other_seconds must be at least 0 and finite, got -1"):
-        prune.guided(NETWORK, ATOM_C2750, speedup=2, other_seconds=-1)
+    with pytest.raises(ValueError, match="^seconds must be positive and finite, or None, got nan"):
+        prune.guided(NETWORK, ATOM_C2750, seconds=float("nan"))
+    for wrong, message in ((prune.Whole(0.0), "dense_seconds of the whole network must be positive and finite, got 0.0"),
+                           (prune.Whole(1.0, -1), "other_seconds of the whole network must be at least 0 and finite, got -1"),
+                           (prune.Whole(1.0, 0.1, float("inf")), "scale of the whole network must be positive and finite")):
+        with pytest.raises(ValueError, match=message):
+            prune.guided(NETWORK, ATOM_C2750, whole=wrong)
 
 
 def test_layers_are_excluded_by_name_pattern_or_predicate():
@@ -223,7 +245,7 @@ def test_any_network_is_as_fast_as_asked_or_refused(layers, machine, speedup):
 
 
 def test_prints_as_a_table():
-    guide = prune.guided(NETWORK, XEON_E5_2697V4, speedup=1.5, exclude=["stem"], other_seconds=5e-6)
+    guide = prune.guided(NETWORK, XEON_E5_2697V4, speedup=1.5, exclude=["stem"], whole=whole(XEON_E5_2697V4, 5e-6))
     lines = str(guide).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", *NETWORK, "(other)", "total"]
     assert lines[0].split() == ["layer", "shape", "density", "dense", "us", "us", "why"]
@@ -238,7 +260,7 @@ def test_dense_is_no_speedup():
 
 
 def test_refusals():
-    message = str(refusal(NETWORK, XEON_E5_2697V4, 50, exclude=["stem"], other_seconds=20e-6))
+    message = str(refusal(NETWORK, XEON_E5_2697V4, 50, exclude=["stem"], whole=whole(XEON_E5_2697V4, 20e-6)))
     assert re.match(r"a speedup of 50 cannot be reached: the highest is \d\.\d\d, where the time goes to \w+ \d+% \(", message)
     assert "thin 18% (dense: no speedup potential, at best 1.06x)" in message
     assert re.search(r"everything else \d+%$", message)

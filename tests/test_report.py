@@ -17,12 +17,13 @@ from experiments import checkpoint, evaluate, report, run
 from experiments.benchmark import results
 from experiments.configs import digits, smoke
 from experiments.models import VGG
-from sparseflax import profile
+from sparseflax import profile, prune
 from sparseflax.machine import Machine
 from sparseflax.model import pack_model
 from sparseflax.nnx import SparseConv
 from sparseflax.packing import PackedKernel
 from sparseflax.plan import plan
+from sparseflax.shapes import conv_shapes
 
 # What is fixed here stands for any machine: that it is not this one is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
@@ -38,7 +39,14 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("smoke")
     config = dataclasses.replace(smoke.config, out=out, results=out / "all.jsonl")
     checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
+    checkpoint.write_atomically(out / "whole.json", json.dumps(whole(config)._asdict()))
     return config, run.run(config)
+
+
+def whole(config):
+    """The network as it is predicted: nothing but its layers."""
+    model = config.network(config.widths, 1, config.classes, rngs=nnx.Rngs(0))
+    return prune.Whole(prune.guided(conv_shapes(model, config.data().test_images[:1]), MACHINE, speedup=1).dense_seconds)
 
 
 @pytest.fixture
@@ -75,6 +83,16 @@ def test_a_folder_of_another_run(finished):
     config, _ = finished
     with pytest.raises(ValueError, match="holds a run with peak_lr 0.1 instead of 0.2: give another --out, or delete"):
         run.run(dataclasses.replace(config, peak_lr=0.2))
+
+
+@pytest.mark.parametrize("method", ["GMP, guided", "GMP, uniform", "GMP, global"])
+def test_a_speedup_out_of_reach_is_refused_before_training(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.train, "_step", None)
+    config = dataclasses.replace(smoke.config, out=tmp_path, method=method, speedup=1000.0)
+    checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(profile.to_dict(MACHINE)))
+    checkpoint.write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
+    with pytest.raises(ValueError, match=r"a speedup of 1000 cannot be reached: the highest is [0-9.]+"):
+        run.run(config)
 
 
 def test_the_command_line(monkeypatch, capsys):
@@ -133,7 +151,7 @@ def test_the_page_needs_nothing_else(finished):
 
 def test_where_it_loses(result):
     result["accuracy"] = {"dense": 0.97, "pruned": 0.965, "packed": 0.965}
-    result["test_images"] = 2000
+    result["test_images"], result["requested"] = 2000, 3.0
     fast, slow = ({"seconds": seconds, "spread": 0.1, "calls": 9, "error": 1e-7} for seconds in (1.0, 2.0))
     result["times"] = {"1": {evaluate.DENSE: slow, evaluate.FOLDED: fast, evaluate.PACKED: slow}}
     layer = {"path": "a", "shape": "n1 8x4x4 -> 8 3x3", "density": 0.1, "choice": "sparse", "reason": "predicted 2x",
@@ -141,6 +159,7 @@ def test_where_it_loses(result):
     result["layers"] = {"1": [layer, layer | {"path": "b", "choice": "dense", "reason": "too dense", "sparse": [0.2, 0.1]}]}
     assert report.losses(result) == [
         "0.50 points of test accuracy are lost (2000 test images).",
+        "Asked for 3x at batch 1: measured 0.50x.",
         "At batch 1 the packed network is slower than the dense one: 0.50x.",
         "b stays dense: too dense.",
         "a runs sparse but is slower so at batch 1: 0.50x.",
@@ -148,6 +167,7 @@ def test_where_it_loses(result):
         "At batch 1 the sparse pruned layers take 4.0x the predicted time (median).",
         "At batch 1 40 % of the packed network's time goes to what is no layer: pooling, ReLU, copies, calls.",
     ]
+    assert report.headline(result).startswith("Asked for 3x at batch 1: pruned to ")
     assert "0.5 times as fast at batch 1" in report.headline(result) and "0.50 points less accurate" in report.headline(result)
 
 
@@ -158,9 +178,9 @@ def test_the_readme_table(result):
     text = report.table([result, other, newer])
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| smoke")]
     assert [row[0] for row in rows] == ["| smoke, seed 0", "| smoke, seed 1"]
-    assert rows[0][1].endswith("→ 43.2 %") and result["cpu"] in text
+    assert rows[0][1] == "1.2x" and rows[0][2].endswith("→ 43.2 %") and result["cpu"] in text
     fastest = min(result["times"]["1"][name]["seconds"] for name in (evaluate.DENSE, evaluate.FOLDED))
-    assert f"**{fastest / result['times']['1'][evaluate.PACKED]['seconds']:.1f}x**" in rows[0][4]
+    assert f"**{fastest / result['times']['1'][evaluate.PACKED]['seconds']:.1f}x**" in rows[0][5]
 
     before = f"# title\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.with_table(before, text) == f"# title\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from experiments.benchmark.results import Line, geometric_mean
 from experiments.evaluate import DENSE, FOLDED, PACKED
 from experiments.methods import METHODS
+from experiments.report import MET
 
 EQUAL = 0.5  # points of accuracy below dense, mean over seeds, that still count as equal
 NEARLY_ALL = 0.95  # of a layer's weights: a layer that keeps more runs sparse because that kernel is faster, and loses nothing
-MET = 0.1  # a measured speedup this close to the requested one, relatively, meets it
 
 
 class Point(NamedTuple):

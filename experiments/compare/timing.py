@@ -49,7 +49,7 @@ def _time(config: Config, run: Run, out: Path) -> Line:
     kept, weights = evaluate.count_weights(model)
     layers = [layer for layer in chosen.layers if layer.shape is not None]
     shapes = {layer.path: layer.shape for layer in layers if layer.shape is not None}
-    speed = Speed(shapes, machine, whole.dense_seconds, whole.other_seconds)
+    speed = Speed(shapes, machine, whole)
     with Others() as others:
         times = {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES}
     return {

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import optax
 from flax import nnx
 
-from experiments import checkpoint, evaluate, train
+from experiments import checkpoint, train
 from experiments import run as main_job
 from experiments.benchmark import results
 from experiments.benchmark.results import Line
@@ -27,12 +25,9 @@ from experiments.data import Data
 from experiments.methods import METHODS
 from sparseflax import prune
 from sparseflax.machine import Machine
-from sparseflax.model import pack_model
-from sparseflax.plan import plan
 from sparseflax.shapes import conv_shapes
 
-DENSITIES = 0.3, 0.03  # at which a whole network is measured
-REPEATS = 3
+WHOLE = 10  # times as long as it is timed at the end, is a network measured before: all its runs go by that
 
 
 class Dense(NamedTuple):
@@ -49,58 +44,11 @@ class Dense(NamedTuple):
     seconds: float
 
 
-class Whole(NamedTuple):
-    """Of a network, measured, in seconds of the performance model: of the dense one, and of what is no layer.
-
-    A packed network takes scale * (predicted for its layers + other_seconds), the dense one scale * dense_seconds.
-    """
-
-    dense_seconds: float
-    other_seconds: float
-    scale: float
-
-
-def measure(config: Config, out: Path) -> tuple[Machine, Whole]:
-    """This machine and the network's times, as measured when first asked.
-
-    The network is packed at two densities. Their times, over what is predicted for their layers, lie on a line: its slope is
-    what the model is off by in this network, what is left for no layers at all is everything else.
-    """
-    machine = main_job.machine_of(out)
+def measure(config: Config, out: Path) -> tuple[Machine, prune.Whole]:
+    """This machine and what the network takes on it, as measured when first asked."""
+    machine, x = main_job.machine_of(out), dataset(config).test_images[:1]
     path = out / f"{config.name}-whole.json"
-    if not path.exists():
-        x = dataset(config).test_images[:1]
-        # Others on the machine only ever add to a time, and may do so for seconds.
-        times = [[_packed(config, machine, x, density) for density in DENSITIES] for _ in range(REPEATS)]
-        dense, layers, packed = np.min(times, axis=0).T.tolist()
-        checkpoint.write_atomically(path, json.dumps(calibrated(min(dense), layers, packed)._asdict(), indent=1))
-    return machine, Whole(**json.loads(path.read_text()))
-
-
-def calibrated(dense: float, layers: Sequence[float], packed: Sequence[float]) -> Whole:
-    """What two measurements say, the slower one first: of the dense network, predicted of the packed layers, of all packed.
-
-    A line through two noisy points cannot tell that the model is off by more than a factor of two, or that everything else
-    takes less than no time.
-    """
-    saved = layers[0] - layers[1]
-    slope = (packed[0] - packed[1]) / saved if saved > 0 else 1.0
-    scale = min(max(slope, 0.5), 2.0, *(time / own for time, own in zip(packed, layers, strict=True)))
-    other = statistics.mean(time - scale * own for time, own in zip(packed, layers, strict=True))
-    return Whole(dense / scale, other / scale, scale)
-
-
-def _packed(config: Config, machine: Machine, x: Any, density: float) -> tuple[float, float, float]:
-    """Seconds of the untrained network, pruned to a density: dense, predicted for its packed layers, and packed."""
-    model = _network(config)
-    params = nnx.state(model, nnx.Param)
-    nnx.update(model, prune.one_shot(params, prune.uniform(params, density)))
-    model.eval()
-    chosen = plan(model, x, machine)
-    networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen),
-                evaluate.PACKED: pack_model(model, chosen)}
-    times = {name: timing["seconds"] for name, timing in evaluate.time_networks(networks, x, 2 * config.timing_seconds).items()}
-    return min(times[evaluate.DENSE], times[evaluate.FOLDED]), chosen.seconds, times[evaluate.PACKED]
+    return machine, main_job.whole_of(path, _network(config), x, machine, WHOLE * config.timing_seconds)
 
 
 def prune_all(config: Config, wanted: Iterable[Run], out: Path) -> None:
@@ -161,7 +109,7 @@ def _prune(config: Config, run: Run, out: Path) -> Line:
     (machine, whole), data, dense = measure(config, out), dataset(base), _dense(base, out)
     model = nnx.clone(dense.model)
     shapes = conv_shapes(model, data.test_images[:1])
-    task = main_job.task(config, model, data, shapes, machine, whole.dense_seconds, whole.other_seconds)
+    task = main_job.task(config, model, data, shapes, machine, whole)
     method, folder = METHODS[run.method], run.folder(out)
     line = {"network": run.network, "method": run.method, "guided": method.guided, "seed": run.seed,
             "requested": run.speedup, "dense_accuracy": dense.accuracy, "dense_training_seconds": dense.seconds}

@@ -53,7 +53,7 @@ class Config:
     weight_decay: float = 5e-4
     """Of all parameters, added to the gradient before momentum."""
     speedup: float = 3.0
-    """Requested of the whole network, as the performance model predicts it for batch 1 on this machine."""
+    """Requested of the whole network at batch 1 on this machine."""
     method: str = "GMP, guided"
     """A name in experiments/methods.py."""
     prune_every: int = 10

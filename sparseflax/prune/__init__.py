@@ -23,4 +23,6 @@ from sparseflax.prune.surgery import surgery as surgery
 from sparseflax.prune.unguided import erk as erk
 from sparseflax.prune.unguided import global_magnitude as global_magnitude
 from sparseflax.prune.unguided import uniform as uniform
+from sparseflax.prune.whole import Whole as Whole
+from sparseflax.prune.whole import measure as measure
 from sparseflax.prune.wrap import wrap as wrap

@@ -31,6 +31,7 @@ from sparseflax.cost import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.machine import Machine
 from sparseflax.plan import MARGIN
 from sparseflax.prune.guide import Guidance, LayerGuide, Layers, named
+from sparseflax.prune.whole import Whole
 from sparseflax.shapes import ConvShape
 
 GRID = 128  # densities per layer at which the performance model is evaluated, evenly spaced in the logarithm
@@ -44,8 +45,7 @@ def guided(
     seconds: float | None = None,
     min_density: float = 0.01,
     exclude: Layers = (),
-    other_seconds: float = 0.0,
-    whole_seconds: float | None = None,
+    whole: Whole | None = None,
 ) -> Guidance:
     """The densities at which the network runs `speedup` times as fast as dense, at the least damage.
 
@@ -59,8 +59,8 @@ def guided(
       seconds: wanted time of the whole network, in place of a speedup.
       min_density: no layer is pruned below it.
       exclude: layers to leave dense, whose time counts: names, patterns such as "*/shortcut", or a predicate of a name.
-      other_seconds: time of everything else in the network, which pruning does not change.
-      whole_seconds: time of the dense network, if it was measured; None takes the predicted one.
+      whole: what the network takes, from `prune.measure`, which makes the speedup that of all of it; None goes by what is
+        predicted of the layers alone.
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
@@ -70,25 +70,25 @@ def guided(
         raise ValueError(f"speedup must be at least 1 (the dense network) and finite, got {speedup}")
     if not 0 < min_density < 1:
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
-    for name, time in (("seconds", seconds), ("whole_seconds", whole_seconds)):
-        if time is not None and not 0 < time < math.inf:
-            raise ValueError(f"{name} must be positive and finite, or None, got {time}")
-    if not 0 <= other_seconds < math.inf:
-        raise ValueError(f"other_seconds must be at least 0 and finite, got {other_seconds}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be positive and finite, or None, got {seconds}")
+    if whole is not None:
+        whole.checked()
     if not shapes:
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
     names, work = list(shapes), Work.stack(shapes.values(), machine)
     inputs = np.array([shape.weights / shape.oc for shape in shapes.values()])
-    dense = np.asarray(dense_seconds(work, machine), float)
+    scale, other_seconds = (whole.scale, whole.other_seconds) if whole else (1.0, 0.0)
+    dense = scale * np.asarray(dense_seconds(work, machine), float)
     lower, upper = (np.asarray(bound, float) for bound in useful_range(work, machine))
-    total = whole_seconds or other_seconds + dense.sum()
+    total = whole.dense_seconds if whole else dense.sum()
     goal = seconds or total / speedup
     one = 1 - 1 / np.array([shape.weights for shape in shapes.values()])  # the density with a single zero
 
     excluded, dense_because = named(exclude, names), dict[int, str]()
     for floor in (np.clip(lower, min_density, one), np.minimum(min_density, one)):
-        curves = _curves(work, inputs, machine, floor, one)
+        curves = _curves(work, inputs, machine, scale, floor, one)
         least, fastest = _settle(0.0, curves)
         dense_because = {i: "excluded" for i, name in enumerate(names) if name in excluded}
         dense_because |= {i: f"no speedup potential, at best {dense[i] / fastest[i]:.2f}x" for i in range(len(names))
@@ -128,7 +128,7 @@ def guided(
         dense_because |= given_back
     at = jnp.asarray(density, jnp.float32)
     sparse, slope = jax.jvp(lambda d: conv_seconds(work, d, machine), (at,), (jnp.ones_like(at),))
-    times = np.where(density < 1, np.asarray(sparse, float), dense)
+    times = np.where(density < 1, scale * np.asarray(sparse, float), dense)
     layers = {
         name: LayerGuide(
             density=float(density[i]),
@@ -138,11 +138,11 @@ def guided(
             shape=shapes[name],
             dense_seconds=float(dense[i]),
             seconds=float(times[i]),
-            slope=float(slope[i]),
+            slope=scale * float(slope[i]),
         )
         for i, name in enumerate(names)
     }
-    return Guidance(layers, other_seconds, whole_seconds, machine)
+    return Guidance(layers, whole, machine)
 
 
 def _least_damage(
@@ -179,14 +179,14 @@ def _least_damage(
             price, density, seconds, damage = solution
 
 
-def _curves(work: Work, inputs: np.ndarray, machine: Machine, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
+def _curves(work: Work, inputs: np.ndarray, machine: Machine, scale: float, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
     """What each layer can choose from, (layers, 3, GRID): log density from floor to top (layers,), seconds, worth."""
     log_density = np.linspace(np.log(floor), np.log(top), GRID)
     density = jnp.asarray(np.exp(log_density), jnp.float32)
     seconds, slope = jax.jvp(jax.vmap(lambda d: conv_seconds(work, d, machine)), (density,), (jnp.ones_like(density),))
-    worth = np.asarray(slope, float) * np.asarray(density, float) ** 2 * inputs
+    worth = scale * np.asarray(slope, float) * np.asarray(density, float) ** 2 * inputs
     # Where the time is not convex, the densities between are never the best: skip them.
-    return np.stack([log_density, np.asarray(seconds, float), np.maximum.accumulate(worth)]).transpose(2, 0, 1)
+    return np.stack([log_density, scale * np.asarray(seconds, float), np.maximum.accumulate(worth)]).transpose(2, 0, 1)
 
 
 def _settle(price: float, curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

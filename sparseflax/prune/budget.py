@@ -173,6 +173,7 @@ class _Network(NamedTuple):
       machine: that runs them.
       weights: number of each layer's weights.
       floor, ceiling: densities between which each layer ends.
+      scale: of the seconds predicted for the layers.
       rest: seconds of everything else.
     """
 
@@ -181,6 +182,7 @@ class _Network(NamedTuple):
     weights: np.ndarray
     floor: np.ndarray
     ceiling: np.ndarray
+    scale: float
     rest: float
 
     @classmethod
@@ -191,11 +193,12 @@ class _Network(NamedTuple):
         floor = np.minimum(np.array([max(layer.lower, min_density) for layer in layers], np.float32), ceiling)
         rest = guide.seconds - sum(layer.seconds for layer in layers)
         weights = np.array([shape.weights for shape in shapes], np.float32)
-        return cls(Work.stack(shapes, machine), machine, weights, floor, ceiling, rest)
+        scale = guide.whole.scale if guide.whole else 1.0
+        return cls(Work.stack(shapes, machine), machine, weights, floor, ceiling, scale, rest)
 
     def seconds(self, density: Any) -> jax.Array:
         """Predicted for the whole network at these densities (layers,)."""
-        return self.rest + jnp.sum(conv_seconds(self.work, density, self.machine))
+        return self.rest + self.scale * jnp.sum(conv_seconds(self.work, density, self.machine))
 
     @property
     def fastest(self) -> float:
@@ -261,7 +264,7 @@ def _refusal(guide: Guidance, network: _Network | None, names: list[str], goal: 
     shortest, times = guide.seconds, {name: layer.seconds for name, layer in guide.layers.items()}
     if network is not None:
         shortest = network.fastest
-        fast = np.asarray(conv_seconds(network.work, network.floor, network.machine), float)
+        fast = network.scale * np.asarray(conv_seconds(network.work, network.floor, network.machine), float)
         times |= dict(zip(names, fast, strict=True))
     longest = sorted(times, key=lambda name: -times[name])[:5]
     shares = [f"{name} {times[name] / shortest:.0%} ({guide.layers[name].reason})" for name in longest]

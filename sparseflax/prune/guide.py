@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sparseflax.machine import Machine
+from sparseflax.prune.whole import Whole
 from sparseflax.shapes import ConvShape
 
 Layers = Iterable[str] | Callable[[str], bool]
@@ -28,7 +29,8 @@ class LayerGuide:
         having, or less where the time asked for needs it. A layer that stays above `upper` was pruned in vain: give it its
         dense weights back.
       shape: of the layer, if it has a performance model.
-      dense_seconds, seconds: predicted time dense and at `density`; nan without a performance model.
+      dense_seconds, seconds: predicted time dense and at `density`, in a network that was measured times its scale; nan
+        without a performance model.
       slope: d(seconds)/d(density) at `density`, what pruning on would save; nan without a performance model.
     """
 
@@ -48,14 +50,12 @@ class Guidance:
 
     Attributes:
       layers: {layer: LayerGuide} in the network's order.
-      other_seconds: time of everything that is not one of the layers.
-      whole_seconds: of the dense network, if it was measured.
+      whole: the network as it was measured, if it was.
       machine: of the performance model, if there is one.
     """
 
     layers: Mapping[str, LayerGuide]
-    other_seconds: float = 0.0
-    whole_seconds: float | None = None
+    whole: Whole | None = None
     machine: Machine | None = None
 
     @property
@@ -77,7 +77,12 @@ class Guidance:
     @property
     def dense_seconds(self) -> float:
         """Time of the dense network: measured, or else predicted."""
-        return self.whole_seconds or self.other_seconds + sum(layer.dense_seconds for layer in self.layers.values())
+        return self.whole.dense_seconds if self.whole else sum(layer.dense_seconds for layer in self.layers.values())
+
+    @property
+    def other_seconds(self) -> float:
+        """Time of everything that is not one of the layers; 0 if it was not measured."""
+        return self.whole.other_seconds if self.whole else 0.0
 
     @property
     def seconds(self) -> float:

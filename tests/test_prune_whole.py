@@ -1,0 +1,75 @@
+"""What a whole network takes: the arithmetic of the line, and that both kinds of models are timed and guided by it."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from sparseflax import ffi, prune
+from sparseflax.machine import ATOM_C2750, client_threads, processor
+from sparseflax.prune.whole import line
+from sparseflax.shapes import conv_shapes
+
+X = np.ones((1, 12, 12, 16), np.float32)
+# Known constants under this machine's name: what is measured must not depend on a second measurement.
+HERE = dataclasses.replace(ATOM_C2750, name=processor(), isa=ffi.isa(), threads=client_threads())
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(16, 64, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(64, rngs=rngs)
+        self.head = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Conv(64, (3, 3), name="conv")(x))
+        return nn.Dense(10, name="head")(nn.relu(x).mean((1, 2)))
+
+
+def test_model_error_and_everything_else_are_told_apart():
+    """Packed times that are 1.2 times the prediction for the layers, and 50 us more."""
+    layers = 900e-6, 400e-6
+    packed = [1.2 * seconds + 50e-6 for seconds in layers]
+    assert line(2e-3, layers, packed) == pytest.approx((2e-3, 50e-6, 1.2))
+    # Noise: no negative rest, no scale beyond two, no line through one point.
+    assert line(2e-3, layers, [990e-6, 400e-6]) == pytest.approx((2e-3, 45e-6, 1.0))
+    assert line(2e-3, layers, [4e-3, 1e-3]).scale == 2
+    assert line(2e-3, (400e-6, 400e-6), [500e-6, 500e-6]) == pytest.approx((2e-3, 100e-6, 1.0))
+
+
+@pytest.mark.parametrize("linen", [False, True])
+def test_a_network_is_timed_and_stays_as_it_is(linen):
+    if linen:
+        model, call = (LinenNet(), LinenNet().init(jax.random.key(0), X, train=False)), {"train": False}
+        before = jax.tree.map(np.asarray, model[1])
+    else:
+        model, call = Net(nnx.Rngs(0)), {}
+        before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    whole = prune.measure(model, X, HERE, seconds=0.1, **call)
+    assert all(math.isfinite(value) for value in whole) and whole.checked() is whole
+    assert 0.5 <= whole.scale <= 2 or whole.other_seconds == 0  # a model that predicts too much has no line to go by
+    after = model[1] if linen else nnx.to_pure_dict(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert linen or not model.norm.use_running_average
+    guide = prune.guided(conv_shapes(model, X, **call), HERE, speedup=1, whole=whole)
+    assert guide.dense_seconds == whole.dense_seconds and guide.layers["conv"].density == 1
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="a network is timed on this machine, but for elsewhere .*: leave `whole` out of the"):
+        prune.measure(Net(nnx.Rngs(0)), X, dataclasses.replace(HERE, name="elsewhere"))
+    with pytest.raises(ValueError, match="seconds must be positive and finite, got 0"):
+        prune.measure(Net(nnx.Rngs(0)), X, HERE, seconds=0)
+    with pytest.raises(ValueError, match="found no convolution in Linear"):
+        prune.measure(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 3)), HERE)
