@@ -42,14 +42,14 @@ def main(flags: Sequence[str] | None = None) -> None:
     if "readme" in arguments.stages:
         _rewrite_readme(arguments.results)
     seeds = arguments.seeds or (networks.QUICK_SEEDS if arguments.quick else networks.SEEDS)
-    speedups, between = ((networks.QUICK_SPEEDUPS, networks.QUICK_BETWEEN) if arguments.quick else
-                         (networks.SPEEDUPS, networks.BETWEEN))
+    methods, speedups, between = (networks.QUICK_METHODS, networks.QUICK_SPEEDUPS, ()) if arguments.quick else (
+        tuple(METHODS), networks.SPEEDUPS, networks.BETWEEN)
     first = next(iter(configs))
 
     def wanted(name: str) -> Iterator[list[Run]]:
         """The runs of a network, those of the best methods only when the others are done, which tell them."""
         if arguments.methods or name == first:
-            yield [Run(name, method, speedup, seed) for seed in seeds for method in arguments.methods or METHODS
+            yield [Run(name, method, speedup, seed) for seed in seeds for method in arguments.methods or methods
                    for speedup in arguments.speedups or speedups]
         if not arguments.methods:
             trained = runs.lines(out / runs.TRAINED)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from flax import nnx
 
@@ -27,6 +28,7 @@ from sparseflax import prune
 from sparseflax.machine import Machine
 from sparseflax.shapes import conv_shapes
 
+REMEMBERED = 20  # runs whose compiled updates stay in memory, some 100 MB each, though no other run calls them
 WHOLE = 10  # times as long as it is timed at the end, is a network measured before: all its runs go by that
 
 
@@ -64,6 +66,8 @@ def prune_all(config: Config, wanted: Iterable[Run], out: Path) -> None:
         print(f"{run} ({i + 1} of {len(todo)})", flush=True)
         results.append(out / runs.TRAINED, _prune(replace(config, seed=run.seed, speedup=run.speedup), run, out))
         shutil.rmtree(run.folder(out) / "training", ignore_errors=True)
+        if (i + 1) % REMEMBERED == 0:
+            jax.clear_caches()
 
 
 def pruned_network(config: Config, folder: Path) -> nnx.Module:

@@ -38,6 +38,7 @@ def kernels(params: Any) -> dict[str, jax.Array]:
     return {layer: leaf for layer, leaf in named if layer is not None}
 
 
+@jax.jit
 def keep_largest(score: jax.Array, count: jax.Array | int, among: jax.Array | None = None) -> jax.Array:
     """Mask of exactly the `count` largest |score|; of equal ones the first in memory order are kept.
 

@@ -14,7 +14,7 @@ from flax import nnx
 from sparseflax.machine import Machine, detect_machine, medians
 from sparseflax.model import pack_model
 from sparseflax.plan import elsewhere, plan
-from sparseflax.prune.mask import apply_masks, keep_largest, kernels
+from sparseflax.prune.mask import apply_masks, kernels
 
 DENSITIES = 0.3, 0.03  # at which the network is measured, packed
 BLOCKS = 3  # of the measurement
@@ -96,9 +96,13 @@ def line(dense: float, layers: Sequence[float], packed: Sequence[float]) -> Whol
 
 def _pruned(model: Any, density: float) -> Any:
     """A copy of the model, in evaluation mode, with the largest weights of every layer."""
+    def largest(kernel: Any) -> Any:
+        mask, lost = np.ones(kernel.size, bool), int((1 - density) * kernel.size)
+        mask[np.abs(np.asarray(kernel, np.float32)).argpartition(lost, axis=None)[:lost]] = False
+        return mask.reshape(kernel.shape)
+
     def smaller(params: Any) -> Any:
-        masks = {name: keep_largest(kernel, round(density * kernel.size)) for name, kernel in kernels(params).items()}
-        return apply_masks(params, masks)
+        return apply_masks(params, {name: largest(kernel) for name, kernel in kernels(params).items()})
 
     if isinstance(model, tuple):
         module, variables = model
