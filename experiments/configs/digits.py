@@ -20,4 +20,5 @@ config = Config(
     prune_steps=500,
     ramp_steps=300,
     save_every=100,
+    speedup=4.0,
 )
