@@ -237,6 +237,18 @@ def test_speedup_at_equal_accuracy_is_interpolated():
         "1.95.")
 
 
+def test_twins_are_compared_where_the_network_is_of_use():
+    lines = [line(method, requested=requested, accuracy=accuracy) for requested, method, accuracy in (
+        (2.0, "GMP, guided", 0.95), (2.0, "GMP, uniform", 0.94), (9.0, "GMP, guided", 0.90), (9.0, "GMP, uniform", 0.1))]
+    assert "GMP, guided +1.00 points at 2x over GMP, uniform." in "".join(summary.conclusions(lines))
+
+
+def test_refused_requests_of_a_method_are_one_sentence():
+    refused = [{"network": "vgg", "method": "ESL", "guided": False, "seed": seed, "requested": requested,
+                "refused": f"{requested:g} is too fast"} for requested in (9.0, 8.0) for seed in (0, 1)]
+    assert [said for said in summary.conclusions([line(), *refused]) if "too" in said] == ["vgg, ESL, 8x, 9x: 8 is too fast"]
+
+
 def test_a_point_of_fewer_seeds_does_not_win():
     lines = [line("GMP, uniform", seed=seed) for seed in (0, 1)] + [line("ESL", ms=0.1)]
     found = summary.fastest(summary.points(lines), "vgg", guided=False)
@@ -261,10 +273,11 @@ def test_the_best_methods_are_asked_for_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "measure", lambda config, out: None)
     monkeypatch.setattr(training, "prune_all", pretend)
-    compare.main(["train", "--quick", "--out", str(tmp_path)])
-    best = [("DNS", 1.5), ("DNS", 2.0), ("RigL, guided", 1.5), ("RigL, guided", 2.0)]
-    asked = {name: [(run.method, run.speedup) for run in made if run.network == name] for name in networks.QUICK}
-    assert asked == {"vgg": [*((method, 1.5) for method in METHODS), *best], "resnet": best, "inception": best}
+    compare.main(["train", "--out", str(tmp_path), "--seeds", "3"])
+    best = [(method, speedup) for method in ("DNS", "RigL, guided") for speedup in (1.5, 2.5, 3, 3.5, 4, 4.5, 5)]
+    everything = [(method, speedup) for method in METHODS for speedup in (1.5, 2.5, 4)]
+    asked = {name: [(run.method, run.speedup) for run in made if run.network == name] for name in networks.NETWORKS}
+    assert asked == {"vgg": everything + best, "resnet": best, "inception": best}
 
 
 def test_the_page_needs_nothing_else():

@@ -12,6 +12,7 @@ from experiments.methods import METHODS
 from experiments.report import MET
 
 EQUAL = 0.5  # points of accuracy below dense, mean over seeds, that still count as equal
+SENSIBLE = 5.0  # points: a network that lost more is of no use, whatever another lost
 NEARLY_ALL = 0.95  # of a layer's weights: a layer that keeps more runs sparse because that kernel is faster, and loses nothing
 
 
@@ -169,12 +170,13 @@ def _interpolated(found: list[Point], network: str, seeds: int) -> str:
 
 
 def _twins(found: list[Point], network: str) -> list[str]:
-    """What the guide changes in a method, all else being equal: accuracy at the highest speedup that both were timed at."""
+    """What the guide changes in a method, all else being equal: accuracy at the highest speedup that still makes sense."""
     here = {(point.method, point.requested): point for point in found if point.network == network}
     gains = []
     for name, method in METHODS.items():
         twin = method.twin or ""
-        both = [(here[name, speedup], here[twin, speedup]) for of, speedup in here if of == name and (twin, speedup) in here]
+        both = [(here[name, speedup], here[twin, speedup]) for of, speedup in here if of == name and (twin, speedup) in here
+                and here[name, speedup].lost <= SENSIBLE]
         if both:
             guided, unguided = max(both, key=lambda pair: pair[0].requested)
             gains.append(f"{name} {unguided.lost - guided.lost:+.2f} points at {guided.requested:g}x over {unguided.method}")
@@ -218,6 +220,9 @@ def _requests(found: list[Point]) -> list[str]:
 
 
 def _refusals(lines: Sequence[Line]) -> list[str]:
-    why: dict[tuple[str, str, float], str] = {
-        (line["network"], line["method"], line["requested"]): line["refused"] for line in lines if "refused" in line}
-    return [f"{network}, {method}, {requested:g}x: {reason}" for (network, method, requested), reason in why.items()]
+    why: dict[tuple[str, str], dict[float, str]] = {}
+    for line in lines:
+        if "refused" in line:
+            why.setdefault((line["network"], line["method"]), {})[line["requested"]] = line["refused"]
+    return [f"{network}, {method}, {', '.join(f'{requested:g}x' for requested in sorted(reasons))}: {reasons[min(reasons)]}"
+            for (network, method), reasons in why.items()]

@@ -29,7 +29,6 @@ from sparseflax.machine import Machine
 from sparseflax.shapes import conv_shapes
 
 REMEMBERED = 20  # runs whose compiled updates stay in memory, some 100 MB each, though no other run calls them
-WHOLE = 10  # times as long as it is timed at the end, is a network measured before: all its runs go by that
 
 
 class Dense(NamedTuple):
@@ -50,7 +49,7 @@ def measure(config: Config, out: Path) -> tuple[Machine, prune.Whole]:
     """This machine and what the network takes on it, as measured when first asked."""
     machine, x = main_job.machine_of(out), dataset(config).test_images[:1]
     path = out / f"{config.name}-whole.json"
-    return machine, main_job.whole_of(path, _network(config), x, machine, WHOLE * config.timing_seconds)
+    return machine, main_job.whole_of(path, _network(config), x, machine, config)
 
 
 def prune_all(config: Config, wanted: Iterable[Run], out: Path) -> None:
