@@ -8,9 +8,9 @@
 Everything runs on one thread, for which `python -m experiments.calibrate --threads 1` makes good predictions: run it first.
 By default the first network runs every method, and the others the best guided and the best unguided one of those by accuracy,
 which are asked for more speedups than the rest. A run takes about 45 seconds of one core, those two methods' less, and all of
-them some three hours. Runs are made seed by seed, so that the first ones are a
-fair table too. The same command goes on where it was killed: finished runs are skipped, others continue from their
-checkpoints. Processes may share a folder if no two of them train the same network and seed.
+them some three hours. Runs are made seed by seed, so that the first ones are a fair table too. The same command goes on where
+it was killed: finished runs are skipped, others continue from their checkpoints. Processes may share a folder if no two of
+them train the same network and seed.
 """
 
 from __future__ import annotations
