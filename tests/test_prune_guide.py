@@ -257,6 +257,10 @@ def test_dense_is_no_speedup():
     guide = prune.guided(NETWORK, ATOM_C2750, speedup=1)
     assert guide.densities == {} and guide.speedup == 1
     assert guide.layers["late"].reason == "dense: no speedup asked for"
+    # Also of a network that nothing makes faster: all that is no layer takes as long as it does dense.
+    slow = whole(ATOM_C2750)._replace(other_seconds=whole(ATOM_C2750).dense_seconds)
+    assert prune.guided(NETWORK, ATOM_C2750, speedup=1, whole=slow).densities == {}
+    assert "the highest is 0." in str(refusal(NETWORK, ATOM_C2750, 1.1, whole=slow))
 
 
 def test_refusals():

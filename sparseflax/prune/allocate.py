@@ -110,7 +110,7 @@ def guided(
         stopped = f", stopped at {end}" if density < min(1.001 * floor[i], one[i]) else ""
         return useful + below + stopped
 
-    if goal < shortest:
+    if goal < min(shortest, total):
         longest = sorted(range(len(names)), key=lambda i: -best[i])[:5]
         shares = [f"{names[i]} {best[i] / shortest:.0%} ({reason(i, float(least[i]))})" for i in longest]
         if other_seconds:
