@@ -12,7 +12,7 @@ from experiments.methods import METHODS
 from experiments.report import MET
 
 EQUAL = 0.5  # points of accuracy below dense, mean over seeds, that still count as equal
-SENSIBLE = 5.0  # points: a network that lost more is of no use, whatever another lost
+SENSIBLE = 5.0  # points: where both of two networks lost more, neither is of use
 NEARLY_ALL = 0.95  # of a layer's weights: a layer that keeps more runs sparse because that kernel is faster, and loses nothing
 
 
@@ -176,7 +176,7 @@ def _twins(found: list[Point], network: str) -> list[str]:
     for name, method in METHODS.items():
         twin = method.twin or ""
         both = [(here[name, speedup], here[twin, speedup]) for of, speedup in here if of == name and (twin, speedup) in here
-                and here[name, speedup].lost <= SENSIBLE]
+                and min(here[name, speedup].lost, here[twin, speedup].lost) <= SENSIBLE]
         if both:
             guided, unguided = max(both, key=lambda pair: pair[0].requested)
             gains.append(f"{name} {unguided.lost - guided.lost:+.2f} points at {guided.requested:g}x over {unguided.method}")
