@@ -13,11 +13,10 @@ import json
 import pkgutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optax
 import tyro
 from flax import nnx
@@ -70,7 +69,8 @@ def run(config: Config) -> dict[str, Any]:
     print(f"machine: {machine}", flush=True)
     model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
     shapes = conv_shapes(model, data.test_images[:1])
-    whole = whole_of(out / "whole.json", model, data.test_images[:1], machine, config)
+    whole = whole_of(out / "whole.json", lambda: prune.measure(model, data.test_images[:1], machine,
+                                                               seconds=WHOLE * config.timing_seconds))
     method, asked = METHODS[config.method], task(config, model, data, shapes, machine, whole)
     # Refused here, not after hours of dense training.
     print(method.guide(asked), flush=True)
@@ -182,11 +182,10 @@ def machine_of(out: Path) -> Machine:
     return profile.from_dict(json.loads(path.read_text()))
 
 
-def whole_of(path: Path, model: nnx.Module, x: np.ndarray, machine: Machine, config: Config) -> prune.Whole:
+def whole_of(path: Path, measure: Callable[[], prune.Whole]) -> prune.Whole:
     """What the network takes, as measured when the file was made, likewise."""
     if not path.exists():
-        whole = prune.measure(model, x, machine, seconds=WHOLE * config.timing_seconds)
-        checkpoint.write_atomically(path, json.dumps(whole._asdict(), indent=1))
+        checkpoint.write_atomically(path, json.dumps(measure()._asdict(), indent=1))
     return prune.Whole(**json.loads(path.read_text())).checked()
 
 

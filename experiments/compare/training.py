@@ -47,9 +47,9 @@ class Dense(NamedTuple):
 
 def measure(config: Config, out: Path) -> tuple[Machine, prune.Whole]:
     """This machine and what the network takes on it, as measured when first asked."""
-    machine, x = main_job.machine_of(out), dataset(config).test_images[:1]
-    path = out / f"{config.name}-whole.json"
-    return machine, main_job.whole_of(path, _network(config), x, machine, config)
+    machine = main_job.machine_of(out)
+    return machine, main_job.whole_of(out / f"{config.name}-whole.json", lambda: prune.measure(
+        _network(config), dataset(config).test_images[:1], machine, seconds=main_job.WHOLE * config.timing_seconds))
 
 
 def prune_all(config: Config, wanted: Iterable[Run], out: Path) -> None:
