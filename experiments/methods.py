@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from sparseflax import cost, prune
 from sparseflax.cost import Work, conv_seconds
 from sparseflax.machine import Machine
 from sparseflax.plan import MARGIN
+from sparseflax.prune.allocate import REACH
 from sparseflax.shapes import ConvShape
 
 MIN_DENSITY = 0.01  # of a layer, for guided and unguided methods alike
@@ -42,7 +43,9 @@ class Speed:
     def __init__(self, shapes: Mapping[str, ConvShape], machine: Machine, whole: prune.Whole | None = None):
         self._names, work = list(shapes), Work.stack(shapes.values(), machine)
         self._layers = np.asarray(cost.dense_seconds(work, machine), float)
-        self._whole = whole or prune.Whole(float(self._layers.sum()))
+        layers = float(self._layers.sum())
+        self._whole = whole or prune.Whole(layers)
+        self._dense_scale = self._whole.dense_factor(layers)
         self._weights = np.array([shape.weights for shape in shapes.values()], float)
         self._sparse = jax.jit(lambda density: conv_seconds(work, density, machine))
 
@@ -51,8 +54,8 @@ class Speed:
         density = np.maximum(self._vector(densities), 1 / self._weights)
         sparse = np.asarray(self._sparse(jnp.asarray(density, jnp.float32)), float)
         runs_sparse = (density < 1) & (MARGIN * sparse <= self._layers)  # as `plan` chooses
-        layers = float(np.where(runs_sparse, sparse, self._layers).sum())
-        return self._whole.dense_seconds / (self._whole.other_seconds + self._whole.scale * layers)
+        layers = float(np.where(runs_sparse, self._whole.scale * sparse, self._dense_scale * self._layers).sum())
+        return self._whole.dense_seconds / self._whole.seconds(layers)
 
     def density(self, densities: Mapping[str, float]) -> float:
         """Kept / all weights of the network at these densities of its layers."""
@@ -78,6 +81,7 @@ class Task:
       steps: updates there will be.
       ramp_steps: of them, those in which the densities fall.
       every: updates between two takings of the masks.
+      best_effort: whether a speedup out of reach is one that can be reached instead.
     """
 
     model: nnx.Module
@@ -91,6 +95,7 @@ class Task:
     steps: int
     ramp_steps: int
     every: int
+    best_effort: bool = False
 
     @property
     def params(self) -> Any:
@@ -118,7 +123,8 @@ class Task:
 
     def guide(self) -> prune.Guidance:
         """The performance model's. Raises ValueError for a speedup out of reach."""
-        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole)
+        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole,
+                            best_effort=self.best_effort)
 
     def matched(self, allocate: Callable[[float], prune.Guidance]) -> prune.Guidance:
         """The guide without a performance model that is predicted to reach the requested speedup with the most weights.
@@ -133,13 +139,19 @@ class Task:
             return self.speed.speedup(allocate(math.exp(log_density)).densities)
 
         low, high = math.log(MIN_DENSITY), 0.0
-        if (best := reached(low)) < self.speedup:
+        wanted = self.speedup
+        if (best := reached(low)) < wanted and self.best_effort:
+            wanted = max(1.0, REACH * best)
+        elif best < wanted:
             raise ValueError(f"a speedup of {self.speedup:g} cannot be reached: the highest is {best:.2f}, at a density of "
                              f"{MIN_DENSITY:g}")
         for _ in range(24):
             middle = (low + high) / 2
-            low, high = (middle, high) if reached(middle) >= self.speedup else (low, middle)
-        return allocate(math.exp(low))
+            low, high = (middle, high) if reached(middle) >= wanted else (low, middle)
+        found = allocate(math.exp(low))
+        if wanted == self.speedup:
+            return found
+        return replace(found, shortfall=f"asked for {self.speedup:g}x, this machine allows {wanted:.3g}x of this method")
 
     def then(self, method: optax.GradientTransformation) -> optax.GradientTransformation:
         return optax.chain(self.optimizer, method)

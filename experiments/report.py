@@ -117,7 +117,10 @@ def headline(result: Result) -> str:
     accuracy, size = result["accuracy"], result["bytes"]
     points = 100 * (accuracy["packed"] - accuracy["dense"])
     accurate = f"{abs(points):.2f} points {'less' if points < 0 else 'more'} accurate" if points else "as accurate"
-    return (f"Asked for {result['requested']:g}x at batch {next(iter(result['times']))}: pruned to "
+    short = result.get("shortfall", "")
+    asked = f"{short[0].upper()}{short[1:]}; pruned" if short else (
+        f"Asked for {result['requested']:g}x at batch {next(iter(result['times']))}: pruned")
+    return (f"{asked} to "
             f"{100 * result['kept'] / result['weights']:.1f} % of its weights and packed, the network is "
             f"{' and '.join(f'{speedup(result, n):.1f} times as fast at batch {n}' for n in result['times'])} as the faster of "
             f"its dense forms under jax.jit, {size['dense']['disk'] / size['packed']['disk']:.1f} times smaller on disk, and "

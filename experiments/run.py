@@ -14,6 +14,7 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     """Everything, from data to report; returns what result.json holds.
 
     Raises:
-      ValueError: the folder holds a run of another configuration, a checkpoint is damaged, or the requested speedup cannot
-        be reached on this machine.
+      ValueError: the folder holds a run of another configuration, or a checkpoint is damaged.
       FloatingPointError: training diverged.
     """
     start = time.perf_counter()
@@ -71,9 +71,10 @@ def run(config: Config) -> dict[str, Any]:
     shapes = conv_shapes(model, data.test_images[:1])
     whole = whole_of(out / "whole.json", lambda: prune.measure(model, data.test_images[:1], machine,
                                                                seconds=WHOLE * config.timing_seconds))
-    method, asked = METHODS[config.method], task(config, model, data, shapes, machine, whole)
-    # Refused here, not after hours of dense training.
-    print(method.guide(asked), flush=True)
+    # What the machine does not grant, the run does without.
+    method, asked = METHODS[config.method], replace(task(config, model, data, shapes, machine, whole), best_effort=True)
+    guide = method.guide(asked)
+    print(guide, flush=True)
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
 
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
@@ -97,7 +98,7 @@ def run(config: Config) -> dict[str, Any]:
             "packed": train.accuracy(packed, data.test_images, data.test_labels),
         },
         "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
-        "requested": config.speedup, "whole": whole._asdict(),
+        "requested": config.speedup, "shortfall": guide.shortfall, "whole": whole._asdict(),
         "predicted": asked.speed.speedup({layer.path: layer.density for layer in chosen.layers}),
         "times": {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES},
         "layers": {str(n): evaluate.time_layers(folded, chosen, n, config.timing_seconds / 4) for n in BATCHES},
@@ -186,7 +187,8 @@ def whole_of(path: Path, measure: Callable[[], prune.Whole]) -> prune.Whole:
     """What the network takes, as measured when the file was made, likewise."""
     if not path.exists():
         checkpoint.write_atomically(path, json.dumps(measure()._asdict(), indent=1))
-    return prune.Whole(**json.loads(path.read_text())).checked()
+    found = prune.Whole(**json.loads(path.read_text()))
+    return found._replace(points=tuple((seconds, other) for seconds, other in found.points)).checked()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # What runs a packed network needs jax alone; all the rest is imported when it is first asked for.
 from sparseflax.conv import sparse_conv as sparse_conv
+from sparseflax.memory import keep_memory as keep_memory
 from sparseflax.packing import PackedKernel as PackedKernel
 from sparseflax.packing import Pattern as Pattern
 from sparseflax.packing import pack as pack
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from sparseflax.shapes import conv_shapes as conv_shapes
     from sparseflax.store import load as load
     from sparseflax.store import save as save
+
+keep_memory()  # before JAX starts its threads
 
 _MODULES = ("linen", "nnx", "prune")
 _NAMES = {  # the same names for Python, by module

@@ -344,7 +344,7 @@ def test_grouped_convolutions_change_form():
 
     assert convolutions(jnp.ones((3, 3, 8, 4)), 1) == [1]
     assert convolutions(jnp.ones((1, 1, 8, 4)), 1) == []
-    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, window_strides=(2, 3)) == []
+    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, window_strides=(2, 3)) == [1]
     assert convolutions(jnp.ones((1, 1, 8, 4)), 1, padding=((0, 1), (0, 0))) == [1]
     assert convolutions(jnp.ones((1, 1, 8, 4)), 1, lhs_dilation=(2, 1), padding=((0, 0), (0, 0))) == [1]
     assert convolutions(jnp.ones((4, 6, 1, 1)), 1, ("NCHW", "OIHW", "NCHW")) == [1], "pixels: NHWC only"

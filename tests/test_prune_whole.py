@@ -12,7 +12,7 @@ from flax import nnx
 
 from sparseflax import ffi, prune
 from sparseflax.machine import ATOM_C2750, client_threads, processor
-from sparseflax.prune.whole import line
+from sparseflax.prune.whole import Packed, fit
 from sparseflax.shapes import conv_shapes
 
 X = np.ones((1, 12, 12, 16), np.float32)
@@ -37,15 +37,23 @@ class LinenNet(nn.Module):
         return nn.Dense(10, name="head")(nn.relu(x).mean((1, 2)))
 
 
-def test_model_error_and_everything_else_are_told_apart():
-    """Packed times that are 1.2 times the prediction for the layers, and 50 us more."""
-    layers = 900e-6, 400e-6
-    packed = [1.2 * seconds + 50e-6 for seconds in layers]
-    assert line(2e-3, layers, packed) == pytest.approx((2e-3, 50e-6, 1.2))
-    # Noise: no negative rest, no scale beyond two, no line through one point.
-    assert line(2e-3, layers, [990e-6, 400e-6]) == pytest.approx((2e-3, 45e-6, 1.0))
-    assert line(2e-3, layers, [4e-3, 1e-3]).scale == 2
-    assert line(2e-3, (400e-6, 400e-6), [500e-6, 500e-6]) == pytest.approx((2e-3, 100e-6, 1.0))
+def test_the_scales_and_the_rest_explain_every_time_that_was_measured():
+    """Packed times that are 1.2 times the prediction for dense layers, 1.5 times for sparse ones, and 50 us more."""
+    layers = [(900e-6, 100e-6), (500e-6, 200e-6), (0.0, 300e-6)]
+    packed = [Packed(dense, sparse, 1.2 * dense + 1.5 * sparse + 50e-6) for dense, sparse in layers]
+    whole = fit(1.3e-3, 1e-3, packed)
+    assert whole.checked() is whole and len(whole.points) == 3
+    for dense, sparse, seconds in packed:
+        own = whole.dense_scale * dense + whole.scale * sparse
+        assert own + whole.other(seconds) == pytest.approx(seconds, rel=1e-6)
+        assert whole.seconds(own) == pytest.approx(seconds, rel=1e-6)
+    assert whole.dense_scale == pytest.approx(1.2, rel=0.2) and whole.scale == pytest.approx(1.5, rel=0.3)
+
+
+@pytest.mark.parametrize("times", [(1e-6, 1e-6), (1.0, 1e-3), (1e-3, 1.0)])
+def test_no_noise_makes_a_rest_of_less_than_no_time(times):
+    whole = fit(1e-3, 1e-3, [Packed(5e-4, 1e-4, times[0]), Packed(0.0, 1e-4, times[1])]).checked()
+    assert all(other >= 0 for _, other in whole.points) and 0 < whole.dense_scale <= 1
 
 
 @pytest.mark.parametrize("linen", [False, True])
@@ -57,8 +65,7 @@ def test_a_network_is_timed_and_stays_as_it_is(linen):
         model, call = Net(nnx.Rngs(0)), {}
         before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     whole = prune.measure(model, X, HERE, seconds=0.1, **call)
-    assert all(math.isfinite(value) for value in whole) and whole.checked() is whole
-    assert whole.scale <= 2
+    assert whole.checked() is whole and math.isfinite(whole.dense_seconds)
     after = model[1] if linen else nnx.to_pure_dict(nnx.state(model))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     assert linen or not model.norm.use_running_average

@@ -118,10 +118,19 @@ class Others:
 
 
 def use_threads(threads: int) -> None:
+    """Confines this process as `confine` does, and lets JAX run programs in the calling thread.
+
+    To wait for another costs 30 us a call on two CPUs.
+    """
+    confine(threads)
+    os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
+
+
+def confine(threads: int) -> None:
     """Confines this process, its children, and every library it loads later to `threads` threads on as many cores.
 
     XLA sizes its pool by NPROC when the first array is made, OpenMP reads its variable when it is loaded; other libraries
-    are told by their baselines. JAX runs programs in the calling thread: to wait for another costs 30 us a call on two CPUs.
+    are told by their baselines.
 
     Raises:
       ValueError: there are not so many CPUs.
@@ -131,8 +140,7 @@ def use_threads(threads: int) -> None:
         raise ValueError(f"threads={threads}, wanted 1 to {len(cpus)}, the CPUs this process may use")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpus[:threads])
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "NPROC": str(threads),
-                   "OMP_NUM_THREADS": str(threads)}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
 
 
 def keep_memory() -> bool:

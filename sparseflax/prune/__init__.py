@@ -13,6 +13,7 @@ from sparseflax.prune.mask import apply_masks as apply_masks
 from sparseflax.prune.mask import densities as densities
 from sparseflax.prune.mask import kernels as kernels
 from sparseflax.prune.mask import masks as masks
+from sparseflax.prune.measure import measure as measure
 from sparseflax.prune.obs import obs as obs
 from sparseflax.prune.one_shot import one_shot as one_shot
 from sparseflax.prune.ramp import ramp as ramp
@@ -24,5 +25,4 @@ from sparseflax.prune.unguided import erk as erk
 from sparseflax.prune.unguided import global_magnitude as global_magnitude
 from sparseflax.prune.unguided import uniform as uniform
 from sparseflax.prune.whole import Whole as Whole
-from sparseflax.prune.whole import measure as measure
 from sparseflax.prune.wrap import wrap as wrap

@@ -30,10 +30,12 @@ import numpy as np
 from sparseflax.cost import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.machine import Machine
 from sparseflax.plan import MARGIN
-from sparseflax.prune.guide import Guidance, LayerGuide, Layers, named
+from sparseflax.prune.guide import LEAST, Guidance, LayerGuide, Layers, named
 from sparseflax.prune.whole import Whole
 from sparseflax.shapes import ConvShape
 
+# Of the highest speedup, what best effort asks for: the last percents would cost nearly all weights that are left.
+REACH = 0.97
 GRID = 128  # densities per layer at which the performance model is evaluated, evenly spaced in the logarithm
 
 
@@ -46,6 +48,7 @@ def guided(
     min_density: float = 0.01,
     exclude: Layers = (),
     whole: Whole | None = None,
+    best_effort: bool = False,
 ) -> Guidance:
     """The densities at which the network runs `speedup` times as fast as dense, at the least damage.
 
@@ -61,13 +64,16 @@ def guided(
       exclude: layers to leave dense, whose time counts: names, patterns such as "*/shortcut", or a predicate of a name.
       whole: what the network takes, from `prune.measure`, which makes the speedup that of all of it; None goes by what is
         predicted of the layers alone.
+      best_effort: where that is out of reach, take what can be reached, and say so in the guide's `shortfall`; then
+        `speedup=math.inf` asks for as much as there is.
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
         which layers bound it), for a min_density outside (0, 1), for excluded layers that do not exist.
     """
-    if not 1 <= speedup < math.inf:
-        raise ValueError(f"speedup must be at least 1 (the dense network) and finite, got {speedup}")
+    if not (1 <= speedup < math.inf or best_effort and speedup == math.inf):
+        most = "; for as much as there is, pass best_effort=True with it" if speedup == math.inf else ""
+        raise ValueError(f"speedup must be at least 1 (the dense network) and finite, got {speedup}{most}")
     if not 0 < min_density < 1:
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
     if seconds is not None and not 0 < seconds < math.inf:
@@ -79,10 +85,13 @@ def guided(
 
     names, work = list(shapes), Work.stack(shapes.values(), machine)
     inputs = np.array([shape.weights / shape.oc for shape in shapes.values()])
-    scale, other_seconds = (whole.scale, whole.other_seconds) if whole else (1.0, 0.0)
-    dense = scale * np.asarray(dense_seconds(work, machine), float)
+    predicted = np.asarray(dense_seconds(work, machine), float)
+    whole = whole or Whole(float(predicted.sum()), dense_scale=1.0)
+    scale, total = whole.scale, whole.dense_seconds
+    dense = whole.dense_factor(float(predicted.sum())) * predicted
+    # `plan` knows of no scales: what it would not run sparse, by MARGIN, is not to be pruned.
+    bearable = np.minimum(dense, scale * predicted / MARGIN)
     lower, upper = (np.asarray(bound, float) for bound in useful_range(work, machine))
-    total = whole.dense_seconds if whole else dense.sum()
     goal = seconds or total / speedup
     one = 1 - 1 / np.array([shape.weights for shape in shapes.values()])  # the density with a single zero
 
@@ -92,10 +101,10 @@ def guided(
         least, fastest = _settle(0.0, curves)
         dense_because = {i: "excluded" for i, name in enumerate(names) if name in excluded}
         dense_because |= {i: f"no speedup potential, at best {dense[i] / fastest[i]:.2f}x" for i in range(len(names))
-                          if i not in dense_because and fastest[i] * MARGIN >= dense[i]}
+                          if i not in dense_because and fastest[i] >= bearable[i]}
         pruned = np.array([i not in dense_because for i in range(len(names))])
         best = np.where(pruned, fastest, dense)
-        shortest = other_seconds + best.sum()
+        shortest = whole.seconds(best.sum())
         if goal >= shortest:
             break
 
@@ -110,21 +119,27 @@ def guided(
         stopped = f", stopped at {end}" if density < min(1.001 * floor[i], one[i]) else ""
         return useful + below + stopped
 
+    shortfall = ""
     if goal < min(shortest, total):
         longest = sorted(range(len(names)), key=lambda i: -best[i])[:5]
         shares = [f"{names[i]} {best[i] / shortest:.0%} ({reason(i, float(least[i]))})" for i in longest]
-        if other_seconds:
-            shares.append(f"everything else {other_seconds / shortest:.0%}")
+        if (other := shortest - best.sum()) > LEAST * shortest:
+            shares.append(f"everything else {other / shortest:.0%}")
         highest = f"{math.floor(100 * total / shortest) / 100:.2f}"
         asked = (f"a speedup of {speedup:g} cannot be reached: the highest is {highest}" if seconds is None else
                  f"{1e3 * seconds:.3g} ms cannot be reached: the least is {1e3 * shortest:.3g} ms, a speedup of {highest}")
-        raise ValueError(f"{asked}, where the time goes to {', '.join(shares)}")
+        if not best_effort:
+            raise ValueError(f"{asked}, where the time goes to {', '.join(shares)}")
+        goal = min(shortest / REACH, total)
+        wanted = f"{speedup:g}x" if seconds is None else f"{1e3 * seconds:.3g} ms"
+        given = f"{math.floor(100 * total / goal) / 100:.3g}x" if seconds is None else f"{1e3 * goal:.3g} ms"
+        shortfall = f"asked for {wanted}, this machine allows {given}: {_where(names, best, shortest)}"
 
     if goal >= total:
         density = np.ones(len(names))
         dense_because |= {i: "no speedup asked for" for i in np.flatnonzero(pruned)}
     else:
-        density, given_back = _least_damage(curves, dense, inputs, pruned, goal - other_seconds)
+        density, given_back = _least_damage(curves, dense, bearable, inputs, pruned, goal - whole.other(goal))
         dense_because |= given_back
     at = jnp.asarray(density, jnp.float32)
     sparse, slope = jax.jvp(lambda d: conv_seconds(work, d, machine), (at,), (jnp.ones_like(at),))
@@ -142,13 +157,25 @@ def guided(
         )
         for i, name in enumerate(names)
     }
-    return Guidance(layers, whole, machine)
+    total_seconds = whole.seconds(float(times.sum())) if (density < 1).any() else total
+    return Guidance(layers, whole, machine, total_seconds, shortfall)
+
+
+def _where(names: list[str], best: np.ndarray, shortest: float) -> str:
+    """What takes most of a network's shortest time: "35 % of the time is in what is no layer"."""
+    parts = {"what is no layer": shortest - float(best.sum())} | dict(zip(names, best.tolist(), strict=True))
+    longest = sorted(parts, key=lambda name: -parts[name])[:3]
+    shares = [f"{100 * parts[name] / shortest:.0f} % {'of the time is ' * (not i)}in {name}" for i, name in enumerate(longest)]
+    return ", ".join(shares)
 
 
 def _least_damage(
-    curves: np.ndarray, dense: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
+    curves: np.ndarray, dense: np.ndarray, bearable: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Densities (layers,) at which all layers take `budget` seconds, and why some that could be pruned (bools) are not."""
+    """Densities (layers,) at which all layers take `budget` seconds, and why some that could be pruned (bools) are not.
+
+    A layer that would take more than its `bearable` seconds sparse stays dense.
+    """
     best = np.where(pruned, _settle(0.0, curves)[1], dense)
 
     def solve(pruned: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
@@ -162,7 +189,7 @@ def _least_damage(
     while True:
         # Pruning a layer costs damage, at the price, and saves time. Each is asked once, the one that loses most by it first,
         # and leaves if the others can be fast enough without it at less damage, or if it saves too little to run sparse.
-        needed, in_vain = dense - best > budget - best.sum(), MARGIN * seconds > dense
+        needed, in_vain = dense - best > budget - best.sum(), seconds > bearable
         loss = np.where(in_vain, np.inf, price * damage - (dense - seconds))
         candidates = np.flatnonzero(may_leave & ~needed)
         if not len(candidates):

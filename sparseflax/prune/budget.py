@@ -39,7 +39,7 @@ from jax import lax
 
 from sparseflax.cost import Work, conv_seconds
 from sparseflax.machine import Machine
-from sparseflax.prune.guide import Guidance
+from sparseflax.prune.guide import LEAST, Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, kernels, map_masks
 from sparseflax.prune.mask import masks as masks_of
 
@@ -268,7 +268,7 @@ def _refusal(guide: Guidance, network: _Network | None, names: list[str], goal: 
         times |= dict(zip(names, fast, strict=True))
     longest = sorted(times, key=lambda name: -times[name])[:5]
     shares = [f"{name} {times[name] / shortest:.0%} ({guide.layers[name].reason})" for name in longest]
-    if guide.other_seconds:
+    if guide.other_seconds > LEAST * shortest:
         shares.append(f"everything else {guide.other_seconds / shortest:.0%}")
     return (f"{goal * 1e6:.1f} us cannot be reached: the shortest is {shortest * 1e6:.1f} us, "
             f"{guide.dense_seconds / shortest:.2f}x as fast as dense, where the time goes to {', '.join(shares)}")

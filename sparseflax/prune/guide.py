@@ -16,6 +16,7 @@ from sparseflax.prune.whole import Whole
 from sparseflax.shapes import ConvShape
 
 Layers = Iterable[str] | Callable[[str], bool]
+LEAST = 1e-6  # of a network's time: less is rounding
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LayerGuide:
         having, or less where the time asked for needs it. A layer that stays above `upper` was pruned in vain: give it its
         dense weights back.
       shape: of the layer, if it has a performance model.
-      dense_seconds, seconds: predicted time dense and at `density`, in a network that was measured times its scale; nan
+      dense_seconds, seconds: predicted time dense and at `density`, in a network that was measured times its scales; nan
         without a performance model.
       slope: d(seconds)/d(density) at `density`, what pruning on would save; nan without a performance model.
     """
@@ -50,13 +51,17 @@ class Guidance:
 
     Attributes:
       layers: {layer: LayerGuide} in the network's order.
-      whole: the network as it was measured, if it was.
+      whole: the network as it was measured, or what is predicted of its layers; None without a performance model.
       machine: of the performance model, if there is one.
+      seconds: predicted of the network at the guide's densities; nan without a performance model.
+      shortfall: how far it falls short of what was asked for, and where the time goes; empty where it does not.
     """
 
     layers: Mapping[str, LayerGuide]
     whole: Whole | None = None
     machine: Machine | None = None
+    seconds: float = math.nan
+    shortfall: str = ""
 
     @property
     def densities(self) -> dict[str, float]:
@@ -77,17 +82,12 @@ class Guidance:
     @property
     def dense_seconds(self) -> float:
         """Time of the dense network: measured, or else predicted."""
-        return self.whole.dense_seconds if self.whole else sum(layer.dense_seconds for layer in self.layers.values())
+        return self.whole.dense_seconds if self.whole else math.nan
 
     @property
     def other_seconds(self) -> float:
-        """Time of everything that is not one of the layers; 0 if it was not measured."""
-        return self.whole.other_seconds if self.whole else 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Predicted time at the guide's densities."""
-        return self.other_seconds + sum(layer.seconds for layer in self.layers.values())
+        """Of `seconds`, those of everything that is not one of the layers; 0 if that was not measured."""
+        return self.seconds - sum(layer.seconds for layer in self.layers.values())
 
     @property
     def speedup(self) -> float:
@@ -99,14 +99,15 @@ class Guidance:
         for name, layer in self.layers.items():
             shape = "" if layer.shape is None else str(layer.shape)
             rows.append((name, shape, f"{layer.density:.3f}", _us(layer.dense_seconds), _us(layer.seconds), layer.reason))
-        if self.other_seconds:
-            rows.append(("(other)", "", "", _us(self.other_seconds), _us(self.other_seconds), "not a layer of the guide"))
+        dense_other = self.dense_seconds - sum(layer.dense_seconds for layer in self.layers.values())
+        if max(dense_other, self.other_seconds) > LEAST * self.dense_seconds:
+            rows.append(("(other)", "", "", _us(dense_other), _us(self.other_seconds), "not a layer of the guide"))
         if not math.isnan(self.seconds):
             rows.append(("total", "", "", _us(self.dense_seconds), _us(self.seconds), f"{self.speedup:.2f}x as fast as dense"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
         cells = ([a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)] for row in rows)
-        return "\n".join("  ".join(row).rstrip() for row in cells)
+        return "\n".join([*("  ".join(row).rstrip() for row in cells), *([self.shortfall] if self.shortfall else [])])
 
 
 def _us(seconds: float) -> str:

@@ -1,0 +1,154 @@
+"""Asked and measured: two networks of a user's own, pruned in one shot for a speedup, from a first start with nothing stored.
+
+A process for each network and batch, since what a machine is taken for is found once per process; its cache is empty, JAX and
+malloc are as they come. What is timed is what a user would time: the network before and after, each one jitted call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.benchmark.results import ROOT, Line
+from experiments.benchmark.timing import confine
+from experiments.models.layers import conv, norm
+
+SPEEDUPS = 1.5, 2.0, 3.0
+WITHIN = 0.1  # of what was asked
+HEAD = ("network", "n", "threads", "asked", "measured", "off by", "predicted", "highest", "dense ms", "packed ms")
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions and a shortcut past them."""
+
+    def __init__(self, channels: int, features: int, strides: int, *, rngs: nnx.Rngs):
+        self.first, self.first_norm = conv(channels, features, 3, strides, use_bias=False, rngs=rngs), norm(features, rngs=rngs)
+        self.second, self.second_norm = conv(features, features, 3, use_bias=False, rngs=rngs), norm(features, rngs=rngs)
+        self.shortcut = nnx.data(None if channels == features else conv(channels, features, 1, strides, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.second_norm(self.second(nnx.relu(self.first_norm(self.first(x)))))
+        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Residual(nnx.Module):
+    """Six residual blocks of 32 to 128 channels on images of 32x32."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.stem, self.stem_norm = conv(3, 32, 3, use_bias=False, rngs=rngs), norm(32, rngs=rngs)
+        sizes = (32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)
+        self.blocks = nnx.List([Block(*size, rngs=rngs) for size in sizes])
+        self.head = nnx.Linear(128, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.stem_norm(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((1, 2)))
+
+
+class Plain(nnx.Module):
+    """Nine 3x3 convolutions of 32 to 256 channels, each with bias and ReLU, on images of 96x96."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        widths = 3, 32, 32, 64, 64, 128, 128, 128, 256, 256
+        self.layers = nnx.List([conv(a, b, 3, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.head = nnx.Linear(256, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, layer in enumerate(self.layers):
+            x = nnx.relu(layer(x))
+            if i in (1, 3, 6):
+                x = nnx.max_pool(x, (2, 2), (2, 2))
+        return self.head(x.mean((1, 2)))
+
+
+CASES: dict[str, tuple[Callable[..., nnx.Module], int, int]] = {
+    "residual, n=1": (Residual, 32, 1), "residual, n=8": (Residual, 32, 8), "plain, n=1": (Plain, 96, 1)}
+
+
+def measure(threads: int, cases: Sequence[str], stored: str | None = None) -> Iterator[Line]:
+    """A line for each network and speedup.
+
+    Args:
+      threads: of JAX.
+      cases: some of CASES.
+      stored: a cache directory whose calibration is used; None starts with an empty one.
+    """
+    for case in cases:
+        with tempfile.TemporaryDirectory() as empty:
+            command = [sys.executable, "-m", "experiments.benchmark.asked", case, str(threads)]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": stored or empty}, capture_output=True,
+                                  text=True)
+        if done.returncode:
+            raise ValueError(f"{case} on {threads} threads ended with {done.returncode}: {done.stderr[-2000:]}")
+        yield from map(json.loads, filter(lambda text: text.startswith("{"), done.stdout.splitlines()))
+
+
+def row(line: Line) -> tuple[str, ...]:
+    """Under HEAD."""
+    def number(value: float | None, form: str) -> str:
+        return "refused" if value is None else format(value, form)
+
+    return (line["layer"], str(line["n"]), str(line["threads"]), f"{line['asked']:g}x", number(line["measured"], ".2f"),
+            number(line["measured"] and line["measured"] / line["asked"] - 1, "+.0%"), number(line["predicted"], ".2f"),
+            f"{line['highest']:.2f}", number(1e3 * line["dense"], ".3f"),
+            number(line["packed"] and 1e3 * line["packed"], ".3f"))
+
+
+def _case(name: str, threads: int) -> Iterator[Line]:
+    """As the README says it, of one network."""
+    import sparseflax
+    from sparseflax import prune
+    from sparseflax.machine import medians
+
+    make, side, n = CASES[name]
+    model, x = make(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((n, side, side, 3), np.float32)
+    model.eval()
+    machine = sparseflax.detect_machine()
+    whole = prune.measure(model, x, machine)
+    shapes = sparseflax.conv_shapes(model, x)
+
+    def program(network: nnx.Module) -> Callable[[], Any]:
+        graph, state = nnx.split(network)
+        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+        operands = jax.device_put((state, x))
+        return lambda: run(*operands)
+
+    for speedup in SPEEDUPS:
+        line = {"layer": name, "n": n, "threads": threads, "asked": speedup, "highest": 0.0}
+        try:
+            guide = prune.guided(shapes, machine, speedup=speedup, whole=whole)
+        except ValueError as error:
+            guide = None
+            print(error)
+        pruned = nnx.clone(model)
+        if guide:
+            nnx.update(pruned, prune.one_shot(nnx.state(pruned, nnx.Param), guide))
+            chosen = sparseflax.plan(pruned, x, machine)
+        else:
+            chosen = sparseflax.plan(model, x, machine).all_dense
+        packed = sparseflax.pack_model(pruned, chosen)
+        folded = sparseflax.pack_model(model, chosen.all_dense)
+        times = medians([program(model), program(folded), program(packed)], 4.0, burst=0.01)
+        dense = min(times[:2])
+        yield line | {"dense": dense, "packed": times[2] if guide else None, "measured": dense / times[2] if guide else None,
+                      "predicted": guide and guide.speedup}
+        if "-v" in sys.argv and guide:
+            print(guide, chosen, sep="\n")
+    print(machine)
+
+
+if __name__ == "__main__":
+    confine(int(sys.argv[2]))
+    for each in _case(sys.argv[1], int(sys.argv[2])):
+        print(json.dumps(each), flush=True)

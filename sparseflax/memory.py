@@ -1,0 +1,28 @@
+"""Freed memory stays with the process, so that a network's large outputs are not mapped and faulted in anew at every call."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+SWITCH = "SPARSEFLAX_KEEP_MEMORY"  # 0 in the environment leaves malloc as it is
+KEEP = 2**31 - 1  # bytes of freed memory
+MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    """Makes malloc, in all of this process, keep what is freed instead of giving it back to the system.
+
+    glibc unmaps what lies beyond 32 MB at once, and less than that where it ends the heap: then the next call of a network
+    faults its buffers in again, page by page. Layers that write more than 32 MB took up to 4.4 times as long on a virtual
+    machine, and a packed network among dense layers 1.4 times. The price is that the process stays as large as it once was.
+
+    Called when sparseflax is imported, unless the environment says SPARSEFLAX_KEEP_MEMORY=0.
+
+    Returns:
+      False where malloc is not glibc's, or the environment forbids it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or os.environ.get(SWITCH) == "0":
+        return False
+    return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, KEEP) and mallopt(ARENA_MAX, 1))
