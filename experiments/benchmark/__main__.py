@@ -7,12 +7,14 @@
     python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
     python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
     python -m experiments.benchmark memory                      # what they need while they run, 5 minutes
+    python -m experiments.benchmark asked                       # speedups asked for and measured, from a first start, 4 minutes
     python -m experiments.benchmark plot --out speed.svg
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +74,10 @@ def main() -> None:
     memory.add_argument("--network", nargs="+", default=[], metavar="NAME", help="only these, e.g. resnet50")
     memory.add_argument("--out", type=Path, default=results.MEMORY, help="JSON lines, appended")
     memory.set_defaults(run=run_memory)
+    asked = commands.add_parser("asked", help="ask for speedups with nothing stored, and measure them, append to the results")
+    asked.add_argument("--threads", type=int, default=1)
+    asked.add_argument("--out", type=Path, default=results.ASKED, help="JSON lines, appended")
+    asked.set_defaults(run=run_asked)
     plot = commands.add_parser("plot", help="draw speed against density from the results")
     plot.add_argument("--threads", type=int, default=1)
     plot.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -87,6 +93,8 @@ def main() -> None:
 
 
 def run_layers(args: argparse.Namespace) -> None:
+    if args.page_faults:
+        os.environ["SPARSEFLAX_KEEP_MEMORY"] = "0"
     use_threads(args.threads)
     memory = "kept" if not args.page_faults and keep_memory() else "fresh"
     # Imported after that: JAX and the rivals have to see it.
@@ -159,6 +167,7 @@ def run_networks(args: argparse.Namespace) -> None:
 
 
 def run_memory(args: argparse.Namespace) -> None:
+    os.environ["SPARSEFLAX_KEEP_MEMORY"] = "0"  # what a network needs, not what malloc keeps
     from experiments.benchmark import memory
 
     names, origin = chosen(args.network), results.provenance({"jax", "jaxlib"})
@@ -168,6 +177,16 @@ def run_memory(args: argparse.Namespace) -> None:
                 line = memory.measure(name, n)
                 results.append(args.out, {"set": "memory"} | line | {"drawn": "random", "memory": "fresh"} | origin)
                 show(memory.row(line))
+
+
+def run_asked(args: argparse.Namespace) -> None:
+    from experiments.benchmark import asked
+
+    origin = results.provenance({"flax", "jax", "jaxlib"})
+    with shown(Console(), asked.HEAD) as show:
+        for line in asked.measure(args.threads):
+            results.append(args.out, {"set": "asked"} | line | origin)
+            show(asked.row(line))
 
 
 def chosen(networks: Sequence[str]) -> Sequence[str]:

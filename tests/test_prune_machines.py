@@ -1,0 +1,72 @@
+"""What a guide decides on many machines, none of them this one: each is data, and so is what a network takes on it."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.configs import digits, digits_resnet
+from sparseflax import ffi, prune
+from sparseflax.cost import dense_seconds
+from sparseflax.machine import TYPICAL, Machine
+from sparseflax.shapes import conv_shapes
+
+pytestmark = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
+
+
+def scaled(dense, sparse):
+    return replace(TYPICAL, dense=TYPICAL.dense._make(dense * rate for rate in TYPICAL.dense),
+                   sparse=TYPICAL.sparse._make(sparse * rate for rate in TYPICAL.sparse))
+
+
+USUAL = Machine("invented", "portable", 4, 2, 2, 32 << 10, 1 << 20, 32 << 20, 1e11, 2e10, 2.5, 1.5, "invented", TYPICAL)
+MACHINES = {
+    "usual": USUAL,
+    "one thread": replace(USUAL, cores=1, threads=1),
+    "64 cores": replace(USUAL, cores=64, threads=64, l3_bytes=256 << 20),
+    "tiny caches": replace(USUAL, l1_bytes=8 << 10, l2_bytes=64 << 10, l3_bytes=0),
+    "the last cache of a whole host": replace(USUAL, l2_bytes=2 << 20, l3_bytes=480 << 20),
+    "another's dense constants": replace(USUAL, fitted=scaled(1 / 3, 1)),
+    "another's sparse constants": replace(USUAL, fitted=scaled(1, 4)),
+}
+CONFIGS = {"digits": digits.config, "digits_resnet": digits_resnet.config}
+
+
+@cache
+def shapes(name):
+    config = replace(CONFIGS[name], train_images=8, test_images=8)
+    return conv_shapes(config.network(config.widths, 1, config.classes, rngs=nnx.Rngs(0)), config.data().test_images[:1])
+
+
+def check(name, machine, speedup, other, scale):
+    """A guide comes out, never slower than dense; its parts are its total; what was asked is predicted, or else it says so."""
+    predicted = sum(float(dense_seconds(shape, machine)) for shape in shapes(name).values())
+    whole = prune.Whole(predicted / (1 - other), other * predicted / (1 - other), scale)
+    guide = prune.guided(shapes(name), machine, speedup=speedup, whole=whole, best_effort=True)
+    rows = guide.layers.values()
+    assert guide.speedup >= 1 - 1e-6 and all(0 < layer.density <= 1 for layer in rows)
+    assert all(layer.seconds <= layer.dense_seconds * (1 + 1e-6) for layer in rows)
+    assert sum(layer.seconds for layer in rows) + whole.other_seconds == pytest.approx(guide.seconds, rel=1e-6)
+    assert sum(layer.dense_seconds for layer in rows) + whole.other_seconds == pytest.approx(guide.dense_seconds, rel=1e-6)
+    assert guide.shortfall or guide.speedup >= speedup * 0.999
+    if guide.shortfall:
+        with pytest.raises(ValueError, match="cannot be reached: the highest is "):
+            prune.guided(shapes(name), machine, speedup=speedup, whole=whole)
+    elif guide.densities and max(guide.densities.values()) < 0.9:
+        assert guide.speedup == pytest.approx(speedup, rel=0.02)
+
+
+@pytest.mark.parametrize("other", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_on_every_machine(name, machine, other):
+    check(name, MACHINES[machine], CONFIGS[name].speedup, other, 1.0)
+
+
+@settings(max_examples=12)
+@given(st.floats(0.1, 10), st.floats(0.1, 10), st.integers(1, 64), st.floats(1, 20), st.floats(0, 0.95), st.floats(0.3, 3))
+def test_on_any_machine(dense, sparse, threads, speedup, other, scale):
+    check("digits", replace(USUAL, threads=threads, cores=threads, fitted=scaled(dense, sparse)), speedup, other, scale)
