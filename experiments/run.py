@@ -14,7 +14,6 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +71,15 @@ def run(config: Config) -> dict[str, Any]:
     whole = whole_of(out / "whole.json", lambda: prune.measure(model, data.test_images[:1], machine,
                                                                seconds=WHOLE * config.timing_seconds))
     # What the machine does not grant, the run does without.
-    method, asked = METHODS[config.method], replace(task(config, model, data, shapes, machine, whole), best_effort=True)
-    guide = method.guide(asked)
-    print(guide, flush=True)
+    method = METHODS[config.method]
+    asked = dataclasses.replace(task(config, model, data, shapes, machine, whole), best_effort=True)
+    print(method.guide(asked), flush=True)
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
 
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
     steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
-    optimizer = method.prepare(asked, method.guide(asked))  # a guide may look at the weights, which are others now
+    guide = method.guide(asked)  # which may look at the weights, which are others now
+    optimizer = method.prepare(asked, guide)
     assert optimizer is not None, config.method  # it trains
     pruned = fit(config, model, data, out, "pruning", optimizer, steps)
 

@@ -14,8 +14,7 @@ def keep_memory() -> bool:
     """Makes malloc, in all of this process, keep what is freed instead of giving it back to the system.
 
     glibc unmaps what lies beyond 32 MB at once, and less than that where it ends the heap: then the next call of a network
-    faults its buffers in again, page by page. Layers that write more than 32 MB took up to 4.4 times as long on a virtual
-    machine, and a packed network among dense layers 1.4 times. The price is that the process stays as large as it once was.
+    faults its buffers in again, page by page. The price is that the process stays as large as it once was.
 
     Called when sparseflax is imported, unless the environment says SPARSEFLAX_KEEP_MEMORY=0.
 

@@ -103,7 +103,7 @@ def _pointwise(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array | No
     if not _nhwc(params["dimension_numbers"]) or kernel.shape[:2] != (1, 1) or params["lhs_dilation"] != (1, 1) or any(
             map(any, params["padding"])):
         return None
-    # XLA computes a chain of dense layers as one, which a slice would cut: a residual network took 1.7 times as long.
+    # XLA computes a chain of dense layers as one, which a slice would cut.
     if params["window_strides"] != (1, 1):
         return None
     return jax.lax.dot_general(x, kernel.reshape(kernel.shape[2:]), (((3,), (0,)), ((), ())),

@@ -12,7 +12,7 @@ import reference
 
 from experiments.baselines import Rival, bcsr, field, xla
 from experiments.baselines.yardstick import can_run, time_command
-from experiments.benchmark import memory, results, table, threads
+from experiments.benchmark import asked, memory, results, table, threads
 from experiments.benchmark.layers import check, measure, ours
 from experiments.benchmark.layers import reference as expected_of
 from experiments.benchmark.plot import plot_speed
@@ -268,3 +268,11 @@ def test_results_are_plain_json(tmp_path):
     path = tmp_path / "new" / "lines.jsonl"
     results.append(path, results.provenance(["jax"]))
     assert json.loads(path.read_text())["versions"].keys() == {"jax"}
+
+
+def test_what_was_asked_stands_beside_what_was_measured():
+    line = {"layer": "plain, n=1", "n": 1, "threads": 2, "asked": 2.0}
+    measured = asked.row(line | {"measured": 2.2, "predicted": 2.0, "dense": 4.4e-3, "packed": 2e-3})
+    assert measured == ("plain, n=1", "1", "2", "2x", "2.20", "+10%", "2.00", "4.400", "2.000")
+    refused = asked.row(line | {"refused": "the highest is 1.5"})
+    assert refused[4] == "refused" and refused[-1] == "the highest is 1.5" and len(refused) == len(measured) == len(asked.HEAD)

@@ -85,7 +85,7 @@ def test_a_folder_of_another_run(finished):
         run.run(dataclasses.replace(config, peak_lr=0.2))
 
 
-@pytest.mark.parametrize("method", ["GMP, guided", "GMP, uniform"])
+@pytest.mark.parametrize("method", ["GMP, guided", "GMP, uniform", "GMP, global"])
 def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(method, tmp_path, capsys):
     config = dataclasses.replace(smoke.config, out=tmp_path, method=method, speedup=1000.0)
     checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(profile.to_dict(MACHINE)))

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from flax import nnx
 
 from experiments.benchmark.results import ROOT, Line
 from experiments.benchmark.timing import confine
+from experiments.evaluate import program
 from experiments.models.layers import conv, norm
 
 SPEEDUPS = 1.5, 2.0, 3.0
@@ -84,18 +84,16 @@ def measure(threads: int) -> Iterator[Line]:
                                   text=True)
         if done.returncode:
             raise ValueError(f"{case} on {threads} threads ended with {done.returncode}: {done.stderr[-2000:]}")
-        yield from map(json.loads, filter(lambda text: text.startswith("{"), done.stdout.splitlines()))
+        yield from map(json.loads, done.stdout.splitlines())
 
 
 def row(line: Line) -> tuple[str, ...]:
     """Under HEAD."""
-    def number(value: float | None, form: str) -> str:
-        return "refused" if value is None else format(value, form)
-
-    return (line["layer"], str(line["n"]), str(line["threads"]), f"{line['asked']:g}x", number(line["measured"], ".2f"),
-            number(line["measured"] and line["measured"] / line["asked"] - 1, "+.0%"), number(line["predicted"], ".2f"),
-            number(1e3 * line["dense"], ".3f"),
-            number(line["packed"] and 1e3 * line["packed"], ".3f"))
+    head = line["layer"], str(line["n"]), str(line["threads"]), f"{line['asked']:g}x"
+    if "refused" in line:
+        return (*head, "refused", "", "", "", line["refused"])
+    return (*head, f"{line['measured']:.2f}", f"{line['measured'] / line['asked'] - 1:+.0%}", f"{line['predicted']:.2f}",
+            f"{1e3 * line['dense']:.3f}", f"{1e3 * line['packed']:.3f}")
 
 
 def _case(name: str, threads: int) -> Iterator[Line]:
@@ -110,32 +108,19 @@ def _case(name: str, threads: int) -> Iterator[Line]:
     machine = sparseflax.detect_machine()
     whole = prune.measure(model, x, machine)
     shapes = sparseflax.conv_shapes(model, x)
-
-    def program(network: nnx.Module) -> Callable[[], Any]:
-        graph, state = nnx.split(network)
-        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
-        operands = jax.device_put((state, x))
-        return lambda: run(*operands)
-
+    folded = sparseflax.pack_model(model, sparseflax.plan(model, x, machine).all_dense, fuse=False)
     for speedup in SPEEDUPS:
         line = {"layer": name, "n": n, "threads": threads, "asked": speedup}
         try:
             guide = prune.guided(shapes, machine, speedup=speedup, whole=whole)
         except ValueError as error:
-            guide = None
-            print(error)
+            yield line | {"refused": str(error)}
+            continue
         pruned = nnx.clone(model)
-        if guide:
-            nnx.update(pruned, prune.one_shot(nnx.state(pruned, nnx.Param), guide))
-            chosen = sparseflax.plan(pruned, x, machine)
-        else:
-            chosen = sparseflax.plan(model, x, machine).all_dense
-        packed = sparseflax.pack_model(pruned, chosen)
-        folded = sparseflax.pack_model(model, chosen.all_dense)
-        times = medians([program(model), program(folded), program(packed)], 4.0, burst=0.01)
-        dense = min(times[:2])
-        yield line | {"dense": dense, "packed": times[2] if guide else None, "measured": dense / times[2] if guide else None,
-                      "predicted": guide and guide.speedup}
+        nnx.update(pruned, prune.one_shot(nnx.state(pruned, nnx.Param), guide))
+        packed = sparseflax.pack_model(pruned, sparseflax.plan(pruned, x, machine))
+        *dense, seconds = medians([program(network, x) for network in (model, folded, packed)], 4.0, burst=0.01)
+        yield line | {"dense": min(dense), "packed": seconds, "measured": min(dense) / seconds, "predicted": guide.speedup}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Outputs are allocated anew by whoever does so in a network too, but from memory 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import os
@@ -24,7 +23,6 @@ import numpy as np
 BURST = 0.01  # seconds of timed calls in a turn
 ROUNDS = 5  # at least
 STAT = Path("/proc/stat")
-KEEP = 2**31 - 1  # bytes of freed memory
 
 
 @dataclass(frozen=True)
@@ -146,12 +144,12 @@ def confine(threads: int) -> None:
 def keep_memory() -> bool:
     """Makes malloc, here and in child processes, keep what is freed instead of unmapping it; False where it is not glibc's.
 
-    Has to be called before other threads are there: one arena serves all.
+    Has to be called after `use_threads`, which JAX has to see, and before other threads are there: one arena serves all.
     """
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(KEEP), "MALLOC_ARENA_MAX": "1"}
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
-    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, KEEP) and mallopt(arena_max, 1))
+    from sparseflax import memory
+
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(memory.KEEP), "MALLOC_ARENA_MAX": "1"}
+    return memory.keep_memory()
 
 
 def cpus_by_core(cpus: Iterable[int]) -> list[int]:

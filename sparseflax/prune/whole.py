@@ -79,15 +79,11 @@ class Whole(NamedTuple):
         seconds, other = np.array(self.points).T
         return layers + float(np.interp(layers, np.maximum.accumulate(seconds - other), other))
 
-
     def through(self, packed: Sequence[Packed]) -> Whole:
         """The same scales, with what they leave of the times of these packed networks as its points."""
-        layers = [self._of_layers(p) for p in packed]
-        points = sorted((p.seconds, max(0.0, p.seconds - own)) for p, own in zip(packed, layers, strict=True))
+        assert self.dense_scale is not None
+        points = sorted((p.seconds, max(0.0, p.seconds - self.dense_scale * p.dense - self.scale * p.sparse)) for p in packed)
         return self._replace(other_seconds=points[0][1], points=tuple(points))
-
-    def _of_layers(self, packed: Packed) -> float:
-        return (self.dense_scale or self.scale) * packed.dense + self.scale * packed.sparse
 
 
 def fit(dense_seconds: float, layers: float, packed: Sequence[Packed]) -> Whole:
@@ -96,10 +92,8 @@ def fit(dense_seconds: float, layers: float, packed: Sequence[Packed]) -> Whole:
     Args:
       dense_seconds: of the dense network, measured.
       layers: predicted of its layers.
-      packed: of the same network, layers running dense or sparse at other densities.
+      packed: one at least of the same network, layers running dense or sparse at other densities.
     """
-    if not packed:
-        return Whole(dense_seconds, dense_scale=dense_seconds / layers)
     rows = np.array([(p.dense, p.sparse, 1.0) for p in packed])
     times = np.array([p.seconds for p in packed])
     typical = np.exp(np.log(times).mean())
@@ -115,4 +109,3 @@ def fit(dense_seconds: float, layers: float, packed: Sequence[Packed]) -> Whole:
     most = min(1.0, *(p.seconds / (dense_scale * p.dense + scale * p.sparse) for p in packed))
     dense_scale, scale = most * dense_scale, most * scale
     return Whole(dense_seconds, 0.0, scale, dense_scale).through(packed)
-
