@@ -12,11 +12,11 @@ from flax import nnx
 
 from experiments.benchmark.timing import alternate
 from sparseflax import prune
-from sparseflax.cost import conv_seconds, dense_seconds, useful_range
-from sparseflax.machine import client_threads
-from sparseflax.model import pack_model
-from sparseflax.nnx import SparseConv, SparseDense
-from sparseflax.plan import Plan
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
+from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import Plan
 
 DENSE, FOLDED, PACKED = "dense", "dense, batch norm folded", "packed"
 # Two right programs differ in the order of their sums and in one rounding of each folded weight: their errors are of one

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.matrix_market import read_matrix
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.shape import ConvShape
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from sparseflax import cost, prune
-from sparseflax.cost import Work, conv_seconds
-from sparseflax.machine import Machine
-from sparseflax.plan import MARGIN
+from sparseflax import prune
+from sparseflax.cost import model as cost
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.model import Work, conv_seconds
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.plan import MARGIN
 from sparseflax.prune.allocate import REACH
-from sparseflax.shapes import ConvShape
 
 MIN_DENSITY = 0.01  # of a layer, for guided and unguided methods alike
 L1 = 5e-3  # first strength of the lasso, per learning rate, for some hundred updates; it adapts, tenfold in 25

@@ -26,11 +26,14 @@ from experiments.benchmark import results
 from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import CALIBRATION, METHODS, Task
-from sparseflax import profile, prune
-from sparseflax.machine import Machine, client_threads, detect_machine
-from sparseflax.model import pack_model
-from sparseflax.plan import plan
-from sparseflax.shapes import ConvShape, conv_shapes
+from sparseflax import prune
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.machine import Machine, from_dict, to_dict
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import plan
+from sparseflax.network.shapes import conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
 WHOLE = 5  # times as long as it is timed at the end, is a network measured before: all that follows goes by that
@@ -91,7 +94,7 @@ def run(config: Config) -> dict[str, Any]:
     sizes = {name: evaluate.save_weights(networks[name], out / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
     kept, weights = evaluate.count_weights(model)
     result = {
-        "name": config.name, "seed": config.seed, "threads": client_threads(), "machine": profile.to_dict(machine),
+        "name": config.name, "seed": config.seed, "threads": client_threads(), "machine": to_dict(machine),
         "accuracy": {
             "dense": dense.accuracies[-1][1],
             "pruned": pruned.accuracies[-1][1],
@@ -179,8 +182,8 @@ def machine_of(out: Path) -> Machine:
     """This machine, as measured when the run began: the guide has to stay the same when the run goes on."""
     path = out / "machine.json"
     if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(profile.to_dict(detect_machine()), indent=1))
-    return profile.from_dict(json.loads(path.read_text()))
+        checkpoint.write_atomically(path, json.dumps(to_dict(detect_machine()), indent=1))
+    return from_dict(json.loads(path.read_text()))
 
 
 def whole_of(path: Path, measure: Callable[[], prune.Whole]) -> prune.Whole:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparseflax import safetensors
+from sparseflax.files import safetensors
 
 # What Flax calls a layer's arrays, in PyTorch's words.
 TORCH = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}

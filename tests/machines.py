@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from sparseflax import ffi
-from sparseflax.machine import ATOM_C2750, client_threads, processor
+from sparseflax.conv import ffi
+from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.machine import ATOM_C2750
 
 # Predictions that no calibration changes, for plans that are taken for this machine's; one on which sparsity never pays.
 HERE = replace(ATOM_C2750, name=processor(), isa=ffi.isa(), threads=client_threads())

@@ -18,8 +18,8 @@ from experiments.benchmark.table import OURS
 from experiments.benchmark.where import where_time_goes
 from experiments.models import AlexNet, MobileNetV1, resnet18
 from experiments.networks import GOOGLENET, NETWORKS, Spec, pruned
-from sparseflax.model import pack_model
-from sparseflax.plan import plan
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import plan
 
 pytest.importorskip("onnx")
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,11 @@ from experiments.calibrate.fit import PER_WEIGHT, Errors, errors, fit, predict
 from experiments.calibrate.measure import Sample, measure
 from experiments.calibrate.run import calibrate
 from experiments.layers import BENCHMARK, layer
-from sparseflax import ffi, machine
-from sparseflax.counts import dense_counts, tile_counts
-from sparseflax.machine import TYPICAL, XEON_E5_2697V4, detect_machine
+from sparseflax.conv import ffi
+from sparseflax.cost import detect
+from sparseflax.cost.counts import dense_counts, tile_counts
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.machine import TYPICAL, XEON_E5_2697V4
 
 native = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
 MACHINE = replace(XEON_E5_2697V4, isa=ffi.isa(), threads=1, l3_bytes=32 << 20, fitted=TYPICAL)
@@ -27,9 +29,9 @@ LAYERS = layers.fitting()
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
     yield
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
 
 
 def made_by(rates, noise=0.0):

@@ -18,9 +18,11 @@ from experiments.compare import networks, page, runs, summary, training
 from experiments.compare.published import PUBLISHED
 from experiments.compare.runs import Run
 from experiments.methods import METHODS, Speed
-from sparseflax import profile, prune
-from sparseflax.cost import conv_seconds, dense_seconds
-from sparseflax.shapes import ConvShape, conv_shapes
+from sparseflax import prune
+from sparseflax.cost.machine import to_dict
+from sparseflax.cost.model import conv_seconds, dense_seconds
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.shapes import conv_shapes
 
 # What is fixed here stands for any machine: that it is not this one is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
@@ -36,7 +38,7 @@ SHAPES = {"a": ConvShape(1, 14, 14, 32, 64, 3, 3), "b": ConvShape(1, 14, 14, 64,
 def folder(tmp_path_factory):
     """Of a finished comparison: two speedups, the second out of reach."""
     out = tmp_path_factory.mktemp("compare")
-    checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
+    checkpoint.write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
     model, data = CONFIG.network(CONFIG.widths, 1, CONFIG.classes, rngs=nnx.Rngs(0)), CONFIG.data()
     dense = prune.guided(conv_shapes(model, data.test_images[:1]), MACHINE, speedup=1).dense_seconds
     checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(prune.Whole(dense)._asdict()))

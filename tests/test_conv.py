@@ -17,8 +17,8 @@ import reference
 from reference import integers, normal_kernel
 
 import sparseflax as sf
-from sparseflax import ffi
-from sparseflax.packing import Pattern
+from sparseflax.conv import ffi
+from sparseflax.conv.packing import Pattern
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 KERNELS = ffi.kernels() or [None]

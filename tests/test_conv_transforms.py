@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 from reference import integers
 
 import sparseflax as sf
-from sparseflax import ffi
+from sparseflax.conv import ffi
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 ACTIVATIONS = [None, "relu", "relu6"]
@@ -328,7 +328,7 @@ def test_other_platforms_run_plain_jax(problem):
 LOADED = """
 import sys
 import jax, numpy as np
-from sparseflax import ffi  # registers the target
+from sparseflax.conv import ffi  # registers the target
 folder = sys.argv[1]
 exported = jax.export.deserialize(bytearray(open(folder + "/program", "rb").read()))
 data = np.load(folder + "/data.npz")

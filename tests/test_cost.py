@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseflax.cost import Work, conv_seconds, dense_seconds, speedup, useful_range
-from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds, speedup, useful_range
+from sparseflax.cost.shape import ConvShape
 
 MACHINES = (ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250)
 SHARPNESS = ATOM_C2750.rates.overlap

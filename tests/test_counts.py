@@ -10,23 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.layers import layer
-from sparseflax import ffi
-from sparseflax.cost import Work, conv_seconds, dense_seconds, speedup, useful_range
-from sparseflax.counts import (
-    DENSITIES,
-    FREE_DENSE,
-    FREE_SPARSE,
-    DenseCounts,
-    Rates,
-    SparseCounts,
-    dense_counts,
-    roofline,
-    schedule,
-    sparse_counts,
-)
-from sparseflax.machine import LANES, TYPICAL, XEON_E5_2697V4, _caches
-from sparseflax.plan import MARGIN
-from sparseflax.shapes import ConvShape
+from sparseflax.conv import ffi
+from sparseflax.cost.counts import DENSITIES, dense_counts, schedule, sparse_counts
+from sparseflax.cost.cpu import LANES, caches
+from sparseflax.cost.machine import TYPICAL, XEON_E5_2697V4
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds, speedup, useful_range
+from sparseflax.cost.rates import FREE_DENSE, FREE_SPARSE, DenseCounts, Rates, SparseCounts, roofline
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.plan import MARGIN
 
 native = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
 # The kernel that every build has.
@@ -216,7 +207,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.skipif(_caches()[0] != 32 << 10, reason="pinned for a first cache of 32 KB")
+@pytest.mark.skipif(caches()[0] != 32 << 10, reason="pinned for a first cache of 32 KB")
 @pytest.mark.parametrize("isa, shape", [(isa, shape) for isa, shapes in GOLDEN.items() for shape in shapes], ids=str)
 def test_golden_choices(isa, shape):
     if isa not in ffi.kernels():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sparseflax import ffi
+from sparseflax.conv import ffi
 
 
 @pytest.mark.parametrize("built", [(0, 3), (0, 2), (0, 0)])
@@ -40,7 +40,7 @@ sys.modules["sparseflax._native"] = {module}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import sparseflax as sf
-    from sparseflax import ffi
+    from sparseflax.conv import ffi
 (warning,) = [w for w in caught if "sparseflax" in str(w.message)]
 print(warning.category.__name__, warning.message)
 import jax

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 import sparseflax
-from sparseflax import ffi, fuse, pack_model, plan
+from sparseflax import fuse, pack_model, plan
+from sparseflax.conv import ffi
 from tests import reference
 from tests.machines import HERE
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import sparseflax
-from sparseflax.layer import unsupported
+from sparseflax.layers.rules import unsupported
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 EPS = float(jnp.finfo(jnp.float32).eps) / 2

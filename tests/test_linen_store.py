@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import sparseflax
-from sparseflax.safetensors import seal, unseal, write
+from sparseflax.files.safetensors import seal, unseal, write
 from tests.machines import HERE
 from tests.test_plan_linen import Net, X, pruned
 

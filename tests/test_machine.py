@@ -10,28 +10,21 @@ import jax
 import numpy as np
 import pytest
 
-from sparseflax import ffi, machine
-from sparseflax.cost import conv_seconds, dense_seconds
-from sparseflax.machine import (
-    ATOM_C2750,
-    TIMED,
-    TYPICAL,
-    XEON_E5_2697V4,
-    XEON_PHI_7250,
-    Machine,
-    Timed,
-    client_threads,
-    detect_machine,
-)
-from sparseflax.packing import pack
+from sparseflax.conv import ffi
+from sparseflax.conv.packing import pack
+from sparseflax.cost import cpu, detect, timing
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.detect import TIMED, Timed, detect_machine
+from sparseflax.cost.machine import ATOM_C2750, TYPICAL, XEON_E5_2697V4, XEON_PHI_7250, Machine
+from sparseflax.cost.model import conv_seconds, dense_seconds
 
 
 @pytest.fixture(autouse=True)
 def nothing_calibrated(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
     yield
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
 
 
 def test_presets_agree_with_the_papers_rates():
@@ -68,7 +61,7 @@ def test_detect_machine_measures_once():
 
 @pytest.mark.skipif(not ffi.kernels(), reason="no native kernel")
 def test_estimate_predicts_the_timed_layer(monkeypatch):
-    monkeypatch.setattr(machine, "_time_layer", lambda seconds, isa: Timed(0.1, 5e-4, 3e-3))
+    monkeypatch.setattr(detect, "_time_layer", lambda seconds, isa: Timed(0.1, 5e-4, 3e-3))
     found = detect_machine(seconds=0.02)
     assert conv_seconds(TIMED, 0.1, found) == pytest.approx(5e-4, rel=1e-5)
     assert dense_seconds(TIMED, found) == pytest.approx(3e-3, rel=1e-5)
@@ -78,13 +71,13 @@ def test_estimate_predicts_the_timed_layer(monkeypatch):
 def test_detect_machine_without_the_native_module(monkeypatch):
     monkeypatch.setattr(ffi, "kernels", lambda: [])
     found = detect_machine(seconds=0.02, isa="avx2")
-    assert found.fitted is None and found.alpha == machine.ESTIMATED_ALPHA
+    assert found.fitted is None and found.alpha == detect.ESTIMATED_ALPHA
     assert "alpha guessed: the native kernel does not run here" in found.source
     assert conv_seconds(TIMED, 0.1, found) < dense_seconds(TIMED, found)
 
 
 def test_detect_machine_while_something_is_traced():
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
 
     @jax.jit
     def traced(x):
@@ -124,47 +117,47 @@ def write_caches(folder, *caches):
 
 
 def test_caches_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "SYSFS", tmp_path)
-    assert machine._caches() == (32 << 10, 512 << 10, 8 << 20, "caches assumed")
+    monkeypatch.setattr(cpu, "SYSFS", tmp_path)
+    assert cpu.caches() == (32 << 10, 512 << 10, 8 << 20, "caches assumed")
     write_caches(
         tmp_path, (1, "Data", "48K"), (1, "Instruction", "32K"), (2, "Unified", "1280K"), (3, "Unified", "36M"))
-    assert machine._caches() == (48 << 10, 1280 << 10, 36 << 20, "caches read")
+    assert cpu.caches() == (48 << 10, 1280 << 10, 36 << 20, "caches read")
     (tmp_path / "cpu0" / "cache" / "index3" / "size").unlink()
-    assert machine._caches() == (48 << 10, 1280 << 10, 0, "caches read")
+    assert cpu.caches() == (48 << 10, 1280 << 10, 0, "caches read")
 
 
 def test_hyperthreads_are_one_core(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "SYSFS", tmp_path)
-    monkeypatch.setattr(machine, "_cpus", lambda: {0, 1, 2})
-    assert machine._cores() == 3  # no topology
-    for cpu, core in ((0, 0), (1, 1), (2, 0)):
-        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
-        (tmp_path / f"cpu{cpu}" / "topology" / "core_id").write_text(f"{core}\n")
-        (tmp_path / f"cpu{cpu}" / "topology" / "physical_package_id").write_text("0\n")
-    assert machine._cores() == 2
+    monkeypatch.setattr(cpu, "SYSFS", tmp_path)
+    monkeypatch.setattr(cpu, "_cpus", lambda: {0, 1, 2})
+    assert cpu.cores() == 3  # no topology
+    for number, core in ((0, 0), (1, 1), (2, 0)):
+        (tmp_path / f"cpu{number}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}" / "topology" / "core_id").write_text(f"{core}\n")
+        (tmp_path / f"cpu{number}" / "topology" / "physical_package_id").write_text("0\n")
+    assert cpu.cores() == 2
 
 
 @pytest.mark.parametrize("flags, isa", [
     ("sse2 avx avx2 fma avx512f", "avx512"), ("sse2 avx avx2 fma", "avx2"), ("sse2 avx avx2", "portable")])
 def test_isa_without_the_native_module(monkeypatch, tmp_path, flags, isa):
     monkeypatch.setattr(ffi, "kernels", lambda: [])
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert machine._isa() == "portable"
+    assert cpu.instruction_set() == "portable"
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n")
-    assert machine._isa() == isa
-    assert machine.processor() == "Some CPU"
+    assert cpu.instruction_set() == isa
+    assert cpu.processor() == "Some CPU"
 
 
 def test_processors_of_one_name_differ(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n")
-    assert machine.processor() == "AMD EPYC (family 25, model 17, stepping 1)"
+    assert cpu.processor() == "AMD EPYC (family 25, model 17, stepping 1)"
 
 
 def test_medians_of_calls_in_turn(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
 
     def taking(*durations):
         left = itertools.cycle(durations)
@@ -175,27 +168,27 @@ def test_medians_of_calls_in_turn(monkeypatch):
         return lambda: types.SimpleNamespace(block_until_ready=wait)
 
     # The first call only compiles; then rounds until the time is up, here the least number, three.
-    assert machine.medians([taking(100.0, 1.0, 9.0, 2.0), taking(100.0, 5.0, 4.0, 0.5)], 1.0) == [2.0, 4.0]
+    assert timing.medians([taking(100.0, 1.0, 9.0, 2.0), taking(100.0, 5.0, 4.0, 0.5)], 1.0) == [2.0, 4.0]
 
 
 def test_rates_from_the_timed_work(monkeypatch):
-    monkeypatch.setattr(machine, "medians", lambda calls, seconds: [0.5, 2.0][:len(calls)])
-    assert machine._peak(1.0) == 2 * 1024**3 / 0.5
+    monkeypatch.setattr(detect, "medians", lambda calls, seconds: [0.5, 2.0][:len(calls)])
+    assert detect._peak(1.0) == 2 * 1024**3 / 0.5
     for cache, array in ((0, 64 << 20), (32 << 20, 128 << 20), (1 << 30, 256 << 20)):
-        assert machine._bandwidth(1.0, cache) == 2 * array / 0.5
+        assert detect._bandwidth(1.0, cache) == 2 * array / 0.5
     monkeypatch.setattr(ffi, "kernels", lambda: ["portable"])
     packed = []
-    monkeypatch.setattr("sparseflax.packing.pack", lambda kernel: packed.append(pack(kernel)) or packed[0])
-    timed = machine._time_layer(1.0, "portable")
+    monkeypatch.setattr(detect, "pack", lambda kernel: packed.append(pack(kernel)) or packed[0])
+    timed = detect._time_layer(1.0, "portable")
     assert 0.09 < packed[0].density < 0.11
     assert timed == (packed[0].density, 0.5, 2.0)
-    assert machine._time_layer(1.0, "neon") is None
+    assert detect._time_layer(1.0, "neon") is None
 
 
 def test_what_tells_cpus_of_one_name_apart(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(machine, "SYSFS", tmp_path)
-    assert machine.identity() == {"cpu family": "", "model": "", "stepping": "", "caches": [32 << 10, 512 << 10, 8 << 20]}
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "SYSFS", tmp_path)
+    assert cpu.identity() == {"cpu family": "", "model": "", "stepping": "", "caches": [32 << 10, 512 << 10, 8 << 20]}
     (tmp_path / "cpuinfo").write_text("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n")
     write_caches(tmp_path, (1, "Data", "48K"))
-    assert machine.identity() == {"cpu family": "25", "model": "17", "stepping": "1", "caches": [48 << 10, 0, 0]}
+    assert cpu.identity() == {"cpu family": "25", "model": "17", "stepping": "1", "caches": [48 << 10, 0, 0]}

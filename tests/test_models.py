@@ -12,7 +12,7 @@ from flax import nnx
 import sparseflax
 from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, layers, resnet18, resnet50
 from experiments.networks import Spec, pruned
-from sparseflax import ffi
+from sparseflax.conv import ffi
 from tests.machines import HERE
 from tests.networks import NARROW
 

@@ -10,7 +10,7 @@ import sparseflax
 from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
 from sparseflax import onnx as sparse_onnx
-from sparseflax.onnx import load_onnx
+from sparseflax.onnx.model import load_onnx
 from tests.networks import NARROW
 
 onnx = pytest.importorskip("onnx")

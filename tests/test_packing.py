@@ -11,7 +11,7 @@ import pytest
 from reference import normal_kernel
 
 import sparseflax as sf
-from sparseflax.packing import DENSE_BLOCK, SKIP, Pattern, channel_block
+from sparseflax.conv.packing import DENSE_BLOCK, SKIP, Pattern, channel_block
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

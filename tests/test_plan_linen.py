@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import sparseflax
-from sparseflax.conv import conv_p
+from sparseflax.conv.primitive import conv_p
 from tests.machines import HERE
 
 EPS = np.finfo(np.float32).eps

@@ -10,12 +10,15 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from sparseflax import ffi, measure, pack_model, plan
-from sparseflax.machine import ATOM_C2750, client_threads, processor
-from sparseflax.measure import Measured
-from sparseflax.nnx import SparseConv, SparseDense
-from sparseflax.packing import PackedKernel
-from sparseflax.shapes import ConvShape
+from sparseflax import pack_model, plan
+from sparseflax.conv import ffi
+from sparseflax.conv.packing import PackedKernel
+from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.machine import ATOM_C2750
+from sparseflax.cost.shape import ConvShape
+from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.network import measure
+from sparseflax.network.measure import Measured
 from tests.machines import HERE, HOPELESS
 
 
@@ -36,7 +39,7 @@ class Net(nnx.Module):
 
 
 X = jax.ShapeDtypeStruct((2, 8, 8, 16), jnp.float32)
-PLAN = sys.modules["sparseflax.plan"]
+PLAN = sys.modules["sparseflax.network.plan"]
 
 
 def rows(planned):

@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from sparseflax import ffi, machine, profile
-from sparseflax.machine import TYPICAL, XEON_E5_2697V4, client_threads, detect_machine, processor
+from sparseflax.conv import ffi
+from sparseflax.cost import detect, profile
+from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.machine import TYPICAL, XEON_E5_2697V4, from_dict, to_dict
 
 ERRORS = {"sparse": {"median": 0.04}}
 
@@ -14,9 +17,9 @@ ERRORS = {"sparse": {"median": 0.04}}
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
     yield tmp_path / "sparseflax"
-    machine._detect.cache_clear()
+    detect._detect.cache_clear()
 
 
 def calibrated():
@@ -25,7 +28,7 @@ def calibrated():
 
 
 def load(**changes):
-    return profile.load(**{"cpu": processor(), "isa": ffi.isa(), "threads": client_threads()} | changes)
+    return profile.load(**{"name": processor(), "isa": ffi.isa(), "threads": client_threads()} | changes)
 
 
 def test_what_is_saved_is_found(cache):
@@ -118,4 +121,4 @@ def test_nothing_is_left_of_a_save_that_fails(cache, monkeypatch):
 
 
 def test_presets_have_no_rates_to_save():
-    assert profile.from_dict(json.loads(json.dumps(profile.to_dict(XEON_E5_2697V4)))) == XEON_E5_2697V4
+    assert from_dict(json.loads(json.dumps(to_dict(XEON_E5_2697V4)))) == XEON_E5_2697V4

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from sparseflax import prune
-from sparseflax.cost import conv_seconds, dense_seconds
-from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4
+from sparseflax.cost.model import conv_seconds, dense_seconds
+from sparseflax.cost.shape import ConvShape
 
 MACHINE = XEON_E5_2697V4
 

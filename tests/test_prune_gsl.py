@@ -13,9 +13,9 @@ from flax import nnx
 from gsl_reference import SHAPES, kernel, make_params, simulate
 
 from sparseflax import prune
-from sparseflax.cost import conv_seconds
-from sparseflax.machine import XEON_E5_2697V4
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.machine import XEON_E5_2697V4
+from sparseflax.cost.model import conv_seconds
+from sparseflax.cost.shape import ConvShape
 
 RATE, STEPS, RAMP = 0.05, 60, (4, 44)
 # "c" gives way late, and a useful range that ends at 0.4 is hard to get into; "b" may not go below 0.3.

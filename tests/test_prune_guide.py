@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseflax import prune
-from sparseflax.cost import conv_seconds, dense_seconds, useful_range
-from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
+from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
+from sparseflax.cost.shape import ConvShape
 
 MACHINES = [ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250]
 # One whose dense convolutions are bad enough that some layers are faster sparse without a single zero.

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.configs import digits, digits_resnet
-from sparseflax import ffi, prune
-from sparseflax.cost import dense_seconds
-from sparseflax.machine import TYPICAL, Machine
-from sparseflax.shapes import conv_shapes
+from sparseflax import prune
+from sparseflax.conv import ffi
+from sparseflax.cost.machine import TYPICAL, Machine
+from sparseflax.cost.model import dense_seconds
+from sparseflax.network.shapes import conv_shapes
 
 pytestmark = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
 

@@ -12,8 +12,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from sparseflax import prune
-from sparseflax.machine import ATOM_C2750
-from sparseflax.shapes import conv_shapes
+from sparseflax.cost.machine import ATOM_C2750
+from sparseflax.network.shapes import conv_shapes
 
 STEPS, KILLED_AT = 20, 9  # inside the ramp, between two takings of the masks
 RAMP = prune.ramp(2, 16, total=STEPS)

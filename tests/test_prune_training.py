@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax import prune
-from sparseflax.machine import ATOM_C2750
-from sparseflax.shapes import conv_shapes
+from sparseflax.cost.machine import ATOM_C2750
+from sparseflax.network.shapes import conv_shapes
 
 STEPS, KILLED_AT = 24, 11  # inside the ramp, between two takings of the masks
 DENSITIES = {"stem": 0.5, "blocks/0": 0.13, "head": 0.3}

@@ -10,10 +10,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from sparseflax import ffi, prune
-from sparseflax.machine import ATOM_C2750, client_threads, processor
+from sparseflax import prune
+from sparseflax.conv import ffi
+from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.machine import ATOM_C2750
+from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.whole import Packed, fit
-from sparseflax.shapes import conv_shapes
 
 X = np.ones((1, 12, 12, 16), np.float32)
 # Known constants under this machine's name: what is measured must not depend on a second measurement.

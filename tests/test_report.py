@@ -17,13 +17,13 @@ from experiments import checkpoint, evaluate, report, run
 from experiments.benchmark import results
 from experiments.configs import digits, smoke
 from experiments.models import VGG
-from sparseflax import profile, prune
-from sparseflax.machine import Machine
-from sparseflax.model import pack_model
-from sparseflax.nnx import SparseConv
-from sparseflax.packing import PackedKernel
-from sparseflax.plan import plan
-from sparseflax.shapes import conv_shapes
+from sparseflax import prune
+from sparseflax.conv.packing import PackedKernel
+from sparseflax.cost.machine import Machine, to_dict
+from sparseflax.layers.nnx import SparseConv
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import plan
+from sparseflax.network.shapes import conv_shapes
 
 # What is fixed here stands for any machine: that it is not this one is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
     """(config, result) of one smoke run; its folder is config.out."""
     out = tmp_path_factory.mktemp("smoke")
     config = dataclasses.replace(smoke.config, out=out, results=out / "all.jsonl")
-    checkpoint.write_atomically(out / "machine.json", json.dumps(profile.to_dict(MACHINE)))
+    checkpoint.write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
     checkpoint.write_atomically(out / "whole.json", json.dumps(whole(config)._asdict()))
     return config, run.run(config)
 
@@ -57,7 +57,7 @@ def result(finished):
 def test_the_main_job(finished, capsys):
     config, result = finished
     assert json.loads((config.out / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert result["machine"] == profile.to_dict(MACHINE)
+    assert result["machine"] == to_dict(MACHINE)
     assert set(result["times"]) == set(result["layers"]) == {"1", "16"}
     layers = {layer["path"]: layer for layer in result["layers"]["1"]}
     assert layers["stages/1/0/conv"]["choice"] == "sparse" and layers["head"]["choice"] == "dense"
@@ -88,7 +88,7 @@ def test_a_folder_of_another_run(finished):
 @pytest.mark.parametrize("method", ["GMP, guided", "GMP, uniform", "GMP, global"])
 def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(method, tmp_path, capsys):
     config = dataclasses.replace(smoke.config, out=tmp_path, method=method, speedup=1000.0)
-    checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(profile.to_dict(MACHINE)))
+    checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
     checkpoint.write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
     result = run.run(config)
     assert re.match(r"asked for 1000x, this machine allows [0-9.]+x", result["shortfall"])

@@ -9,7 +9,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseflax.shapes import ConvShape, conv_shapes
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.shapes import conv_shapes
 
 IMAGE = jax.ShapeDtypeStruct((2, 12, 10, 4), jnp.float32)
 

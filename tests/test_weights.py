@@ -9,7 +9,7 @@ from flax import nnx
 
 from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, resnet18
 from experiments.weights import load_weights, put
-from sparseflax import safetensors
+from sparseflax.files import safetensors
 
 torch = pytest.importorskip("torch")
 

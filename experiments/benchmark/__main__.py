@@ -122,7 +122,7 @@ def run_layers(args: argparse.Namespace) -> None:
 def run_threads(args: argparse.Namespace) -> None:
     from experiments.benchmark.threads import measure
     from experiments.layers import BENCHMARK, choose, random_problem
-    from sparseflax import ffi
+    from sparseflax.conv import ffi
 
     origin = results.provenance({"jax", "jaxlib"})
     with shown(Console(), table.THREADS_HEAD) as show:

@@ -100,7 +100,7 @@ def _case(name: str, threads: int) -> Iterator[Line]:
     """As the README says it, of one network."""
     import sparseflax
     from sparseflax import prune
-    from sparseflax.machine import medians
+    from sparseflax.cost.timing import medians
 
     make, side, n = CASES[name]
     model, x = make(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((n, side, side, 3), np.float32)

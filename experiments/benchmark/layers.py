@@ -16,7 +16,8 @@ from experiments.baselines.yardstick import can_run, time_command
 from experiments.benchmark.table import OURS
 from experiments.benchmark.timing import Others, alternate
 from experiments.layers import Problem
-from sparseflax import ffi, sparse_conv
+from sparseflax import sparse_conv
+from sparseflax.conv import ffi
 
 TURNS = 2  # with the yardstick
 

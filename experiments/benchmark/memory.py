@@ -69,7 +69,8 @@ def _run(connection: Connection, network: str, n: int, form: str) -> None:
     from flax import nnx
 
     from experiments.networks import NETWORKS, pruned
-    from sparseflax import detect_machine, ffi, pack_model, plan
+    from sparseflax import detect_machine, pack_model, plan
+    from sparseflax.conv import ffi
 
     spec = NETWORKS[network]
     x, model = np.zeros((n, spec.image, spec.image, 3), np.float32), pruned(spec)

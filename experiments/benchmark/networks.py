@@ -18,10 +18,10 @@ from experiments.benchmark.where import where_time_goes
 from experiments.evaluate import ERROR_FACTOR, count_weights, fold_only, in_float64, program
 from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
-from sparseflax import ffi
-from sparseflax.machine import Machine
-from sparseflax.model import pack_model
-from sparseflax.plan import Plan, plan
+from sparseflax.conv import ffi
+from sparseflax.cost.machine import Machine
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import Plan, plan
 
 XLA, XLA_FOLDED = "xla", "xla, batch norm folded"
 

@@ -27,7 +27,7 @@ MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another 
 
 def provenance(packages: Iterable[str]) -> Line:
     """Where, when and with what a line was measured."""
-    from sparseflax.machine import processor  # here, as the number of threads is set before JAX is imported
+    from sparseflax.cost.cpu import processor  # here, as the number of threads is set before JAX is imported
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

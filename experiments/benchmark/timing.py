@@ -146,7 +146,7 @@ def keep_memory() -> bool:
 
     Has to be called after `use_threads`, which JAX has to see, and before other threads are there: one arena serves all.
     """
-    from sparseflax import memory
+    from sparseflax.conv import memory
 
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(memory.KEEP), "MALLOC_ARENA_MAX": "1"}
     return memory.keep_memory()

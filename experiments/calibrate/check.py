@@ -17,8 +17,8 @@ from experiments.calibrate.judgement import Judgement, table
 from experiments.calibrate.layers import fitting, held_out
 from experiments.calibrate.measure import Sample, measure
 from experiments.calibrate.run import describe
-from sparseflax import profile
-from sparseflax.machine import Machine
+from sparseflax.cost import profile
+from sparseflax.cost.machine import Machine
 
 LINES = ROOT / "experiments" / "results" / "calibration.jsonl"
 OTHER_LINES = LINES.with_name("calibration_xeon.jsonl"),  # of other CPUs

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.layers import ALEXNET, layer
-from sparseflax.cost import Work, conv_seconds, dense_seconds, useful_range
-from sparseflax.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250, Machine
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250, Machine
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
+from sparseflax.cost.shape import ConvShape
 
 DENSITY = np.geomspace(0.005, 1, 200).astype(np.float32)
 REDUCE = layer(480, 14, 16, 1)  # inception_4a/5x5_reduce of GoogLeNet

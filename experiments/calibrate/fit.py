@@ -9,9 +9,10 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from experiments.calibrate.measure import Sample
-from sparseflax.cost import Work, conv_seconds, dense_seconds
-from sparseflax.counts import DenseCounts, SparseCounts, dense_counts, tile_counts
-from sparseflax.machine import TYPICAL, Machine
+from sparseflax.cost.counts import dense_counts, tile_counts
+from sparseflax.cost.machine import TYPICAL, Machine
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds
+from sparseflax.cost.rates import DenseCounts, SparseCounts
 
 PER_WEIGHT = ("fma", "weight", "wait", "spill", "kernel_bytes")
 FLOOR = 0.02  # errors below this weigh as this one

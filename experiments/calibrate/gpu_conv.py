@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.shape import ConvShape
 
 UNROLL = 8  # weights of a row between two tests of whether it ends
 BLOCKS = 256, 512, 1024  # positions that one program computes; the best differs by layer

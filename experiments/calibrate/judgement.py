@@ -12,8 +12,8 @@ from experiments.benchmark.results import Line
 from experiments.benchmark.table import markdown
 from experiments.calibrate.fit import Errors
 from experiments.calibrate.layers import googlenet, resnet50
-from sparseflax.plan import MARGIN
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.plan import MARGIN
 
 CLEAR = 0.1  # times that differ by more have one right choice
 NETWORKS = {"ResNet-50": resnet50, "GoogLeNet": googlenet}

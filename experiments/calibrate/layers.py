@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from experiments.layers import BENCHMARK, layer
-from sparseflax.shapes import ConvShape
+from sparseflax.cost.shape import ConvShape
 
 STEM = ConvShape(1, 224, 224, 3, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
 # Inception modules of GoogLeNet: image, input channels, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.

@@ -19,9 +19,10 @@ import numpy as np
 
 from experiments.progress import progress
 from sparseflax import sparse_conv
-from sparseflax.conv import Window, dense_conv
-from sparseflax.fuse import fuse
-from sparseflax.shapes import ConvShape
+from sparseflax.conv.primitive import dense_conv
+from sparseflax.conv.window import Window
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.fuse import fuse
 
 BURST = 0.004  # seconds of timed calls in a round, and of untimed ones before: a large layer needs some until caches hold it
 QUARTILE = 0.25  # of the rounds

@@ -9,8 +9,10 @@ from dataclasses import replace
 from experiments.calibrate.fit import Errors, errors, fit
 from experiments.calibrate.layers import fitting
 from experiments.calibrate.measure import Sample, measure
-from sparseflax import profile
-from sparseflax.machine import TYPICAL, Machine, client_threads, estimate_machine
+from sparseflax.cost import profile
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.detect import estimate_machine
+from sparseflax.cost.machine import TYPICAL, Machine
 
 # Beyond them the machine was too busy, or is one that the model does not describe: relative errors of the fit, and how much
 # the times of one program differ. On a quiet machine about half of each or less.
@@ -42,7 +44,7 @@ def describe(isa: str | None = None) -> Machine:
     Raises:
       ValueError: the native kernel does not run here.
     """
-    from sparseflax import ffi
+    from sparseflax.conv import ffi
 
     if not ffi.kernels():
         raise ValueError(f"there is no kernel to calibrate: {ffi.reason}")

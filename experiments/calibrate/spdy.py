@@ -18,9 +18,10 @@ from experiments.benchmark.table import markdown
 from experiments.calibrate.fit import Errors, fit, predict
 from experiments.calibrate.measure import Sample
 from experiments.layers import layer
-from sparseflax import ffi
-from sparseflax.machine import LANES, TYPICAL, Machine
-from sparseflax.shapes import ConvShape
+from sparseflax.conv import ffi
+from sparseflax.cost.cpu import LANES
+from sparseflax.cost.machine import TYPICAL, Machine
+from sparseflax.cost.shape import ConvShape
 
 BATCH, CORES = 64, 24
 FILES = {"ResNet-18": "rn18_unstr.txt", "ResNet-50": "rn50_unstr.txt"}

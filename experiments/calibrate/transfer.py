@@ -13,7 +13,7 @@ from experiments.calibrate.fit import errors, fit
 from experiments.calibrate.layers import fitting
 from experiments.calibrate.measure import measure
 from experiments.calibrate.run import describe
-from sparseflax import ffi
+from sparseflax.conv import ffi
 
 
 def run(seconds: float, out: Path) -> None:

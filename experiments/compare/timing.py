@@ -14,10 +14,10 @@ from experiments.compare import runs, training
 from experiments.compare.runs import Run
 from experiments.configs import Config
 from experiments.methods import Speed
-from sparseflax.cost import useful_range
-from sparseflax.machine import client_threads
-from sparseflax.model import pack_model
-from sparseflax.plan import plan
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.model import useful_range
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import plan
 
 BATCHES = 1, 16
 

@@ -25,8 +25,8 @@ from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import METHODS
 from sparseflax import prune
-from sparseflax.machine import Machine
-from sparseflax.shapes import conv_shapes
+from sparseflax.cost.machine import Machine
+from sparseflax.network.shapes import conv_shapes
 
 REMEMBERED = 20  # runs whose compiled updates stay in memory, some 100 MB each, though no other run calls them
 

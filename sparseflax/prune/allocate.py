@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseflax.cost import Work, conv_seconds, dense_seconds, useful_range
-from sparseflax.machine import Machine
-from sparseflax.plan import MARGIN
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.plan import MARGIN
 from sparseflax.prune.guide import LEAST, Guidance, LayerGuide, Layers, named
 from sparseflax.prune.whole import Whole
-from sparseflax.shapes import ConvShape
 
 # Of the highest speedup, what best effort asks for: the last percents would cost nearly all weights that are left.
 REACH = 0.97

@@ -37,8 +37,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparseflax.cost import Work, conv_seconds
-from sparseflax.machine import Machine
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.model import Work, conv_seconds
 from sparseflax.prune.guide import LEAST, Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, kernels, map_masks
 from sparseflax.prune.mask import masks as masks_of

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sparseflax.machine import Machine
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.shape import ConvShape
 from sparseflax.prune.whole import Whole
-from sparseflax.shapes import ConvShape
 
 Layers = Iterable[str] | Callable[[str], bool]
 LEAST = 1e-6  # of a network's time: less is rounding

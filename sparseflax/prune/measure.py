@@ -10,13 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sparseflax.machine import Machine, detect_machine, medians
-from sparseflax.model import pack_model
-from sparseflax.plan import MARGIN, elsewhere, plan
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.timing import medians
+from sparseflax.network.pack import pack_model
+from sparseflax.network.plan import MARGIN, elsewhere, plan
+from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.allocate import guided
 from sparseflax.prune.mask import apply_masks, kernels
 from sparseflax.prune.whole import Packed, Whole, fit
-from sparseflax.shapes import conv_shapes
 
 # Speedups at which the network is measured, as far as it goes, after the fastest and one halfway there: those tell by how much
 # the model is off, these what is left then, and between them that is interpolated.

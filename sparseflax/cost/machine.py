@@ -1,0 +1,116 @@
+"""What a machine is to the cost model: the few numbers of a CPU that decide whether sparsity pays."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparseflax.cost.rates import DenseCounts, Rates, SparseCounts, roofline
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine as the cost model sees it.
+
+    Attributes:
+      name: of the processor.
+      isa: instruction set of the sparse kernel.
+      lanes: float32 per vector register.
+      cores: physical cores in use.
+      threads: threads that share one convolution.
+      l1_bytes, l2_bytes, l3_bytes: data caches as one core sees them; 0 where there is none.
+      peak: dense float32 flop/s that `threads` threads reach in a matrix product.
+      bandwidth: bytes/s they stream to and from memory.
+      alpha: time per kept weight over time per dense weight, when arithmetic is the limit.
+      beta: bytes read per kept weight over bytes per dense weight.
+      source: where the numbers come from.
+      fitted: seconds of each thing that the kernel and XLA do; None for a machine of which only the numbers above are
+        known.
+
+    Raises:
+      ValueError: a rate or a factor that is not positive.
+    """
+
+    name: str
+    isa: str
+    lanes: int
+    cores: int
+    threads: int
+    l1_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+    peak: float
+    bandwidth: float
+    alpha: float
+    beta: float
+    source: str
+    fitted: Rates | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """What the cost model charges: the fitted rates, or those of a machine that only has peak and bandwidth."""
+        return self.fitted or roofline(self.peak, self.bandwidth, self.alpha, self.beta)
+
+    def __post_init__(self):
+        rates = ("lanes", "cores", "threads", "peak", "bandwidth", "alpha", "beta")
+        wrong = {name: getattr(self, name) for name in rates if not 0 < getattr(self, name) < float("inf")}
+        if self.fitted and not self.l1_bytes > 0:
+            wrong |= {"l1_bytes": self.l1_bytes}
+        if wrong:
+            raise ValueError(f"machine {self.name!r} has {wrong}: these have to be positive and finite")
+
+    def __str__(self) -> str:
+        return (f"{self.name} ({self.isa}, {self.cores} cores, {self.threads} threads, {self.peak / 1e9:.0f} GFLOP/s, "
+                f"{self.bandwidth / 1e9:.0f} GB/s, alpha {self.alpha:.2f}, beta {self.beta:.2f}; {self.source})")
+
+
+# The machines of Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning" (ICLR 2017): peak is
+# MKL's SGEMM, bandwidth is STREAM, alpha is SGEMM's rate over the sparse kernel's on kept weights, beta = 2 stands for
+# a 4-byte column index beside each 4-byte value. Caches from Intel's specifications.
+ATOM_C2750 = Machine(
+    name="Intel Atom C2750", isa="sse4.2", lanes=4, cores=8, threads=8, l1_bytes=24 << 10, l2_bytes=1 << 20, l3_bytes=0,
+    peak=62e9, bandwidth=15e9, alpha=1.2, beta=2.0, source="Park et al. 2017")
+# The paper's peak and bandwidth exceed one 18-core socket, so both of a two-socket machine are meant.
+XEON_E5_2697V4 = Machine(
+    name="2x Intel Xeon E5-2697 v4", isa="avx2", lanes=8, cores=36, threads=72, l1_bytes=32 << 10, l2_bytes=256 << 10,
+    l3_bytes=45 << 20, peak=2150e9, bandwidth=122e9, alpha=3.0, beta=2.0, source="Park et al. 2017")
+# The paper gives no alpha for this one, but 13.9 effective TFLOP/s at density 0.09. Arithmetic is the limit there, so
+# alpha = 4.54 / (0.09 * 13.9) = 3.6.
+XEON_PHI_7250 = Machine(
+    name="Intel Xeon Phi 7250", isa="avx512", lanes=16, cores=68, threads=272, l1_bytes=32 << 10,
+    l2_bytes=1 << 20, l3_bytes=0, peak=4540e9, bandwidth=480e9, alpha=3.6, beta=2.0,
+    source="Park et al. 2017, alpha derived from its speedup")
+
+
+# Fitted on an AMD EPYC of the Zen 4 generation, one thread (`far`, `lone` and `split` on Zen 3): what an estimate of another
+# machine starts from.
+TYPICAL = Rates(
+    SparseCounts(fma=2.8e-10, weight=2.4e-10, wait=7e-11, spill=5e-11, kernel_bytes=1e-11, visit=1e-9, accumulate=5.5e-10,
+                 store=1.5e-9, pack=9e-10, input_bytes=4e-12, output_bytes=1.5e-11, memory_bytes=2e-11, split=5e-6,
+                 call=1.5e-6),
+    DenseCounts(flop=9.3e-12, deep=3.8e-12, far=3e-12, lone=1.2e-11, shifted=7e-11, group_taps=1.5e-8, odd=1.5e-8,
+                patches=6e-11, pixels=3e-11, outputs=6e-11, kernel_bytes=1.7e-11, packed_bytes=6e-11, activation_bytes=1.5e-10,
+                split=1e-4, call=1.6e-5),
+    overlap=1.0)
+
+
+def to_dict(machine: Machine) -> dict[str, Any]:
+    """A machine in plain dicts, strings and numbers, for `json.dump`; `from_dict` is the inverse."""
+    rates = machine.fitted and {"sparse": machine.fitted.sparse._asdict(), "dense": machine.fitted.dense._asdict(),
+                                "overlap": machine.fitted.overlap}
+    return asdict(machine) | {"fitted": rates}
+
+
+def from_dict(fields: dict[str, Any]) -> Machine:
+    """A machine from what `to_dict` returned, checked.
+
+    Raises:
+      KeyError, TypeError, ValueError: a field is missing, unknown or out of its range.
+    """
+    wrong = {name: fields[name] for name in ("l1_bytes", "l2_bytes", "l3_bytes", "cores", "threads", "lanes")
+             if type(fields[name]) is not int or not 0 <= fields[name] < 1 << 62}
+    if wrong:
+        raise ValueError(f"{wrong}, wanted whole numbers that are not negative")
+    rates = fields["fitted"]
+    fitted = rates and Rates(SparseCounts(**rates["sparse"]), DenseCounts(**rates["dense"]), rates["overlap"])
+    return Machine(**{**fields, "fitted": fitted})

@@ -1,0 +1,108 @@
+"""What was measured of this machine: the file in which a calibration stays, and when it may be believed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sparseflax.conv import ffi
+from sparseflax.cost import cpu
+from sparseflax.cost.machine import Machine, from_dict, to_dict
+
+REMEDY = "run python -m experiments.calibrate in a clone of sparseflax"
+
+
+class Unusable(ValueError):
+    """There is no calibration of this machine that may be believed; says why, and what to do."""
+
+
+def folder() -> Path:
+    """The user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sparseflax")
+
+
+def path(name: str, isa: str, threads: int) -> Path:
+    """Of the calibration of one CPU, instruction set and number of threads."""
+    return folder() / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{isa}-{threads}.json"
+
+
+def key(name: str, isa: str, threads: int) -> dict[str, Any]:
+    """What a calibration depends on: another CPU, cache, kernel, number of threads or version makes it stale."""
+    return {"cpu": name, **cpu.identity(), "isa": isa, "threads": threads, "kernels": ffi.kernels(),
+            "native module": _digest(), "jaxlib": version("jaxlib"), "sparseflax": _version()}
+
+
+def save(machine: Machine, errors: dict[str, Any]) -> Path:
+    """Stores a calibrated machine, all of it or nothing.
+
+    Args:
+      machine: with fitted rates.
+      errors: of the fit, for people to read.
+
+    Returns:
+      The file, in the user's cache directory.
+    """
+    file = path(machine.name, machine.isa, machine.threads)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"key": key(machine.name, machine.isa, machine.threads), "errors": errors, "machine": to_dict(machine)},
+                      indent=1)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
+        try:
+            temporary.write(text)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.replace(temporary.name, file)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise
+    return file
+
+
+def load(name: str, isa: str, threads: int) -> Machine:
+    """The calibrated machine.
+
+    Raises:
+      Unusable: there is none, the file is damaged, or it is of another CPU, kernel, number of threads or version.
+    """
+    file = path(name, isa, threads)
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise Unusable(f"this machine was not calibrated for {threads} threads: {REMEDY}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unusable(f"ignored {file}, it cannot be read ({error}): {REMEDY}") from None
+    try:
+        wanted = key(name, isa, threads)
+        other = {part: (content["key"].get(part), value) for part, value in wanted.items() if content["key"].get(part) != value}
+        if not other:
+            machine = from_dict(content["machine"])
+            if (machine.name, machine.isa, machine.threads) != (name, isa, threads):
+                raise ValueError(f"its machine is {machine.name}, {machine.isa}, {machine.threads} threads, its key another")
+            if machine.fitted is None:
+                raise ValueError("its machine has no fitted rates")
+            return machine
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Unusable(f"ignored {file}, it is no calibration ({type(error).__name__}: {error}): {REMEDY}") from None
+    changes = "; ".join(f"{part} was {was}, is {now}" for part, (was, now) in other.items())
+    raise Unusable(f"ignored {file}, it is of another machine or version ({changes}): {REMEDY}")
+
+
+@functools.lru_cache
+def _digest() -> str:
+    """Of the native module: another build may choose and run its tiles differently."""
+    file = getattr(ffi.native, "__file__", None)
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest() if file else "missing"
+
+
+def _version() -> str:
+    try:
+        return version("sparseflax")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,124 @@
+"""Seconds per count of everything that the sparse kernel and the dense convolution do: what is known of a machine.
+
+The same two tuples hold the counts of a layer (counts.py) and the seconds per count of a machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class SparseCounts(NamedTuple):
+    """Of the sparse kernel, on the busiest of its threads. The first five are those of a full kernel: times density.
+
+    Attributes:
+      fma: multiply-adds, idle lanes included, in cycles of the instruction set's FMA; plain multiply-adds for a machine
+        without rates of its own.
+      weight: visits of a kept weight: one per register tile.
+      wait: cycles in which a small tile's few sums are not ready for the next weight.
+      spill: as `fma`, times the part of the panel that the first cache does not hold.
+      kernel_bytes: of the dense kernel, once per register tile, that do not stay in the core's own cache.
+      visit: visits of an output channel: one per tile and block of input channels.
+      accumulate: accumulators loaded and stored at those visits, in cycles of FMAs.
+      store: vectors transposed to the output, in cycles of FMAs.
+      pack: vectors transposed into the panel, times 1 + the cycles of an FMA.
+      input_bytes, output_bytes: that do not stay in the core's own cache.
+      memory_bytes: of both, whatever the threads, that do not stay in a quarter of the last cache.
+      split: 1 where threads share the work: it is handed out, and the last one to end is awaited.
+      call: 1.
+    """
+
+    fma: Any
+    weight: Any
+    wait: Any
+    spill: Any
+    kernel_bytes: Any
+    visit: Any
+    accumulate: Any
+    store: Any
+    pack: Any
+    input_bytes: Any
+    output_bytes: Any
+    memory_bytes: Any
+    split: Any
+    call: Any
+
+
+class DenseCounts(NamedTuple):
+    """Of the dense convolution, which is a product of a matrix with a row per output position.
+
+    Attributes:
+      flop: operations, padding included; none of those of a single row, of a depthwise convolution, and of XLA's own loop
+        over more than MAX_GROUPS groups.
+      deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
+      far: the same, again, but not of a 1x1 convolution, times the part of the kernel that the core's own cache does not hold.
+      lone: what the busiest thread does of them beyond an even part, in the blocks of channels that are shared, but for a 1x1
+        convolution: all but that part, if there is one block.
+      shifted: multiply-adds of a depthwise convolution, which is a sum of shifted images.
+      group_taps: output positions times kernel positions times groups, of more than MAX_GROUPS groups.
+      odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
+        number of input channels is odd.
+      patches: inputs copied into the rows of the matrix.
+      pixels: the same of a 1x1 convolution, whose image is that matrix already, if the stride is 1.
+      outputs: written by a product.
+      kernel_bytes: of a kernel that meets a single row; twice those that do not stay in the core's own cache.
+      packed_bytes: of any other kernel but a depthwise one; likewise, with the packed copy in that cache too.
+      activation_bytes: of input and output, that do not stay in a quarter of the last cache.
+      split: the part of `call` that threads share: half of a product of SHARED operations, most of a longer one.
+      call: 1, or as many as there are groups, each a convolution of its own up to MAX_GROUPS of them.
+    """
+
+    flop: Any
+    deep: Any
+    far: Any
+    lone: Any
+    shifted: Any
+    group_taps: Any
+    odd: Any
+    patches: Any
+    pixels: Any
+    outputs: Any
+    kernel_bytes: Any
+    packed_bytes: Any
+    activation_bytes: Any
+    split: Any
+    call: Any
+
+
+FREE_SPARSE = SparseCounts(*[0.0] * len(SparseCounts._fields))
+FREE_DENSE = DenseCounts(*[0.0] * len(DenseCounts._fields))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds per count.
+
+    Attributes:
+      sparse, dense: in the units of the counts.
+      overlap: P of the smooth maximum of arithmetic and traffic. 1 adds them up: nothing overlaps; with 8 the shorter is
+        all but hidden.
+    """
+
+    sparse: SparseCounts
+    dense: DenseCounts
+    overlap: float
+
+    def __post_init__(self):
+        wrong = {name: value for part in (self.sparse, self.dense) for name, value in part._asdict().items()
+                 if not (isinstance(value, (int, float)) and 0 <= value < math.inf)}
+        if wrong or not 1 <= self.overlap < math.inf or not min(sum(self.sparse), sum(self.dense)) > 0:
+            raise ValueError(f"rates {wrong or self}: seconds per count have to be finite, none negative, not all of them "
+                             "zero, and `overlap` at least 1")
+
+
+def roofline(peak: float, bandwidth: float, alpha: float, beta: float) -> Rates:
+    """The paper's machine: arithmetic at `peak` flop/s or traffic at `bandwidth` bytes/s, whichever takes longer.
+
+    A kept weight costs `alpha` times the arithmetic and `beta` times the bytes of a dense one; nothing else costs time.
+    """
+    byte = 1 / bandwidth
+    sparse = FREE_SPARSE._replace(fma=2 * alpha / peak, kernel_bytes=beta * byte, input_bytes=byte, output_bytes=byte)
+    dense = FREE_DENSE._replace(flop=1 / peak, kernel_bytes=byte, activation_bytes=byte)
+    return Rates(sparse, dense, overlap=8.0)

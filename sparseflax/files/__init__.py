@@ -1,0 +1,1 @@
+"""In and out: packed networks and exported programs as files."""

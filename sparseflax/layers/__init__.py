@@ -1,0 +1,1 @@
+"""Sparse layers for Flax: NNX and Linen."""

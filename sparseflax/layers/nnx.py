@@ -1,0 +1,198 @@
+"""Sparse layers for Flax NNX: `nnx.Conv` and `nnx.Linear` whose weights are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx as fnnx
+
+from sparseflax.conv.packing import PackedKernel, Pattern
+from sparseflax.conv.primitive import Activation
+from sparseflax.layers import rules as sparse
+
+Initializer = Callable[..., Any]
+KERNEL_INIT, BIAS_INIT = fnnx.initializers.lecun_normal(), fnnx.initializers.zeros_init()  # Flax's defaults
+
+
+class SparseConv(fnnx.Module):
+    """A 2-D convolution with packed sparse weights: `nnx.Conv` with a static pattern and a fused epilogue.
+
+    y = act(conv(inputs, kernel) + bias + residual)
+
+    `values` (nnz,) and `bias` (oc,) are `nnx.Param`s: gradients, optimizers, `nnx.state` and checkpoints see them. The
+    pattern is static: changing it compiles again, changing the values does not.
+
+    Args:
+      in_features, out_features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count,
+        use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Conv`; `kernel_init` draws the dense
+        kernel, of which the kept weights are taken.
+      activation: None, "relu" or "relu6", applied last.
+      pattern: the weights to keep, `sparseflax.pack(mask, feature_group_count).pattern` with a float32 mask
+        (kh, kw, ic / groups, oc) of zeros and ones; None keeps all.
+
+    Raises:
+      TypeError, ValueError: what only `nnx.Conv` can do (1-D, 3-D, input dilation, other dtypes), or a pattern or an
+        activation that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = KERNEL_INIT,
+        bias_init: Initializer = BIAS_INIT,
+        activation: Activation = None,
+        pattern: Pattern | None = None,
+        rngs: fnnx.Rngs,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = _static(kernel_size)
+        self.strides = _static(strides)
+        self.padding = _static(padding)
+        self.input_dilation = _static(input_dilation)
+        self.kernel_dilation = _static(kernel_dilation)
+        self.feature_group_count = feature_group_count
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.activation: Activation = activation
+        sparse.check(self)
+        kh, kw = self.kernel_size
+        shape = kh, kw, in_features // feature_group_count, out_features
+        self.pattern = sparse.pattern_for(shape, feature_group_count, pattern)
+        self.values = fnnx.Param(sparse.gather(kernel_init(rngs.params(), shape, param_dtype), self.pattern))
+        self.bias = fnnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else fnnx.data(None)
+
+    @classmethod
+    def from_dense(cls, layer: fnnx.Conv, activation: Activation = None) -> SparseConv:
+        """Packs the non-zero weights of a convolution, times its mask; `layer` stays as it is.
+
+        Raises:
+          TypeError: `layer` is no `nnx.Conv`, or its kernel is traced or not float32.
+          ValueError: the layer has no sparse form, or its kernel is not finite.
+        """
+        if not isinstance(layer, fnnx.Conv):
+            raise TypeError(f"layer is a {type(layer).__name__}, wanted an nnx.Conv (SparseDense takes an nnx.Linear)")
+        packed = sparse.pack_dense(layer, layer.kernel[...], layer.feature_group_count)
+        empty = cls(
+            layer.in_features, layer.out_features, layer.kernel_size, layer.strides, padding=layer.padding,
+            input_dilation=layer.input_dilation, kernel_dilation=layer.kernel_dilation,
+            feature_group_count=layer.feature_group_count, use_bias=layer.bias is not None, dtype=layer.dtype,
+            kernel_init=_zeros, bias_init=_zeros, activation=activation, pattern=packed.pattern, rngs=fnnx.Rngs(0))
+        return _filled(empty, packed, layer.bias)
+
+    @property
+    def kernel(self) -> PackedKernel:
+        """The packed kernel (kh, kw, ic / groups, oc)."""
+        return PackedKernel(self.values[...], self.pattern)
+
+    def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
+        """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), with any number of batch dimensions as in Flax.
+
+        Args:
+          inputs: what `nnx.Conv` takes, computed in float32.
+          residual: (*batch, oh, ow, oc), added before the activation, or None.
+        """
+        return sparse.convolve(self, self.kernel, None if self.bias is None else self.bias[...], inputs, residual)
+
+
+class SparseDense(fnnx.Module):
+    """A fully connected layer with packed sparse weights: `nnx.Linear` with a static pattern and a fused epilogue.
+
+    y = act(inputs @ kernel + bias + residual)
+
+    Args:
+      in_features, out_features, use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in `nnx.Linear`.
+      activation: None, "relu" or "relu6", applied last.
+      pattern: the weights to keep, `sparseflax.pack(mask).pattern` with a float32 mask (ic, oc); None keeps all.
+
+    Raises:
+      TypeError, ValueError: another dtype than float32, or a pattern or an activation that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = KERNEL_INIT,
+        bias_init: Initializer = BIAS_INIT,
+        activation: Activation = None,
+        pattern: Pattern | None = None,
+        rngs: fnnx.Rngs,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.activation: Activation = activation
+        sparse.check(self)
+        self.pattern = sparse.pattern_for((in_features, out_features), 1, pattern)
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        self.values = fnnx.Param(sparse.gather(kernel, self.pattern))
+        self.bias = fnnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else fnnx.data(None)
+
+    @classmethod
+    def from_dense(cls, layer: fnnx.Linear, activation: Activation = None) -> SparseDense:
+        """Packs the non-zero weights of a fully connected layer; `layer` stays as it is.
+
+        Raises:
+          TypeError: `layer` is no `nnx.Linear`, or its kernel is traced or not float32.
+          ValueError: the layer has no sparse form, or its kernel is not finite.
+        """
+        if not isinstance(layer, fnnx.Linear):
+            raise TypeError(f"layer is a {type(layer).__name__}, wanted an nnx.Linear (SparseConv takes an nnx.Conv)")
+        packed = sparse.pack_dense(layer, layer.kernel[...], 1)
+        empty = cls(layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
+                    kernel_init=_zeros, bias_init=_zeros, activation=activation, pattern=packed.pattern, rngs=fnnx.Rngs(0))
+        return _filled(empty, packed, layer.bias)
+
+    @property
+    def kernel(self) -> PackedKernel:
+        """The packed kernel (1, 1, ic, oc)."""
+        return PackedKernel(self.values[...], self.pattern)
+
+    def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
+        """Maps inputs (*batch, ic) to (*batch, oc), with any number of batch dimensions as in Flax.
+
+        Args:
+          inputs: what `nnx.Linear` takes, computed in float32.
+          residual: (*batch, oc), added before the activation, or None.
+        """
+        return sparse.multiply(self, self.kernel, None if self.bias is None else self.bias[...], inputs, residual)
+
+
+def _zeros(_, shape, dtype) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def _filled(layer: Any, packed: PackedKernel, bias: Any) -> Any:
+    """`layer` with these weights."""
+    layer.values.set_value(packed.values)
+    if bias is not None:
+        layer.bias.set_value(bias[...])
+    return layer
+
+
+def _static(value: Any) -> Any:
+    """Tuples for lists: static attributes have to be hashable."""
+    return tuple(map(_static, value)) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,161 @@
+"""What a sparse layer computes, for NNX and Linen alike: Flax's rules for batch dimensions, padding and dtypes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from sparseflax.conv.packing import PackedKernel, Pattern, pack
+from sparseflax.conv.primitive import ACTIVATIONS, sparse_conv
+from sparseflax.conv.window import explicit_padding, make_window
+
+BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}  # Flax's paddings that do not fill with zeros, in NumPy's words
+STOCK = (nnx.Conv, nnx.Linear, linen.Conv, linen.Dense)
+
+
+def unsupported(layer: Any) -> str | None:
+    """Why a convolution or fully connected layer, dense or sparse, cannot run as a sparse one; None if it can.
+
+    Args:
+      layer: an nnx or Linen module; only its attributes are read.
+    """
+    kind = type(layer)
+    if issubclass(kind, STOCK) and not any(kind.__call__ is stock.__call__ for stock in STOCK):
+        return f"{kind.__name__} has a __call__ of its own"
+    if hasattr(layer, "kernel_size"):
+        rank = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
+        if rank != 2:
+            return f"{rank}-D convolution: only 2-D is supported"
+        if layer.input_dilation not in (None, 1, (1, 1), [1, 1]):
+            return f"input_dilation={layer.input_dilation}: only 1 is supported"
+        if not isinstance(layer.padding, str):
+            try:
+                make_window((1, 1), (1, 1), 1, layer.padding, 1)
+            except ValueError as error:
+                return str(error)
+        elif layer.padding not in ("SAME", "SAME_LOWER", "VALID", *BORDERS):
+            return f"padding={layer.padding!r} is not a 2-D padding"
+    for name in ("dtype", "param_dtype", "preferred_element_type"):
+        dtype = getattr(layer, name, None)
+        if dtype is not None and jnp.dtype(dtype) != jnp.float32:
+            return f"{name}={jnp.dtype(dtype).name}: only float32 is supported"
+    for name in ("conv_general_dilated", "conv_general_dilated_cls", "dot_general", "dot_general_cls"):
+        if getattr(layer, name, None) not in (None, jax.lax.conv_general_dilated, jax.lax.dot_general):
+            return f"it has a {name} of its own"
+    return None
+
+
+def check(layer: Any) -> None:
+    """Raises ValueError, with the remedy, for a sparse layer under construction that cannot run."""
+    if reason := unsupported(layer):
+        raise ValueError(f"{type(layer).__name__}: {reason}; keep Flax's own layer here")
+    if layer.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={layer.activation!r}, wanted one of {list(ACTIVATIONS)}: apply others after the call")
+
+
+def pack_dense(layer: Any, kernel: Any, groups: int) -> PackedKernel:
+    """Packs the kernel of a dense Flax layer, times its mask."""
+    if reason := unsupported(layer):
+        raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
+    return pack(masked(layer, kernel), groups)
+
+
+def masked(layer: Any, kernel: Any) -> Any:
+    """A layer's kernel times its mask, if it has one."""
+    mask = getattr(layer, "mask", None)
+    return kernel if mask is None else kernel * jnp.asarray(mask, kernel.dtype)
+
+
+def pattern_for(shape: tuple[int, ...], groups: int, pattern: Pattern | None) -> Pattern:
+    """`pattern`, checked against a kernel (kh, kw, ic / groups, oc) or (ic, oc); one that keeps every weight if it is None."""
+    if pattern is None:
+        return _keep_all(shape, groups)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern is a {type(pattern).__name__}, wanted a Pattern: take sparseflax.pack(mask).pattern, "
+                        "with a float32 mask of the kernel's shape")
+    if (pattern.shape[-len(shape):], pattern.shape[:-len(shape)], pattern.groups) != (shape, (1, 1)[: 4 - len(shape)], groups):
+        raise ValueError(f"pattern is for a kernel {pattern.shape} in {pattern.groups} groups, the layer has {shape} in "
+                         f"{groups}: pack a mask of that shape")
+    return pattern
+
+
+@functools.lru_cache(maxsize=64)
+def _keep_all(shape: tuple[int, ...], groups: int) -> Pattern:
+    return pack(np.ones(shape, np.float32), groups).pattern
+
+
+def gather(kernel: Any, pattern: Pattern) -> jax.Array:
+    """The kept values (nnz,) of a dense kernel, in packed order: the inverse of `PackedKernel.unpack`."""
+    return jnp.asarray(kernel.reshape(-1)[pattern.index])
+
+
+def convolve(layer: Any, packed: PackedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
+    """A sparse convolution layer's output.
+
+    Args:
+      layer: gives strides, padding, kernel_dilation, feature_group_count, activation and dtype.
+      packed: the weights (kh, kw, ic / groups, oc).
+      bias: (oc,) or None.
+      inputs: (*batch, ih, iw, ic) with any number of batch dimensions, none included.
+      residual: (*batch, oh, ow, oc) or None.
+
+    Returns:
+      float32 (*batch, oh, ow, oc).
+    """
+    x, residual = _as_float32(layer, inputs), _as_float32(layer, residual)
+    kh, kw, icg, _ = packed.shape
+    if x.ndim < 3:
+        raise ValueError(f"inputs have shape {x.shape}, wanted (..., ih, iw, {icg * packed.groups})")
+    batch, image = x.shape[:-3], x.shape[-3:-1]
+    x = x.reshape(math.prod(batch), *x.shape[-3:])
+    strides, dilation, padding = layer.strides or 1, layer.kernel_dilation or 1, layer.padding  # None is Flax's old word for 1
+    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
+        window = make_window(image, (kh, kw), strides, "VALID", dilation)
+        sides = explicit_padding(padding, image, (kh, kw), window.strides, window.dilation)
+        if padding in BORDERS:
+            x, sides = jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=BORDERS[padding]), 0
+        padding = sides
+    if residual is not None and residual.ndim > 2:
+        residual = residual.reshape(math.prod(residual.shape[:-3]), *residual.shape[-3:])
+    y = sparse_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=dilation,
+                    feature_group_count=layer.feature_group_count, activation=layer.activation, residual=residual)
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def multiply(layer: Any, packed: PackedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
+    """A sparse fully connected layer's output: a 1x1 convolution on images of one pixel.
+
+    Args:
+      layer: gives activation and dtype.
+      packed: the weights (1, 1, ic, oc).
+      bias: (oc,) or None.
+      inputs: (*batch, ic) with any number of batch dimensions, none included.
+      residual: (*batch, oc) or None.
+
+    Returns:
+      float32 (*batch, oc).
+    """
+    x, residual = _as_float32(layer, inputs), _as_float32(layer, residual)
+    if x.ndim < 1:
+        raise ValueError(f"inputs have shape {x.shape}, wanted (..., {packed.shape[2]})")
+    batch = x.shape[:-1]
+    images = math.prod(batch), 1, 1
+    if residual is not None and residual.shape[:-1] == batch:
+        residual = residual.reshape(*images, residual.shape[-1])
+    y = sparse_conv(x.reshape(*images, x.shape[-1]), packed, bias, activation=layer.activation, residual=residual)
+    return y.reshape(*batch, y.shape[-1])
+
+
+def _as_float32(layer: Any, x: Any) -> Any:
+    """Promotes as Flax does: `dtype` if the layer has one, else what float32 weights make of it; None stays None."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    wider = x.dtype == jnp.float64 or jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return x if wider and layer.dtype is None else x.astype(jnp.float32)  # a wider one meets sparse_conv's TypeError

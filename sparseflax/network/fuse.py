@@ -1,0 +1,292 @@
+"""A traced function, rewritten for the CPU: epilogues move into the sparse convolutions, the rest into faster forms.
+
+The function's jaxpr is evaluated with a few equations replaced. A sparse convolution is not computed where it stands but
+waits, as a `_Waiting`, for what is done with its result: a bias, a residual or an activation joins it, anything else makes
+it run. So a residual is always there before its convolution, whatever the order in which the function computes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer, eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
+
+from sparseflax.conv.packing import PackedKernel
+from sparseflax.conv.primitive import Activation, conv_p, sparse_conv
+from sparseflax.conv.window import Window
+from sparseflax.network.rewrites import REWRITES
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def fuse(f: Callable[..., T]) -> Callable[..., T]:
+    """The function `f`, faster on the CPU once it is compiled: `jax.jit(fuse(f))`.
+
+    - `sparse_conv` followed by a bias, by a residual of its output's shape, or by relu, relu6, max(., 0) or clip(., 0, 6)
+      takes them into its epilogue, if nothing else uses what lies between, also through a reshape.
+    - Pooling runs along one dimension after the other, grouped convolutions group by group, depthwise ones as a sum of
+      shifted images, and powers of 1/4, 1/2 and 3/4 are square roots.
+
+    Outputs are those of `f` up to rounding; nan and inf propagate alike. Left alone: what is not float32, and what stands
+    inside of scan, while, cond, shard_map or a jit with shardings or compiler options. Other calls (jit, remat, custom_jvp,
+    custom_vjp) are inlined. This is for inference: derivatives are right, but they are those of `f`, not fused.
+
+    Args:
+      f: any function that `jax.jit` can trace. Arguments that hold no arrays (flags, strings) are static.
+
+    Returns:
+      A function of the same arguments. It traces `f` on every call: call it under `jax.jit`.
+    """
+
+    @functools.wraps(f, updated=())
+    def fused(*args: Any, **kwargs: Any) -> T:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        # A key of a random stream is closed over: where nothing draws from it, as in inference, it is not in the program.
+        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+                  and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+
+        def call(arrays: Sequence[Any]) -> Any:
+            merged = list(leaves)
+            for i, array in zip(traced, arrays, strict=True):
+                merged[i] = array
+            args, kwargs = jax.tree.unflatten(tree, merged)
+            return f(*args, **kwargs)
+
+        arrays = [leaves[i] for i in traced]
+        closed, shapes = jax.make_jaxpr(call, return_shape=True)(arrays)
+        return jax.tree.unflatten(jax.tree.structure(shapes), _run(closed.jaxpr, closed.consts, arrays))
+
+    return fused
+
+
+def fuse_call(model: Model) -> Model:
+    """Makes calls of an nnx module fused: the same object, now of a subclass of its class with a `__call__` of its own.
+
+    It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
+    what a call writes to Variables (statistics, caches) is kept.
+
+    Args:
+      model: what to change.
+
+    Returns:
+      `model`.
+    """
+    object.__setattr__(model, "__class__", _fused(type(model)))
+    return model
+
+
+@functools.lru_cache
+def _fused(model_type: Any) -> type:
+    if getattr(model_type, "_is_fused", False):
+        return model_type
+
+    class Fused(model_type):
+        _is_fused = True
+
+        def __call__(self, *args, **kwargs):
+            graphdef, state = nnx.split(self)
+
+            def call(state, args, kwargs):
+                before = {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(state)}
+                model: Any = nnx.merge(graphdef, state)
+                y = model_type.__call__(model, *args, **kwargs)
+                after = nnx.to_flat_state(nnx.state(model))
+                return y, nnx.from_flat_state([(path, leaf) for path, leaf in after if not _same(before.get(path), leaf)])
+
+            y, written = fuse(call)(state, args, kwargs)
+            if written:
+                nnx.update(self, written)
+            return y
+
+    Fused.__name__, Fused.__qualname__, Fused.__module__ = model_type.__name__, model_type.__qualname__, model_type.__module__
+    return Fused
+
+
+def _same(before: list[Any] | None, leaf: Any) -> bool:
+    """Whether a leaf of a model's state holds the very arrays that it held before."""
+    return before is not None and list(map(id, before)) == list(map(id, jax.tree.leaves(leaf)))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A sparse convolution that is not computed yet: act(conv(x) + bias + residual), reshaped."""
+
+    number: int  # counts up along the trace
+    x: Any
+    packed: PackedKernel
+    bias: Any
+    residual: Any
+    window: Window
+    activation: Activation
+    kernel: str | None
+    output: tuple[int, ...]  # (n, oh, ow, oc)
+    shape: tuple[int, ...]  # the same values, row-major
+
+    def compute(self) -> jax.Array:
+        strides, padding, dilation = self.window
+        y = sparse_conv(self.x, self.packed, self.bias, strides=strides, padding=padding, kernel_dilation=dilation,
+                        feature_group_count=self.packed.groups, activation=self.activation, residual=self.residual,
+                        kernel=self.kernel)
+        return y.reshape(self.shape)
+
+
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> Sequence[Any]:
+    """The rewritten jaxpr's outputs, with the derivatives of the original."""
+
+    def rewritten(consts, arguments):
+        return [jnp.asarray(_now(value)) for value in _evaluate(jaxpr, [*consts, *arguments], itertools.count())]
+
+    def original(consts, arguments):
+        return eval_jaxpr(jaxpr, consts, *arguments)
+
+    if jaxpr.effects:  # a custom_jvp takes none
+        return rewritten(consts, arguments)
+    function = jax.custom_jvp(rewritten)
+    function.defjvp(lambda primals, tangents: jax.jvp(original, primals, tangents))
+    return function(list(consts), list(arguments))
+
+
+def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], numbers: Iterator[int]) -> list[Any]:
+    """The outputs of a jaxpr, arrays or convolutions that wait.
+
+    Args:
+      jaxpr: an open one.
+      values: of its constvars and invars; a convolution may wait here, too.
+      numbers: counts the convolutions.
+    """
+    atoms = (atom for atoms in (*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars) for atom in atoms)
+    unread = Counter(atom for atom in atoms if not isinstance(atom, Literal))
+    known: dict[Any, Any] = {}
+
+    def write(variable, value):
+        if unread[variable] == 1:
+            known[variable] = value
+        elif unread[variable]:  # several consumers: the value is needed as it is
+            known[variable] = _now(value)
+
+    def read(atom):
+        if isinstance(atom, Literal):
+            return atom.val
+        unread[atom] -= 1
+        return known[atom] if unread[atom] else known.pop(atom)
+
+    for variable, value in zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True):
+        write(variable, value)
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        inner = _inlined(equation)
+        if inner is not None:
+            results = _evaluate(inner.jaxpr, [*inner.consts, *operands], numbers)
+        elif equation.primitive is conv_p:
+            results = [_wait(next(numbers), equation, [_now(operand) for operand in operands])]
+        else:
+            result = EPILOGUES[equation.primitive](equation, *operands) if equation.primitive in EPILOGUES else None
+            if result is None:
+                operands = [_now(operand) for operand in operands]
+                result = REWRITES[equation.primitive](equation, *operands) if equation.primitive in REWRITES else None
+            results = _bind(jaxpr, equation, operands) if result is None else [result]
+        for variable, value in zip(equation.outvars, results, strict=True):
+            write(variable, value)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """What one equation computes, in its own context."""
+    inputs = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, Literal)))
+    by_atom = {atom: value for atom, value in zip(equation.invars, operands, strict=True) if not isinstance(atom, Literal)}
+    alone = jaxpr.replace(constvars=[], invars=inputs, outvars=equation.outvars, eqns=[equation], effects=equation.effects)
+    return eval_jaxpr(alone, [], *(by_atom[atom] for atom in inputs))
+
+
+def _inlined(equation: Any) -> Any:
+    """The closed jaxpr of a call to be looked into; None for everything else."""
+    params = equation.params
+    if equation.primitive is primitives.jit_p:
+        shardings = (*params["in_shardings"], *params["out_shardings"])
+        constrained = any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+        return None if constrained or params["compiler_options_kvs"] else params["jaxpr"]
+    if equation.primitive in (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p):
+        return params["call_jaxpr"]
+    if equation.primitive is primitives.remat_p:
+        return ClosedJaxpr(params["jaxpr"], [])
+    return None
+
+
+def _wait(number: int, equation: Any, operands: Sequence[Any]) -> _Waiting:
+    params, (x, values, *rest) = equation.params, operands
+    bias = rest.pop(0) if params["has_bias"] else None
+    residual = rest.pop() if params["has_residual"] else None
+    shape = equation.outvars[0].aval.shape
+    return _Waiting(number, x, PackedKernel(values, params["pattern"]), bias, residual, params["window"],
+                    params["activation"], params["kernel"], shape, shape)
+
+
+def _now(value: Any) -> Any:
+    return value.compute() if isinstance(value, _Waiting) else value
+
+
+def _add(_, a: Any, b: Any) -> _Waiting | None:
+    """Of two convolutions that wait the later takes the sum of the earlier."""
+    waiting = [(conv, other) for conv, other in ((a, b), (b, a)) if isinstance(conv, _Waiting) and conv.activation is None]
+    for conv, other in sorted(waiting, key=lambda pair: -pair[0].number):
+        channels = conv.output[-1]
+        if conv.residual is None and np.shape(other) == conv.shape:
+            return replace(conv, residual=_now(other).reshape(conv.output))
+        per_channel = np.shape(other) == (*(1 for _ in conv.shape[1:]), channels) and conv.shape[-1] == channels
+        if conv.bias is None and per_channel:
+            return replace(conv, bias=_now(other).reshape(channels))
+    return None
+
+
+def _max(_, a: Any, b: Any) -> _Waiting | None:
+    for conv, bound in ((a, b), (b, a)):
+        if isinstance(conv, _Waiting) and conv.activation is None and _is_number(bound) and bound == 0:
+            return replace(conv, activation="relu")
+    return None
+
+
+def _min(_, a: Any, b: Any) -> _Waiting | None:
+    for conv, bound in ((a, b), (b, a)):
+        if isinstance(conv, _Waiting) and conv.activation == "relu" and _is_number(bound) and bound == 6:
+            return replace(conv, activation="relu6")
+    return None
+
+
+def _clamp(_, low: Any, x: Any, high: Any) -> _Waiting | None:
+    if isinstance(x, _Waiting) and x.activation is None and _is_number(low) and low == 0 and _is_number(high) and high == 6:
+        return replace(x, activation="relu6")
+    return None
+
+
+def _reshape(equation: Any, x: Any, *sizes: Any) -> _Waiting | None:
+    params = equation.params
+    if not isinstance(x, _Waiting) or sizes or params["dimensions"] is not None or params["sharding"] is not None:
+        return None
+    return replace(x, shape=params["new_sizes"])
+
+
+def _convert(equation: Any, x: Any) -> Any:
+    """Numbers stay numbers, so that the bounds of a clip are known."""
+    strong_float32 = equation.params["new_dtype"] == jnp.float32 and not equation.params["weak_type"]
+    return np.float32(x) if _is_number(x) and strong_float32 else None
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, _Waiting | Tracer) and np.ndim(value) == 0
+
+
+# What can join a convolution that waits.
+EPILOGUES: dict[Any, Callable[..., Any]] = {
+    primitives.add_p: _add, primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
+    primitives.reshape_p: _reshape, primitives.convert_element_type_p: _convert}

@@ -1,0 +1,1 @@
+"""Linen models: what a call shows, and the model with packed layers."""

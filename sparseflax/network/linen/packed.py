@@ -1,0 +1,129 @@
+"""A Linen model with packed layers: its own calls are intercepted, since Linen has no attribute to put a layer into."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import unfreeze
+
+from sparseflax.conv.packing import PackedKernel, Pattern
+from sparseflax.layers import rules as sparse
+from sparseflax.network.fold import fold
+from sparseflax.network.fuse import fuse
+from sparseflax.network.linen.trace import at, given, trace, weight_of
+from sparseflax.network.plan import Plan
+
+
+class Norm(NamedTuple):
+    """A batch norm at inference: statistics, scale and shift (oc,), the last two or None."""
+
+    mean: Any
+    var: Any
+    scale: Any
+    bias: Any
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A Linen model whose planned layers run packed, for inference; `sparseflax.pack_model` makes it and its variables.
+
+    The variables are the model's, but for sparse layers, which have the params `values` (nnz,) and `bias` (oc,) instead of
+    `kernel` and `bias`, and for folded batch norms, which have none.
+
+    Attributes:
+      module: the model, unbound.
+      patterns: the weights that each sparse layer keeps, as pairs (path, pattern).
+      biased: paths of dense layers that have a bias only since a batch norm was folded into them.
+      folded: paths of the folded batch norms.
+      fused: whether `apply` runs through `sparseflax.fuse`; a call with `mutable` collections never does.
+    """
+
+    module: nn.Module
+    patterns: tuple[tuple[str, Pattern], ...]
+    biased: frozenset[str]
+    folded: frozenset[str]
+    fused: bool = True
+
+    def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        """As `flax.linen.Module.apply`."""
+        def run(variables, *args, **kwargs):
+            with nn.intercept_methods(self._replace):
+                return self.module.apply(variables, *args, mutable=mutable, **kwargs)
+
+        return (fuse(run) if self.fused and mutable is False else run)(variables, *args, **kwargs)
+
+    @functools.cached_property
+    def _pattern(self) -> dict[str, Pattern]:
+        return dict(self.patterns)
+
+    def _replace(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module, path = context.module, "/".join(context.module.path)
+        if context.method_name != "__call__":
+            return run(*args, **kwargs)
+        if path in self.folded:
+            return given(args, kwargs)[0][0]
+        if path not in self._pattern:
+            y = run(*args, **kwargs)
+            return y + module.get_variable("params", "bias").reshape(*[1] * (y.ndim - 1), -1) if path in self.biased else y
+        kernel = PackedKernel(module.get_variable("params", "values"), self._pattern[path])
+        bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else None
+        x = next(iter((*args, *kwargs.values())))
+        if not hasattr(module, "kernel_size"):
+            return sparse.multiply(SimpleNamespace(dtype=module.dtype, activation=None), kernel, bias, x, None)
+        window = {name: getattr(module, name)
+                  for name in ("strides", "padding", "kernel_dilation", "feature_group_count", "dtype")}
+        return sparse.convolve(SimpleNamespace(**window, activation=None), kernel, bias, x, None)
+
+
+def norm_of(module: Any, variables: Any, path: str) -> Norm:
+    """The batch norm at a path of the variables."""
+    params, statistics = (at(nn.unbox(variables.get(name, {})), path) for name in ("params", "batch_stats"))
+    return Norm(statistics["mean"], statistics["var"], params.get("scale"), params.get("bias"), module.epsilon)
+
+
+def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: bool, call: Mapping[str, Any]
+               ) -> tuple[PackedModel, dict[str, Any]]:
+    """What `sparseflax.pack_model` returns for a Linen model: the packed one and its variables.
+
+    Raises:
+      ValueError: the plan was made for another model, or a kernel is not finite.
+    """
+    modules, (norms, _) = trace(module, variables, x, **call)
+    tree: dict[str, Any] = jax.tree.map(lambda leaf: leaf, unfreeze(nn.unbox(variables)))  # dictionaries of its own
+    patterns, biased, folded = [], set(), set()
+    for row in plan.layers:
+        layer, params = modules.get(row.path), at(tree["params"], row.path)
+        found = getattr(weight_of(params), "shape", None)
+        if layer is None or found != row.kernel_shape or row.norm not in (None, norms.get(row.path)):
+            raise ValueError(f"the plan was made for another model: {row.path!r} is {found or 'missing'}, planned as "
+                             f"{row.kernel_shape} before {row.norm or 'no norm'}; call sparseflax.plan(model, x) again")
+        assert isinstance(params, dict)
+        if row.norm is not None:
+            norm = norm_of(modules[row.norm], tree, row.norm)
+            kernel, bias = fold(np.asarray(sparse.masked(layer, params["kernel"])), params.get("bias"), norm)
+            biased |= set() if "bias" in params else {row.path}
+            folded.add(row.norm)
+            params |= {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
+        if row.choice == "sparse":
+            try:
+                packed = sparse.pack_dense(layer, params["kernel"], getattr(layer, "feature_group_count", 1))
+            except ValueError as error:
+                raise ValueError(f"layer {row.path!r}: {error}") from error
+            del params["kernel"]
+            params["values"] = packed.values
+            patterns.append((row.path, packed.pattern))
+            biased.discard(row.path)
+    for path in folded:
+        for collection in ("params", "batch_stats"):
+            *parents, last = path.split("/")
+            at(tree.get(collection, {}), "/".join(parents)).pop(last, None)  # type: ignore[union-attr]
+    return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused), tree

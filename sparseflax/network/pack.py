@@ -1,0 +1,120 @@
+"""A model packed as planned: batch norms folded, the chosen layers replaced, and an ordinary Flax model again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.layers.rules import masked
+from sparseflax.network.fold import Folded, fold
+from sparseflax.network.fuse import fuse_call
+from sparseflax.network.linen.packed import pack_linen
+from sparseflax.network.plan import Plan, describe, elsewhere
+from sparseflax.network.plan import plan as make_plan
+from sparseflax.network.survey import join, weight_of
+
+Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
+
+
+def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: bool = True, **call: Any) -> Model:
+    """The model as planned, for inference: batch norms folded, the chosen layers replaced by SparseConv and SparseDense.
+
+    Its outputs are those of `model` in evaluation mode up to rounding; running statistics are what is folded, and
+    batch norms that could not be folded use them too. A plan for another machine gives the same outputs here, but layers
+    chosen for that one: a RuntimeWarning says so.
+
+    Args:
+      model: the nnx module the plan was made for; it stays as it is and shares no Variable with the result. Or a pair
+        (Linen module, its variables).
+      plan: from `plan(model, x)`; None makes one, for `x` and this machine.
+      x: the input that it will run on, here: a plan for another input or machine is refused then. A Linen model needs one,
+        as its layers are there only during a call.
+      fuse: whether calls of the result run through `sparseflax.fuse`, so that activations and residuals join the sparse
+        layers, and what else XLA compiles badly for the CPU takes faster forms.
+      **call: further keyword arguments of the call, e.g. `train=False`, for a Linen model or where `plan` is None.
+
+    Returns:
+      A new module, in evaluation mode, of the same class; where fused, of a subclass of it with the same name. Of a Linen
+      model the pair (module, variables), to be called as before: `module.apply(variables, x, **call)`.
+
+    Raises:
+      TypeError: `model` is neither, `x` is missing, `plan` is no Plan, or weights are traced.
+      ValueError: the plan was made for another model, input or machine, or a kernel is not finite.
+    """
+    linen: Any = model if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module) else None
+    if linen is None and not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}, wanted an nnx.Module or a pair (linen module, variables)")
+    if not isinstance(plan, Plan | None):
+        raise TypeError(f"plan is a {type(plan).__name__}, wanted what sparseflax.plan(model, x) returns")
+    if x is None and plan is None:
+        raise TypeError("plan and x are None, wanted a plan, or the input to make one for")
+    if x is None and linen is not None:
+        raise TypeError("x is None, wanted the input of the Linen model: its layers are there only during a call")
+    if plan is None:
+        plan = make_plan(model, x, **call)
+    away, here = elsewhere(plan.machine), None if x is None else describe(x)
+    if here and (away or plan.inputs != here):
+        wrong = [f"for the input {plan.inputs}, this is {here}"] if plan.inputs != here else []
+        raise ValueError(f"the plan was made {'; '.join([*wrong, *filter(None, [away])])}: call sparseflax.plan(model, x) "
+                         "again, or pass plan=None, which does")
+    if away:
+        warnings.warn(f"the plan was made {away}: outputs will be right, but layers are chosen for the other machine. To run "
+                      "it here, pass the input and plan=None", RuntimeWarning, stacklevel=2)
+    if linen is not None:
+        return pack_linen(linen[0], linen[1], x, plan, fuse, call)  # type: ignore[return-value]
+    return pack_nnx(model, plan, fuse)  # type: ignore[type-var]
+
+
+def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True) -> Any:
+    """What `pack_model` does for an nnx module, whatever the plan's machine."""
+    copy: Any = nnx.clone(model)
+    modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
+    _check_same_model(modules, plan)
+    rows = {row.path: row for row in plan.layers}
+    folded = {row.norm for row in plan.layers if row.norm is not None}
+
+    def replace(path, node: Any) -> Any:
+        name = join(path)
+        row = rows.get(name) if isinstance(node, nnx.Module) else None
+        if isinstance(node, nnx.BatchNorm) and name in folded:
+            return Folded()
+        if row is None or isinstance(node, (SparseConv, SparseDense)):
+            return node
+        layer: Any = node if row.norm is None else _with_norm(node, modules[row.norm])
+        if row.choice == "dense":
+            return layer
+        try:
+            return (SparseConv if isinstance(node, nnx.Conv) else SparseDense).from_dense(layer)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+
+    packed = nnx.recursive_map(replace, copy)
+    packed.eval()
+    return fuse_call(packed) if fuse and "" not in rows else packed  # a model that is itself a layer has nothing to fuse
+
+
+def _with_norm(layer: Any, norm: nnx.BatchNorm) -> Any:
+    """A copy of a convolution or linear layer that does its batch norm's work, with Params of its own."""
+    copy = nnx.clone(layer)
+    kernel, bias = fold(masked(copy, copy.kernel[...]), None if copy.bias is None else copy.bias[...], norm)
+    copy.kernel, copy.bias, copy.use_bias = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(bias)), True
+    return copy
+
+
+def _check_same_model(modules: dict[str, Any], plan: Plan) -> None:
+    """Raises ValueError unless the model has exactly the plan's layers, with the plan's kernels, and its norms."""
+    weights = {path: weight_of(module) for path, module in modules.items()}
+    here = {path: tuple(weight.shape) for path, weight in weights.items() if weight is not None}
+    planned = {row.path: row.kernel_shape for row in plan.layers}
+    wrong = [f"{path!r} is {here.get(path, 'missing')}, planned as {shape}" for path, shape in planned.items()
+             if here.get(path) != shape]
+    wrong += [f"{path!r} is not in the plan" for path in here if path not in planned]
+    wrong += [f"batch norm {row.norm!r} is missing" for row in plan.layers
+              if row.norm is not None and not isinstance(modules.get(row.norm), nnx.BatchNorm)]
+    if wrong:
+        raise ValueError("the plan was made for another model: " + "; ".join(wrong) + "; call sparseflax.plan(model, x) again")

@@ -1,0 +1,227 @@
+"""Which layers of a model run sparse on a machine, and why: a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from sparseflax.conv import ffi
+from sparseflax.conv.packing import PackedKernel
+from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
+from sparseflax.cost.shape import ConvShape
+from sparseflax.network.measure import Measured, time_layers
+from sparseflax.network.survey import Layer, join, survey
+
+# The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
+MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+      path: of the layer in the model, "block1/conv2".
+      kind: its class, "Conv".
+      kernel_shape: of its dense kernel, or of another weight of a module that has none.
+      shape: what it computes for the planned input; None if no single 2-D convolution describes that.
+      density: kept / all of its weights, times its mask.
+      choice: "dense" or "sparse".
+      kernel: what will run it: an instruction set of the sparse kernel, or "xla".
+      dense_seconds, sparse_seconds: predicted; None without a shape.
+      norm: path of the batch norm that is folded into it, or None.
+      reason: of the choice, in words.
+      dense_measured, sparse_measured: seconds on this machine; None where nothing was measured.
+    """
+
+    path: str
+    kind: str
+    kernel_shape: tuple[int, ...]
+    shape: ConvShape | None
+    density: float
+    choice: Literal["dense", "sparse"]
+    kernel: str
+    dense_seconds: float | None
+    sparse_seconds: float | None
+    norm: str | None
+    reason: str
+    dense_measured: float | None = None
+    sparse_measured: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for the choice; 0 where nothing is predicted."""
+        return (self.sparse_seconds if self.choice == "sparse" else self.dense_seconds) or 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One LayerPlan per layer, in call order, and the machine and the input they are for; `print(plan)` is a table."""
+
+    layers: tuple[LayerPlan, ...]
+    machine: Machine
+    inputs: str = ""
+
+    @property
+    def dense_seconds(self) -> float:
+        """Predicted for all layers, dense."""
+        return sum(layer.dense_seconds or 0.0 for layer in self.layers)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for all layers as planned."""
+        return sum(layer.seconds for layer in self.layers)
+
+    @property
+    def all_dense(self) -> Plan:
+        """The same with every layer dense."""
+        return replace(self, layers=tuple(replace(layer, choice="dense") for layer in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in plain dicts, lists, strings and numbers, for `json.dump`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        def ms(seconds: float | None) -> str:
+            return "" if seconds is None else f"{1e3 * seconds:.3f}"
+
+        timed = [layer for layer in self.layers if layer.dense_measured and layer.sparse_measured]
+        rows = [("layer", "shape", "density", "choice", "kernel", "dense ms", "sparse ms",
+                 *(("measured", "measured") if timed else ()), "reason")]
+        for layer in self.layers:
+            shape = str(layer.shape or f"{layer.kind} {'x'.join(map(str, layer.kernel_shape))}")
+            reason = layer.reason + (f"; folds {layer.norm}" if layer.norm is not None else "")
+            rows.append((layer.path or ".", shape, f"{layer.density:.3f}", layer.choice, layer.kernel,
+                         ms(layer.dense_seconds), ms(layer.sparse_seconds),
+                         *((ms(layer.dense_measured), ms(layer.sparse_measured)) if timed else ()), reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        numbers = (2, *range(5, len(rows[0]) - 1))
+        lines = ["  ".join(cell.rjust(width) if i in numbers else cell.ljust(width)
+                           for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+
+        def total(word: str, dense: float, planned: float) -> str:
+            gain = dense / planned if planned else 1.0
+            return f"{word} {ms(dense)} ms dense, {ms(planned)} ms as planned ({gain:.3g}x)"
+
+        lines.append(f"{total('predicted', self.dense_seconds, self.seconds)} on {self.machine}")
+        if timed:
+            lines.append(total(f"measured in {len(timed)} layers", sum(row.dense_measured or 0 for row in timed), sum(
+                (row.sparse_measured if row.choice == "sparse" else row.dense_measured) or 0 for row in timed)))
+        return "\n".join(lines)
+
+
+def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | None = None, *, measure: bool = False,
+         seconds: float = 0.25, **call: Any) -> Plan:
+    """Chooses dense or sparse for every layer of a pruned model: sparse where that takes less time.
+
+    The cost model decides, if it predicts a gain of MARGIN in a layer that was pruned at all; or a measurement of both, on
+    this machine with the layer's own weights. The model is taken as at inference (`model.eval()`), and traced, not run.
+
+    Args:
+      model: an nnx module, or a pair (Linen module, its variables); pruned weights are zeros.
+      x: the input, of the batch size to plan for: an array or a `jax.ShapeDtypeStruct` (n, ...), or a pytree of them.
+      machine: where it will run; None measures this one.
+      measure: times every layer that can be sparse, both ways, and keeps the faster; let nothing else run meanwhile.
+      seconds: for each layer to be measured, compiling apart; four times that again where the model expected otherwise.
+      **call: further keyword arguments of the call, e.g. `train=False`.
+
+    Raises:
+      TypeError: `model` is neither, cannot be traced, or its weights are not concrete.
+      ValueError: a model without convolution; `measure` for another machine than this one.
+    """
+    if measure and machine is not None and elsewhere(machine):
+        raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or `measure`")
+    layers = {layer.path: layer for layer in survey(model, x, **call)}
+    if not any(layer.convolution for layer in layers.values()):
+        raise ValueError(f"found no convolution in {_contents(model)}; a fully connected layer alone is packed by "
+                         "SparseDense.from_dense")
+    native = machine is not None or ffi.available
+    machine = machine or detect_machine()
+    rows = [_choose(layer, machine, native) for layer in layers.values()]
+    if measure and ffi.available:
+        open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows if row.shape and row.sparse_seconds
+                     and layers[row.path].refusal is None and not isinstance(layers[row.path].kernel, PackedKernel)}
+        times = time_layers(open_rows, seconds)
+        # Other programs may have disturbed what nobody expected: that is timed again, and longer.
+        unlike = {row.path for row in rows
+                  if row.path in times and _confirm(row, times[row.path], machine).choice != row.choice}
+        times |= time_layers({path: layer for path, layer in open_rows.items() if path in unlike}, 4 * seconds)
+        rows = [_confirm(row, times[row.path], machine) if row.path in times else row for row in rows]
+    rows = [replace(row, reason=f"{row.reason}; {note}") if (note := layers[row.path].note) else row for row in rows]
+    return Plan(tuple(rows), machine, describe(x))
+
+
+def elsewhere(machine: Machine) -> str | None:
+    """Which machine that is and which one this is, if they differ in processor, kernel or threads; else None."""
+    there, here = (machine.name, machine.isa, machine.threads), (processor(), ffi.isa(), client_threads())
+    name = "{} ({}, {} threads)".format
+    return None if there == here else f"for {name(*there)}, this is {name(*here)}"
+
+
+def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
+    kernel, shape = layer.kernel, layer.shape
+    packed = isinstance(kernel, PackedKernel)
+    density = kernel.density if packed else np.count_nonzero(kernel) / max(1, kernel.size)
+    dense = sparse = None
+    reason = "this call does not run it as a 2-D convolution or a fully connected layer"
+    if shape is not None:
+        dense = float(dense_seconds(shape, machine))
+        try:
+            sparse = float(conv_seconds(shape, max(density, 1 / shape.weights), machine))
+        except ValueError as error:  # not a layer for the kernel, or not the machine for it
+            reason = str(error)
+    choice: Literal["dense", "sparse"] = "dense"
+    if packed:
+        choice, reason = "sparse", "already packed"
+    elif layer.refusal is not None:
+        reason = layer.refusal
+    elif shape is None or dense is None or sparse is None:
+        pass
+    elif shape.groups > 1 and shape.groups == shape.ic:
+        reason = "depthwise: 1 input channel per group"
+    elif not native:
+        reason = f"the native kernel is not available: {ffi.reason}"
+    elif sparse >= dense:
+        reason = f"denser than the break-even {float(useful_range(shape, machine).upper):.2f}"
+    elif density == 1:
+        reason = f"not pruned, and not measured: predicted {dense / sparse:.3g}x"
+    elif dense < MARGIN * sparse:
+        reason = f"predicted {dense / sparse:.3g}x, less than the margin of {MARGIN:g}x"
+    else:
+        choice, reason = "sparse", f"predicted {dense / sparse:.3g}x"
+    return LayerPlan(layer.path, layer.kind, tuple(kernel.shape), shape, density, choice,
+                     machine.isa if choice == "sparse" else "xla", dense, sparse, layer.norm, reason)
+
+
+def _confirm(row: LayerPlan, times: Measured, machine: Machine) -> LayerPlan:
+    """The row with its measured times, and the faster as its choice."""
+    choice: Literal["dense", "sparse"] = "sparse" if times.sparse < times.dense else "dense"
+    reason = f"measured {times.dense / times.sparse:.3g}x"
+    if choice != row.choice:
+        reason += f", unlike the model ({row.reason})"
+    return replace(row, choice=choice, kernel=machine.isa if choice == "sparse" else "xla", reason=reason,
+                   dense_measured=times.dense, sparse_measured=times.sparse)
+
+
+def describe(x: Any) -> str:
+    """The dtypes and shapes of an input: "float32[1,28,28,64]"."""
+    arrays = jax.tree.leaves(jax.eval_shape(lambda x: x, x))
+    return " ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in arrays)
+
+
+def _contents(model: Any) -> str:
+    """What a model consists of, for an error message."""
+    if not isinstance(model, nnx.Module):
+        return f"{type(model[0]).__name__} with the params {sorted(map(join, flatten_dict(model[1].get('params', {}))))}"
+    kinds = Counter(type(module).__name__ for path, module in nnx.iter_modules(model) if path)
+    return f"{type(model).__name__} with " + (", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no module in it")

@@ -1,0 +1,180 @@
+"""An ONNX file read and checked: nodes in an order in which they can run, and all constants, dense."""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseflax.onnx.graph import Graph, Node
+from sparseflax.onnx.sizes import fold_sizes
+
+# What an attribute of a type is in Python, and whether it is a list of that.
+_ATTRIBUTES = {"INT": (int, False), "FLOAT": (float, False), "STRING": (str, False), "INTS": (int, True),
+               "FLOATS": (float, True)}
+OLDEST = 7  # operator set: before it, broadcasting and batch norm were other operators
+
+
+def read(path: str | PathLike[str]) -> Graph:
+    """Reads and checks a file.
+
+    Raises:
+      ImportError: the package onnx is not installed.
+      FileNotFoundError: no such file.
+      ValueError: it is no ONNX model, is incomplete, or has a cycle.
+    """
+    onnx = _package()
+    path = Path(path)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # protobuf's DecodeError, which only protobuf exports
+        raise ValueError(f"{path} is no ONNX model ({type(error).__name__}: {error}): is it whole?") from error
+    if not model.graph.node or not model.graph.output:
+        raise ValueError(f"{path} holds no ONNX graph: is it whole?")
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # FileNotFoundError, or onnx's ValidationError for a path that leads elsewhere
+        raise ValueError(f"weights of {path} lie in another file that cannot be read ({error}): put it beside the "
+                         "model") from error
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    opset = versions.get("", versions.get("ai.onnx", 0))
+    if opset < OLDEST:
+        raise ValueError(f"{path} uses operator set {opset}, wanted {OLDEST} or later: convert it by onnx.version_converter")
+    alias: dict[str, str] = {}
+    try:
+        constants = _initializers(onnx, model.graph)
+        nodes = list(_nodes(onnx, model.graph, constants, alias))
+    except (ArithmeticError, IndexError, KeyError, MemoryError, TypeError, ValueError) as error:  # onnx's own, as it decodes
+        raise ValueError(f"{path} holds a weight or an attribute that cannot be decoded ({error}): it was damaged, export it "
+                         "again") from error
+    nodes = [node._replace(inputs=tuple(_follow(alias, name) for name in node.inputs)) for node in nodes]
+    inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
+    if len(inputs) != 1:
+        raise ValueError(f"{path} takes {inputs or 'nothing'}, wanted one input besides the weights")
+    outputs = tuple(_follow(alias, entry.name) for entry in model.graph.output)
+    shapes = _shapes(onnx, model)
+    nodes = fold_sizes(_ordered(nodes, {*inputs, *constants}, outputs), shapes, constants)
+    return Graph(inputs[0], outputs, nodes, constants, shapes, opset)
+
+
+def malformed(node: Node, opset: int) -> str | None:
+    """How a node of ONNX's own breaks the operator's definition, in inputs or attributes; None if it does not."""
+    onnx = _package()
+    try:
+        schema = onnx.defs.get_schema(node.op, opset)
+    except onnx.defs.SchemaError:
+        return None  # an operator that ONNX does not have
+    least, most = schema.min_input, schema.max_input
+    if not least <= len(node.inputs) <= most or not all(node.inputs[:least]):
+        wanted = f"{least}" if least == most else f"{least} to {most}" if most < 2**31 - 1 else f"at least {least}"
+        return f"it has {sum(map(bool, node.inputs))} inputs, wanted {wanted}"
+    for name, wanted in schema.attributes.items():
+        kind, many = _ATTRIBUTES.get(wanted.type.name, (object, False))
+        value = node.attributes.get(name)
+        if value is None and wanted.required:
+            return f"it has no attribute {name!r}"
+        if value is None:
+            continue
+        if isinstance(value, list) != many or not all(isinstance(item, kind) for item in (value if many else [value])):
+            return f"its attribute {name} is {value!r}, wanted {wanted.type.name.lower()}"
+    return None
+
+
+def _package() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError("reading ONNX models needs the package onnx: pip install 'sparseflax[onnx]'") from error
+    return onnx
+
+
+def _initializers(onnx: Any, graph: Any) -> dict[str, np.ndarray]:
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    return found | {tensor.values.name: _dense(onnx, tensor) for tensor in graph.sparse_initializer}
+
+
+def _dense(onnx: Any, tensor: Any) -> np.ndarray:
+    """A SparseTensorProto, its indices (nnz,) into the flattened tensor or (nnz, rank)."""
+    values, indices = onnx.numpy_helper.to_array(tensor.values), onnx.numpy_helper.to_array(tensor.indices)
+    dense = np.zeros(tuple(tensor.dims), values.dtype)
+    if indices.ndim == 2:
+        indices = np.ravel_multi_index(tuple(indices.T), dense.shape)  # ValueError beyond the shape
+    if indices.size and not 0 <= indices.min() <= indices.max() < dense.size:
+        raise ValueError(f"the sparse initializer {tensor.values.name!r} of shape {dense.shape} has indices beyond it")
+    dense.reshape(-1)[indices] = values
+    return dense
+
+
+def _nodes(onnx: Any, graph: Any, constants: dict[str, np.ndarray], alias: dict[str, str]) -> Iterable[Node]:
+    """The nodes that compute; notes what the others stand for in `constants` and `alias`."""
+    taken: set[str] = set()
+    for index, proto in enumerate(graph.node):
+        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in proto.attribute}
+        attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
+        name = (proto.name or next(iter(proto.output), "")).strip("/").replace("/", ".") or f"{proto.op_type}_{index}"
+        name = name if name not in taken else f"{name}_{index}"
+        taken.add(name)
+        node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, tuple(proto.input),
+                    tuple(name for name in proto.output if name), attributes)
+        if (node.domain, node.op, len(node.outputs)) == ("", "Constant", 1) and (value := _value(onnx, attributes)) is not None:
+            constants[node.outputs[0]] = value
+        elif node.domain == "" and node.op in ("Identity", "Dropout") and len(proto.output) == 1 and len(node.inputs) < 3:
+            alias[proto.output[0]] = next(iter(node.inputs), "")  # a third input of Dropout may ask for training
+        else:
+            yield node
+
+
+def _value(onnx: Any, attributes: dict[str, Any]) -> np.ndarray | None:
+    """Of a Constant node; None for strings."""
+    for name, value in attributes.items():
+        if name == "value":
+            return onnx.numpy_helper.to_array(value)
+        if name == "sparse_value":
+            return _dense(onnx, value)
+        if name in ("value_float", "value_floats"):
+            return np.asarray(value, np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.asarray(value, np.int64)
+    return None
+
+
+def _follow(alias: dict[str, str], name: str) -> str:
+    seen = {name}
+    while name in alias:
+        name = alias[name]
+        if name in seen:
+            raise ValueError(f"the graph has a cycle through {name!r}: it was damaged, export it again")
+        seen.add(name)
+    return name
+
+
+def _ordered(nodes: list[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """The nodes, each after those that it needs."""
+    maker = {output: node.name for node in nodes for output in node.outputs}
+    missing = {name: str(node) for node in nodes for name in node.inputs if name and name not in maker and name not in known}
+    missing |= {name: "the graph's output" for name in outputs if name not in maker and name not in known}
+    if missing:
+        wanted = ", ".join(f"{name!r} of {user}" for name, user in missing.items())
+        raise ValueError(f"nothing in the graph makes or holds {wanted}: an initializer is missing, export the model with them")
+    order = graphlib.TopologicalSorter({node.name: {maker[i]: None for i in node.inputs if i in maker} for node in nodes})
+    by_name = {node.name: node for node in nodes}
+    try:
+        return tuple(by_name[name] for name in order.static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"the graph has a cycle through {' -> '.join(error.args[1])}: it was damaged, export it "
+                         "again") from None
+
+
+def _shapes(onnx: Any, model: Any) -> dict[str, tuple[int | None, ...]]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # it gives up on operators that it does not know: these are refused later, all at once
+        graph = model.graph
+    return {entry.name: tuple(dim.dim_value or None for dim in entry.type.tensor_type.shape.dim)
+            for entry in (*graph.input, *graph.value_info, *graph.output) if entry.type.tensor_type.HasField("shape")}
