@@ -9,8 +9,7 @@ from flax import nnx
 import sparseflax
 from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
-from sparseflax import onnx as sparse_onnx
-from sparseflax.onnx.model import load_onnx
+from sparseflax.onnx import load_onnx
 from tests.networks import NARROW
 
 onnx = pytest.importorskip("onnx")
@@ -359,7 +358,7 @@ def test_inputs_of_the_wrong_shape(tmp_path):
 def test_onnx_is_optional(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install 'sparseflax\[onnx\]'"):
-        sparse_onnx.load_onnx(tmp_path / "m.onnx")
+        load_onnx(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("name", NARROW)
