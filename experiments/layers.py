@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.matrix_market import read_matrix
+from sparseflax.calibration.layers import layer
 from sparseflax.cost.shape import ConvShape
 
 
@@ -39,15 +40,6 @@ class Problem:
     def useful_flops(self) -> float:
         """Operations on kept weights, padding included."""
         return self.shape.flops * self.density
-
-
-def layer(ic: int, image: int | tuple[int, int], oc: int, kernel: int | tuple[int, int], stride: int = 1, groups: int = 1,
-          dilation: int = 1) -> ConvShape:
-    """A layer of one image, padded by half a kernel on every side."""
-    ih, iw = (image, image) if isinstance(image, int) else image
-    kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
-    ph, pw = kh // 2 * dilation, kw // 2 * dilation
-    return ConvShape(1, ih, iw, ic, oc, kh, kw, (stride, stride), ((ph, ph), (pw, pw)), (dilation, dilation), groups)
 
 
 def name_of(shape: ConvShape) -> str:

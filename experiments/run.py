@@ -27,7 +27,10 @@ from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import CALIBRATION, METHODS, Task
 from sparseflax import prune
-from sparseflax.cost.cpu import client_threads
+from sparseflax.calibration.calibrate import calibrate
+from sparseflax.conv import ffi
+from sparseflax.cost import profile
+from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine, from_dict, to_dict
 from sparseflax.cost.shape import ConvShape
@@ -179,10 +182,18 @@ def claim(out: Path, config: Config) -> None:
 
 
 def machine_of(out: Path) -> Machine:
-    """This machine, as measured when the run began: the guide has to stay the same when the run goes on."""
+    """This machine, as measured when the run began: the guide has to stay the same when the run goes on.
+
+    Where nothing is stored of it that may be believed, it is calibrated.
+    """
     path = out / "machine.json"
     if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(to_dict(detect_machine()), indent=1))
+        try:
+            machine = profile.load(processor(), ffi.isa(), client_threads())
+        except profile.Unusable as error:
+            print(f"calibrating, which takes a minute: {error}", flush=True)
+            machine = calibrate() if ffi.kernels() else detect_machine()
+        checkpoint.write_atomically(path, json.dumps(to_dict(machine), indent=1))
     return from_dict(json.loads(path.read_text()))
 
 

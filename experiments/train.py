@@ -12,8 +12,8 @@ from flax import nnx
 
 from experiments import checkpoint
 from experiments.data.dataset import Data, Images
-from experiments.progress import progress
 from sparseflax import prune
+from sparseflax.cost.progress import progress
 
 CURVES = "losses", "accuracies", "densities"
 DENSITIES = 5  # times that densities are recorded between two checkpoints

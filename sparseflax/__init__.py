@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparseflax import nnx as nnx
     from sparseflax import onnx as onnx
     from sparseflax import prune as prune
+    from sparseflax.calibration.calibrate import calibrate as calibrate
     from sparseflax.cost.detect import detect_machine as detect_machine
     from sparseflax.cost.machine import Machine as Machine
     from sparseflax.cost.model import UsefulRange as UsefulRange
@@ -38,6 +39,7 @@ keep_memory()  # before JAX starts its threads
 
 _MODULES = ("linen", "nnx", "onnx", "prune")
 _NAMES = {  # the same names for Python, by module
+    "calibration.calibrate": ("calibrate",),
     "cost.detect": ("detect_machine",),
     "cost.machine": ("Machine",),
     "cost.model": ("UsefulRange", "conv_seconds", "dense_seconds", "speedup", "useful_range"),

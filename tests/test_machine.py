@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from sparseflax.conv import ffi
-from sparseflax.conv.packing import pack
-from sparseflax.cost import cpu, detect, timing
+from sparseflax.cost import cpu, detect, estimate, timing
 from sparseflax.cost.cpu import client_threads
-from sparseflax.cost.detect import TIMED, Timed, detect_machine
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.estimate import TIMED, Timed
 from sparseflax.cost.machine import ATOM_C2750, TYPICAL, XEON_E5_2697V4, XEON_PHI_7250, Machine
 from sparseflax.cost.model import conv_seconds, dense_seconds
 
@@ -54,26 +54,28 @@ def test_detect_machine_measures_once():
     assert detect_machine(threads=found.threads, seconds=0.02) is found
     assert all(type(value) is float and math.isfinite(value) for value in (found.peak, found.bandwidth, found.alpha))
     assert found.source.startswith("estimated, ")
-    assert f"not calibrated for {found.threads} threads: run python -m experiments.calibrate" in found.source
+    assert f"not calibrated for {found.threads} threads: run python -m sparseflax calibrate" in found.source
     assert (found.fitted is not None) == bool(ffi.kernels())
     assert (found.isa == ffi.isa()) == bool(ffi.kernels())
 
 
 @pytest.mark.skipif(not ffi.kernels(), reason="no native kernel")
-def test_estimate_predicts_the_timed_layer(monkeypatch):
-    monkeypatch.setattr(detect, "_time_layer", lambda seconds, isa: Timed(0.1, 5e-4, 3e-3))
+def test_estimate_predicts_the_timed_layers_on_the_average(monkeypatch):
+    times = [Timed(shape, 0.1, k * 5e-4, k * 3e-3) for k, shape in enumerate(TIMED, 1)]
+    monkeypatch.setattr(estimate, "_time_layers", lambda seconds, isa: times)
     found = detect_machine(seconds=0.02)
-    assert conv_seconds(TIMED, 0.1, found) == pytest.approx(5e-4, rel=1e-5)
-    assert dense_seconds(TIMED, found) == pytest.approx(3e-3, rel=1e-5)
+    sparse = [float(conv_seconds(t.shape, t.density, found)) / t.sparse for t in times]
+    dense = [float(dense_seconds(t.shape, found)) / t.dense for t in times]
+    assert math.prod(sparse) == pytest.approx(1, rel=1e-5) and math.prod(dense) == pytest.approx(1, rel=1e-5)
     assert found.alpha == pytest.approx(5e-4 / (0.1 * 3e-3))
 
 
 def test_detect_machine_without_the_native_module(monkeypatch):
     monkeypatch.setattr(ffi, "kernels", lambda: [])
     found = detect_machine(seconds=0.02, isa="avx2")
-    assert found.fitted is None and found.alpha == detect.ESTIMATED_ALPHA
+    assert found.fitted is None and found.alpha == estimate.ESTIMATED_ALPHA
     assert "alpha guessed: the native kernel does not run here" in found.source
-    assert conv_seconds(TIMED, 0.1, found) < dense_seconds(TIMED, found)
+    assert conv_seconds(TIMED[0], 0.1, found) < dense_seconds(TIMED[0], found)
 
 
 def test_detect_machine_while_something_is_traced():
@@ -171,18 +173,21 @@ def test_medians_of_calls_in_turn(monkeypatch):
     assert timing.medians([taking(100.0, 1.0, 9.0, 2.0), taking(100.0, 5.0, 4.0, 0.5)], 1.0) == [2.0, 4.0]
 
 
+def test_an_estimate_takes_the_quiet_times(monkeypatch):
+    monkeypatch.setattr(estimate, "in_turn", lambda calls, seconds, burst: [[1.0, 2.0, 3.0, 4.0, 90.0]])
+    assert estimate._quiet([lambda: None], 1.0) == [2.0]
+
+
 def test_rates_from_the_timed_work(monkeypatch):
-    monkeypatch.setattr(detect, "medians", lambda calls, seconds: [0.5, 2.0][:len(calls)])
-    assert detect._peak(1.0) == 2 * 1024**3 / 0.5
+    monkeypatch.setattr(estimate, "_quiet", lambda calls, seconds: [0.5, 2.0, 0.5, 2.0, 0.5, 2.0][:len(calls)])
+    assert estimate._peak(1.0) == 2 * 1024**3 / 0.5
     for cache, array in ((0, 64 << 20), (32 << 20, 128 << 20), (1 << 30, 256 << 20)):
-        assert detect._bandwidth(1.0, cache) == 2 * array / 0.5
+        assert estimate._bandwidth(1.0, cache) == 2 * array / 0.5
     monkeypatch.setattr(ffi, "kernels", lambda: ["portable"])
-    packed = []
-    monkeypatch.setattr(detect, "pack", lambda kernel: packed.append(pack(kernel)) or packed[0])
-    timed = detect._time_layer(1.0, "portable")
-    assert 0.09 < packed[0].density < 0.11
-    assert timed == (packed[0].density, 0.5, 2.0)
-    assert detect._time_layer(1.0, "neon") is None
+    timed = estimate._time_layers(1.0, "portable")
+    assert [t.shape for t in timed] == list(TIMED)
+    assert all(0.09 < t.density < 0.11 and (t.sparse, t.dense) == (0.5, 2.0) for t in timed)
+    assert estimate._time_layers(1.0, "neon") == []
 
 
 def test_what_tells_cpus_of_one_name_apart(monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def test_files_of_other_cpus_stand_side_by_side(cache):
 
 
 def test_none():
-    with pytest.raises(profile.Unusable, match="not calibrated for 3 threads: run python -m experiments.calibrate"):
+    with pytest.raises(profile.Unusable, match="not calibrated for 3 threads: run python -m sparseflax calibrate"):
         load(threads=3)
 
 
@@ -78,7 +78,7 @@ def test_stale(field, value):
 def test_damaged(text, why):
     file = profile.save(calibrated(), ERRORS)
     file.write_text(text)
-    with pytest.raises(profile.Unusable, match=f"ignored {file}, it {why}.*run python -m experiments.calibrate"):
+    with pytest.raises(profile.Unusable, match=f"ignored {file}, it {why}.*run python -m sparseflax calibrate"):
         load()
 
 
@@ -102,7 +102,7 @@ def test_impossible_machine(name, value):
     content = json.loads(file.read_text())
     content["machine"][name] = value
     file.write_text(json.dumps(content))
-    with pytest.raises(profile.Unusable, match=f"ignored {file}, it is no calibration.*run python -m experiments.calibrate"):
+    with pytest.raises(profile.Unusable, match=f"ignored {file}, it is no calibration.*run python -m sparseflax calibrate"):
         load()
 
 

@@ -8,7 +8,7 @@ import sparseflax
 
 HERE = Path(sparseflax.__file__).parent
 # From the ground up: a room knows of those before it. What stands in no folder is the table of contents.
-ROOMS = ("conv", "cost", "layers", "network", "onnx", "files", "prune")
+ROOMS = ("conv", "cost", "layers", "network", "calibration", "onnx", "files", "prune")
 MODULES = {".".join(("sparseflax", *file.relative_to(HERE).with_suffix("").parts)): file for file in HERE.rglob("*.py")}
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from experiments import checkpoint, train
 from experiments.data import cluttered_digits
 from experiments.models import VGG, ResNet, max_pool
-from experiments.progress import progress
 from sparseflax import prune
+from sparseflax.cost.progress import progress
 
 DATA = cluttered_digits(0, 64, 32)
 LAYERS = {"stages/1/0/conv": 0.2}
@@ -182,13 +182,13 @@ def test_plain_lines_without_a_terminal_and_a_bar_on_one(capsys):
     with progress("slow", 40, done=20) as advance:
         for step in range(21, 41):
             advance(step, f"at {step}")
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[:3] for line in lines] == [["slow", f"{n}/40", f"at {n}"] for n in (24, 28, 32, 36, 40)]
 
     screen = io.StringIO()
     with progress("slow", 40, console=Console(file=screen, force_terminal=True, width=100)) as advance:
         advance(40, "at 40")
-    assert "40/40" in screen.getvalue() and "at 40" in screen.getvalue() and not capsys.readouterr().out
+    assert "40/40" in screen.getvalue() and "at 40" in screen.getvalue() and capsys.readouterr() == ("", "")
 
 
 def test_max_pool_is_a_maximum_over_windows():

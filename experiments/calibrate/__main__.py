@@ -1,6 +1,5 @@
-"""Fits the cost model's constants on this machine and stores them where `detect_machine` finds them; judges them.
+"""Judges the cost model: its predictions here, and how far its constants and its form carry.
 
-    python -m experiments.calibrate                     # at most a minute
     python -m experiments.calibrate --check             # predicted against measured, on layers that were not fitted, 6 minutes
     python -m experiments.calibrate --transfer          # constants of one instruction set used for another
     python -m experiments.calibrate --gpu               # a GPU's roofline, where there is a GPU
@@ -22,7 +21,7 @@ RESULTS = ROOT / "experiments" / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.calibrate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group()
+    task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--check", action="store_true", help="predict layers that were not fitted, and measure them")
     task.add_argument("--transfer", action="store_true", help="fit on AVX2 and on AVX-512, predict the other")
     task.add_argument("--gpu", action="store_true", help="dense and gathered sparse convolutions on a GPU")
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: as many as there are CPUs")
     parser.add_argument("--isa", help="instruction set of the sparse kernel, default the best")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="of --check")
-    parser.add_argument("--seconds", type=float, help="for measuring; default 50, of --check 300")
+    parser.add_argument("--seconds", type=float, help="for measuring; default 300, of --transfer and --gpu 50")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results and plots")
     args = parser.parse_args()
     seconds = args.seconds or (300.0 if args.check else 50.0)
@@ -40,7 +39,6 @@ def main() -> None:
     keep_memory()
     # Imported after that: JAX has to see it.
     from experiments.calibrate import check, figures, gpu, spdy, transfer
-    from experiments.calibrate.run import calibrate
 
     try:
         if args.check:
@@ -51,10 +49,8 @@ def main() -> None:
             gpu.run(seconds, args.out)
         elif args.spdy:
             spdy.run(args.spdy, args.out)
-        elif args.figures:
-            figures.run(args.out)
         else:
-            calibrate(seconds, args.isa)
+            figures.run(args.out)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments.benchmark.results import ROOT, Line, append, provenance, read
-from experiments.calibrate.fit import fit, predict
 from experiments.calibrate.judgement import Judgement, table
-from experiments.calibrate.layers import fitting, held_out
-from experiments.calibrate.measure import Sample, measure
-from experiments.calibrate.run import describe
+from experiments.calibrate.layers import held_out
+from sparseflax.calibration.calibrate import describe
+from sparseflax.calibration.fit import fit, predict
+from sparseflax.calibration.layers import fitting
+from sparseflax.calibration.samples import Sample, measure
 from sparseflax.cost import profile
 from sparseflax.cost.machine import Machine
 

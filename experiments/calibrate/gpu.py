@@ -21,9 +21,9 @@ from experiments.benchmark.results import Line, append, provenance
 from experiments.benchmark.table import markdown
 from experiments.calibrate.gpu_conv import BLOCKS, dense_conv, gather_conv, rows_of
 from experiments.layers import BENCHMARK, name_of
-from experiments.progress import progress
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import conv_seconds, dense_seconds
+from sparseflax.cost.progress import progress
 from sparseflax.cost.shape import ConvShape
 
 DENSITY, BATCH, CALLS = 0.1, 16, 20

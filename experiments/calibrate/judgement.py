@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.benchmark.results import Line
 from experiments.benchmark.table import markdown
-from experiments.calibrate.fit import Errors
 from experiments.calibrate.layers import googlenet, resnet50
+from sparseflax.calibration.fit import Errors
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.plan import MARGIN
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments.benchmark.results import Line, append, provenance
 from experiments.benchmark.table import markdown
-from experiments.calibrate.fit import Errors, fit, predict
-from experiments.calibrate.measure import Sample
 from experiments.layers import layer
+from sparseflax.calibration.fit import Errors, fit, predict
+from sparseflax.calibration.samples import Sample
 from sparseflax.conv import ffi
 from sparseflax.cost.cpu import LANES
 from sparseflax.cost.machine import TYPICAL, Machine

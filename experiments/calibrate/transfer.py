@@ -9,10 +9,10 @@ from pathlib import Path
 
 from experiments.benchmark.results import Line, append, provenance
 from experiments.benchmark.table import markdown
-from experiments.calibrate.fit import errors, fit
-from experiments.calibrate.layers import fitting
-from experiments.calibrate.measure import measure
-from experiments.calibrate.run import describe
+from sparseflax.calibration.calibrate import describe
+from sparseflax.calibration.fit import errors, fit
+from sparseflax.calibration.layers import fitting
+from sparseflax.calibration.samples import measure
 from sparseflax.conv import ffi
 
 

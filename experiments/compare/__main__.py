@@ -5,7 +5,7 @@
     python -m experiments.compare time report        on a quiet one
     python -m experiments.compare readme             rewrites the README's table and figure from the committed results
 
-Everything runs on one thread, for which `python -m experiments.calibrate --threads 1` makes good predictions: run it first.
+Everything runs on one thread, for which `python -m sparseflax calibrate --threads 1` makes good predictions: run it first.
 By default the first network runs every method, and the others the best guided and the best unguided one of those by accuracy,
 which are asked for more speedups than the rest. A run takes about 45 seconds of one core, those two methods' less, and all of
 them some three hours. Runs are made seed by seed, so that the first ones are a fair table too. The same command goes on where

@@ -16,7 +16,7 @@ from sparseflax.conv import ffi
 from sparseflax.cost import cpu
 from sparseflax.cost.machine import Machine, from_dict, to_dict
 
-REMEDY = "run python -m experiments.calibrate in a clone of sparseflax"
+REMEDY = "run python -m sparseflax calibrate, which takes a minute"
 
 
 class Unusable(ValueError):

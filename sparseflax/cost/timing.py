@@ -11,7 +11,12 @@ import jax
 
 
 def medians(calls: list[Callable[[], Any]], seconds: float, burst: float = 0.0) -> list[float]:
-    """Median seconds of each call, timed in turn so that a noisy moment hits all of them; three rounds at least.
+    """Median seconds of each call, timed `in_turn`."""
+    return [statistics.median(times) for times in in_turn(calls, seconds, burst)]
+
+
+def in_turn(calls: list[Callable[[], Any]], seconds: float, burst: float = 0.0) -> list[list[float]]:
+    """Seconds of each call, again and again, one after the other so that a noisy moment hits all; three rounds at least.
 
     Args:
       calls: return arrays.
@@ -34,4 +39,4 @@ def medians(calls: list[Callable[[], Any]], seconds: float, burst: float = 0.0) 
                 durations.append(time.perf_counter() - start)
                 if time.perf_counter() >= turn:
                     break
-    return [statistics.median(durations) for durations in times]
+    return times

@@ -1,15 +1,16 @@
-"""How long a layer takes here: dense as a packed network runs it, and in the sparse kernel, with its own weights, in turn."""
+"""How long a layer takes here, dense as a packed network runs it and in the sparse kernel, and a whole network as a program."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from sparseflax.conv.primitive import dense_conv, sparse_conv
 from sparseflax.conv.window import Window
@@ -66,3 +67,17 @@ def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured
     with jax.default_device(jax.devices("cpu")[0]):
         x, weights = jnp.ones((shape.n, shape.ih, shape.iw, shape.ic), jnp.float32), jnp.asarray(kernel, jnp.float32)
         return Measured(*medians([lambda: dense(x, weights), lambda: sparse(x, packed)], seconds))
+
+
+def program(model: Any, x: Any, call: dict[str, Any]) -> Callable[[], Any]:
+    """The model's call in evaluation mode, as one jitted program with its weights as operands."""
+    if isinstance(model, tuple):
+        module, weights = model
+        run = jax.jit(lambda variables, x: module.apply(variables, x, **call))
+    else:
+        copy = nnx.clone(model)
+        copy.eval()
+        graph, weights = nnx.split(copy)
+        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, **call))
+    operands = jax.device_put((weights, x), jax.devices("cpu")[0])
+    return lambda: run(*operands)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine
+from sparseflax.cost.progress import progress
 from sparseflax.cost.timing import medians
+from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import MARGIN, elsewhere, plan
 from sparseflax.network.shapes import conv_shapes
@@ -24,11 +25,12 @@ from sparseflax.prune.whole import Packed, Whole, fit
 # the model is off, these what is left then, and between them that is interpolated.
 SPEEDUPS = 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0
 HALFWAY = 0.5  # in the logarithm of time
+FIRST = 0.4  # of the time for measuring, until it is known what to measure; then all of it is timed again, in turn
 BLOCKS = 3  # of every timing
 BURST = 0.01  # seconds for which a network runs before it is another one's turn
 
 
-def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: float = 5.0, min_density: float = 0.01,
+def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: float = 8.0, min_density: float = 0.01,
             **call: Any) -> Whole:
     """Times the network, dense and packed, with weights removed by magnitude; let nothing else run meanwhile.
 
@@ -56,39 +58,47 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
     machine = machine or detect_machine()
     all_dense = plan(model, x, machine, **call).all_dense
     shapes = conv_shapes(model, x, **call)
-    forms = [_program(network, x, call) for network in (model, pack_model(model, all_dense, x, fuse=False, **call))]
-    layers, turn = all_dense.seconds, seconds / (3 + len(SPEEDUPS))
-    dense = min(_times(forms, turn))
+    programs = [program(network, x, call) for network in (model, pack_model(model, all_dense, x, fuse=False, **call))]
+    layers, turn, networks = all_dense.seconds, FIRST * seconds / (2 + len(SPEEDUPS)), list[Packed]()
+    with progress("timing the network", 4 + len(SPEEDUPS)) as advance:
+        # What a process does first is slower: its memory is not mapped yet, and its threads sleep.
+        _times(programs, turn)
+        dense = min(_times(programs, turn))
+        advance(1, f"dense {1e3 * dense:.3g} ms")
 
-    def packed(whole: Whole, goal: float) -> Packed | None:
-        guide = guided(shapes, machine, speedup=max(1.0, dense / goal) if goal else math.inf, min_density=min_density,
-                       whole=whole, best_effort=True)
-        if not guide.densities:
-            return None
-        pruned = _pruned(model, guide.densities)
-        chosen = plan(pruned, x, machine, **call)
-        *dense_times, time = _times([*forms, _program(pack_model(pruned, chosen, x, **call), x, call)], turn)
-        sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
-        # Over the dense time of the same moment: a machine that others use changes its speed.
-        return Packed(chosen.seconds - sparse, sparse, dense * time / min(dense_times))
+        def packed(whole: Whole, goal: float) -> Packed | None:
+            guide = guided(shapes, machine, speedup=max(1.0, dense / goal) if goal else math.inf, min_density=min_density,
+                           whole=whole, best_effort=True)
+            if not guide.densities:
+                return None
+            network = pruned(model, guide.densities)
+            chosen = plan(network, x, machine, **call)
+            programs.append(program(pack_model(network, chosen, x, **call), x, call))
+            *dense_times, time = _times([*programs[:2], programs[-1]], turn)
+            sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
+            # Over the dense time of the same moment: a machine that others use changes its speed.
+            networks.append(Packed(chosen.seconds - sparse, sparse, dense * time / min(dense_times)))
+            advance(1 + len(networks), f"packed {1e3 * networks[-1].seconds:.3g} ms")
+            return networks[-1]
 
-    whole, ends = Whole(dense, 0.0, dense / layers, dense / layers), list[Packed]()
-    for _ in range(2):
-        found = packed(whole, dense * (ends[0].seconds / dense)**HALFWAY if ends else 0.0)
-        if found is None:
-            return whole
-        ends.append(found)
-        whole = fit(dense, layers, ends)
-        if found.seconds >= dense:
-            return whole
-    # The scales stay from here on, so that a guide takes the very densities that are measured.
-    measured = ends[:1]
-    whole = whole.through(measured)
-    for speedup in reversed(SPEEDUPS):
-        if dense / speedup > MARGIN * ends[0].seconds and (found := packed(whole, dense / speedup)):
-            measured.append(found)
-            whole = whole.through(measured)
-    return whole
+        whole = Whole(dense, 0.0, dense / layers, dense / layers)
+        for _ in range(2):
+            found = packed(whole, dense * (networks[0].seconds / dense)**HALFWAY if networks else 0.0)
+            if found is None:
+                return whole
+            whole = fit(dense, layers, networks)
+            if found.seconds >= dense:
+                break
+        else:
+            # The scales stay from here on, so that a guide takes the very densities that are measured.
+            fastest, whole = networks[0].seconds, whole.through(networks[:1])
+            for speedup in reversed(SPEEDUPS):
+                if dense / speedup > MARGIN * fastest and packed(whole, dense / speedup):
+                    whole = whole.through([networks[0], *networks[2:]])
+        times = _times(programs, (1 - FIRST) * seconds)
+        advance(4 + len(SPEEDUPS), "done")
+    again = [network._replace(seconds=time) for network, time in zip(networks, times[2:], strict=True)]
+    return whole._replace(dense_seconds=min(times[:2])).through(again)
 
 
 def _times(programs: list[Callable[[], Any]], seconds: float) -> list[float]:
@@ -97,7 +107,7 @@ def _times(programs: list[Callable[[], Any]], seconds: float) -> list[float]:
     return np.min(blocks, axis=0).tolist()
 
 
-def _pruned(model: Any, densities: Mapping[str, float]) -> Any:
+def pruned(model: Any, densities: Mapping[str, float]) -> Any:
     """A copy of the model, in evaluation mode, with the largest weights of every layer that has a density {layer: density}."""
     def largest(kernel: Any, density: float) -> Any:
         mask, lost = np.ones(kernel.size, bool), int((1 - density) * kernel.size)
@@ -115,17 +125,3 @@ def _pruned(model: Any, densities: Mapping[str, float]) -> Any:
     nnx.update(copy, smaller(nnx.state(copy, nnx.Param)))
     copy.eval()
     return copy
-
-
-def _program(model: Any, x: Any, call: dict[str, Any]) -> Callable[[], Any]:
-    """The model's call in evaluation mode, as one jitted program with its weights as operands."""
-    if isinstance(model, tuple):
-        module, weights = model
-        run = jax.jit(lambda variables, x: module.apply(variables, x, **call))
-    else:
-        copy = nnx.clone(model)
-        copy.eval()
-        graph, weights = nnx.split(copy)
-        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, **call))
-    operands = jax.device_put((weights, x), jax.devices("cpu")[0])
-    return lambda: run(*operands)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.progress import progress
 from sparseflax import sparse_conv
 from sparseflax.conv.primitive import dense_conv
 from sparseflax.conv.window import Window
+from sparseflax.cost.progress import progress
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.fuse import fuse
 

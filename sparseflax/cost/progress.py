@@ -1,5 +1,6 @@
-"""How far a long run is: a progress bar on a terminal, plain lines anywhere else."""
+"""How far a long run is, on stderr: a progress bar on a terminal, plain lines anywhere else."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ class Advance(Protocol):
 @contextmanager
 def progress(title: str, total: int, done: int = 0, console: Console | None = None) -> Iterator[Advance]:
     """Show the progress of `total` steps, of which `done` were done before; yields the function to call after a step."""
-    console = console or Console()
+    console = console or Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
                    TimeElapsedColumn(), TimeRemainingColumn())
@@ -32,6 +33,6 @@ def progress(title: str, total: int, done: int = 0, console: Console | None = No
         def line(done: int, text: str = "") -> None:
             if done * LINES // total > (done - 1) * LINES // total:
                 seconds = (time.perf_counter() - start) / max(1, done - first)
-                print(f"{title}  {done}/{total}  {text}  {seconds:.3f} s per step", flush=True)
+                print(f"{title}  {done}/{total}  {text}  {seconds:.3f} s per step", file=sys.stderr, flush=True)
 
         yield line

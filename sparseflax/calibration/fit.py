@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from experiments.calibrate.measure import Sample
+from sparseflax.calibration.samples import Sample
 from sparseflax.cost.counts import dense_counts, tile_counts
 from sparseflax.cost.machine import TYPICAL, Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds

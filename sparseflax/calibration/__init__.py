@@ -1,0 +1,1 @@
+"""A machine calibrated: layers timed here, and the constants that explain their times."""
