@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from experiments.configs import digits, digits_resnet
 from sparseflax import prune
 from sparseflax.conv import ffi
+from sparseflax.cost.cpu import LANES
 from sparseflax.cost.machine import TYPICAL, Machine
 from sparseflax.cost.model import dense_seconds
 from sparseflax.network.shapes import conv_shapes
@@ -32,6 +33,10 @@ MACHINES = {
     "the last cache of a whole host": replace(USUAL, l2_bytes=2 << 20, l3_bytes=480 << 20),
     "another's dense constants": replace(USUAL, fitted=scaled(1 / 3, 1)),
     "another's sparse constants": replace(USUAL, fitted=scaled(1, 4)),
+} | {  # of this architecture, whether they run here or not
+    f"{isa}, {cycles:.2g} cycles": replace(USUAL, isa=isa, lanes=LANES[isa], l1_bytes=48 << 10, l2_bytes=2 << 20,
+                                           fma_cycles=cycles)
+    for isa, cycles in (("avx512", 0.5), ("avx512", 1.11), ("avx2", 0.54), ("neon", 0.5)) if isa in ffi.tables()
 }
 CONFIGS = {"digits": digits.config, "digits_resnet": digits_resnet.config}
 

@@ -13,7 +13,7 @@ namespace {
 
 // What the kernel would do for a convolution: the counts that a performance model is made of.
 nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<int64_t>& layout, const std::vector<int64_t>& window,
-                          int64_t nnz, const std::string& isa, int64_t threads) {
+                          int64_t nnz, const std::string& isa, int64_t threads, std::pair<int64_t, int64_t> caches, double fma_cycles) {
   using namespace sparseflax;
   if (image.size() != 5 || layout.size() != 6 || window.size() != 8) {
     throw nb::value_error("wanted image (n, ih, iw, oh, ow), layout (kh, kw, icg, oc, groups, block) and window (sh, sw, top, "
@@ -23,19 +23,24 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
           window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
   const std::string error = s.Check();
   if (!error.empty()) throw nb::value_error(error.c_str());
-  const Isa* forced = nullptr;
-  for (const Isa* each : Isas()) {
-    if (each->name == isa) forced = each;
+  // Of a processor elsewhere: its best instruction set stands for all that it has.
+  std::vector<const Isa*> isas;
+  for (const Isa* each : isa.empty() ? Isas() : AllIsas()) {
+    if (isa.empty() || each->name == isa || (!isas.empty() && !isas[0]->runs_here())) isas.push_back(each);
   }
-  if (forced == nullptr && !isa.empty()) throw nb::value_error("unknown kernel name");
+  if (isas.empty()) throw nb::value_error("unknown kernel name");
   if (threads < 1) throw nb::value_error("threads must be at least 1");
   s = s.Flat();
-  const Schedule c = ChooseSchedule(s, nnz, forced);
+  Cpu cpu;
+  if (caches.first > 0) cpu.l1 = caches.first;
+  if (caches.second > 0) cpu.l2 = caches.second;
+  cpu.fma_cycles = fma_cycles;
+  const Schedule c = ChooseSchedule(s, nnz, isas, cpu);
   if (c.kernel == nullptr) throw nb::value_error("the kernel window is too large for a panel");
   nb::dict d;
   d["isa"] = std::string(c.isa->name);
   d["lanes"] = c.isa->lanes;
-  d["fma_cycles"] = c.isa->fma_cycles();
+  d["fma_cycles"] = c.fma;
   d["tile"] = std::pair<int, int>(c.kernel->y, c.kernel->x);
   d["chains"] = Chains(c.kernel->y * c.kernel->x);
   d["lane_map"] = std::vector<int64_t>{c.bn, c.by, c.bx};
@@ -69,7 +74,13 @@ NB_MODULE(_native, m) {
     for (const Isa* isa : Isas()) names.emplace_back(isa->name);
     return names;
   });
+  m.def("tables", [] {
+    std::vector<std::pair<std::string, double>> tables;
+    for (const Isa* isa : AllIsas()) tables.emplace_back(isa->name, isa->fma_cycles());
+    return tables;
+  }, "Instruction sets of this build, best first, whether they run here or not, and cycles of their FMAs.");
   m.def("schedule", DescribeSchedule, nb::arg("image"), nb::arg("layout"), nb::arg("window"), nb::arg("nnz"), nb::arg("isa") = "", nb::arg("threads") = 1,
+        nb::arg("caches") = std::pair<int64_t, int64_t>(0, 0), nb::arg("fma_cycles") = 0.0,
         "What the kernel would do for a convolution of nnz kept weights: tile, lanes and the counts a performance model needs.");
   m.def("fma_gflops", [](const std::string& isa) {
     for (const Isa* each : Isas()) {

@@ -111,8 +111,9 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
     c.kernel->visit(visit);
     if (!finite) VisitPruned(visit, here);
   }
-  // Streaming pays when the output would not stay in the last cache anyway.
-  const bool stream = s.n * s.oh * s.ow * s.oc * 4 > CacheBytes(3) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
+  // Streaming pays when the output would not stay in the last cache anyway. Of a larger one others have their share.
+  constexpr int64_t kOurs = int64_t{32} << 20;
+  const bool stream = s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
   c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(at.tile * accumulators * lanes)], out,
                 b.residual != nullptr ? residual : nullptr, activation, stream});

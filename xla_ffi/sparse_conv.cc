@@ -15,16 +15,21 @@ extern const Isa kNeon;
 #endif
 extern const Isa kPortable;
 
+const std::vector<const Isa*>& AllIsas() {
+#if defined(__x86_64__)
+  static const std::vector<const Isa*> isas = {&kAvx512, &kAvx512vl, &kAvx2, &kPortable};
+#elif defined(__aarch64__)
+  static const std::vector<const Isa*> isas = {&kNeon, &kPortable};
+#else
+  static const std::vector<const Isa*> isas = {&kPortable};
+#endif
+  return isas;
+}
+
 const std::vector<const Isa*>& Isas() {
   static const std::vector<const Isa*> isas = [] {
     std::vector<const Isa*> found;
-#if defined(__x86_64__)
-    for (const Isa* isa : {&kAvx512, &kAvx512vl, &kAvx2, &kPortable}) {
-#elif defined(__aarch64__)
-    for (const Isa* isa : {&kNeon, &kPortable}) {
-#else
-    for (const Isa* isa : {&kPortable}) {
-#endif
+    for (const Isa* isa : AllIsas()) {
       if (isa->runs_here()) found.push_back(isa);
     }
     return found;
@@ -86,7 +91,8 @@ std::shared_ptr<const Plan> Conv::GetPlan(const Shape& shape, const Schedule* fo
   for (const auto& plan : plans_) {
     if (plan->n == shape.n && plan->ih == shape.ih && plan->iw == shape.iw) return plan;
   }
-  const Schedule chosen = ChooseSchedule(shape.Flat(), nnz_, isa_);
+  const std::vector<const Isa*> forced_isa = {isa_};
+  const Schedule chosen = ChooseSchedule(shape.Flat(), nnz_, isa_ != nullptr ? forced_isa : Isas(), Cpu());
   if (chosen.kernel == nullptr) return nullptr;
   plans_.push_back(std::make_shared<Plan>(shape, chosen, gaps_, nnz_));
   return plans_.back();

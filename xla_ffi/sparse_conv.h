@@ -100,7 +100,7 @@ struct Kernel {
 struct Isa {
   std::string_view name;
   int lanes;
-  double (*fma_cycles)();       // per FMA with a memory operand in L1, on this machine
+  double (*fma_cycles)();       // per FMA with a memory operand in L1, here or where it usually runs
   double (*peak_flops)();       // measured now, one thread
   bool (*runs_here)();
   bool (*pack)(const Pack&);
@@ -109,8 +109,17 @@ struct Isa {
   int kernel_count;
 };
 
-// All instruction sets of this build that run on this machine, best first; the last is "portable".
+// All instruction sets of this build, and those of them that run on this machine: best first; the last is "portable".
+const std::vector<const Isa*>& AllIsas();
 const std::vector<const Isa*>& Isas();
+
+// What the choice of a tile goes by of a processor: bytes of a core's own caches, and cycles of the FMAs of the first of the
+// instruction sets that it has; 0 for what this build knows of them. By default the processor that this runs on.
+int64_t CacheBytes(int level);  // data caches of one core (1, 2), the last shared one (3)
+struct Cpu {
+  int64_t l1 = CacheBytes(1), l2 = CacheBytes(2);
+  double fma_cycles = 0;
+};
 
 // How the tiles of all groups are shared out: `whole` of them one by one, and those that would leave threads idle in `parts`
 // parts of their output channels, each of which packs a panel of its own. The busiest thread visits `work` tiles and packs `panels`.
@@ -129,13 +138,14 @@ struct Schedule {
   int64_t wrap = kNever;              // columns after which a block goes on in the next row
   int64_t pitch = 0, slots = 0;       // panel: vectors per row, per channel
   int64_t packed = 0;                 // slots that are filled
+  double fma = 0;                     // cycles of an FMA with a memory operand
   double cycles = 0, packing = 0;     // the estimate it was chosen by, and the share of packing in it
   int64_t tiles() const { return lane_groups * ty * tx; }
   Sharing Share(int64_t groups, int64_t available) const;
 };
-std::vector<Schedule> Candidates(const Shape& shape, int64_t nnz, const Isa& isa);
-// The cheapest over `isa`, or over all of Isas() if it is null; its kernel is null if no panel fits its offsets.
-Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const Isa* isa);
+std::vector<Schedule> Candidates(const Shape& shape, int64_t nnz, const Isa& isa, const Cpu& cpu);
+// The cheapest over `isas`; its kernel is null if no panel fits its offsets.
+Schedule ChooseSchedule(const Shape& shape, int64_t nnz, const std::vector<const Isa*>& isas, Cpu cpu);
 
 // Runs f(i) for all i < n, on as many threads as it has.
 struct Executor {
@@ -179,6 +189,5 @@ class Conv {
   std::vector<std::shared_ptr<const Plan>> plans_;
 };
 
-int64_t CacheBytes(int level);  // data caches of one core (1, 2), the last shared one (3)
 
 }  // namespace sparseflax

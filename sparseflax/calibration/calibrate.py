@@ -61,7 +61,7 @@ def describe(isa: str | None = None) -> Machine:
     if isa not in (None, *ffi.kernels()):
         raise ValueError(f"isa={isa!r} does not run here, wanted one of {ffi.kernels()}")
     machine = estimate_machine(cpu.client_threads(), 1.0, isa or ffi.isa(), "to be calibrated")
-    return replace(machine, fitted=TYPICAL)
+    return replace(machine, fitted=TYPICAL, l3_bytes=cpu.caches()[2])  # how much of it is ours, the fit tells
 
 
 def judge(samples: list[Sample], machine: Machine) -> dict[str, Errors]:

@@ -55,6 +55,11 @@ def kernels() -> list[str]:
     return list(native.kernels()) if native is not None and available else []
 
 
+def tables() -> dict[str, float]:
+    """{instruction set: cycles of its FMA with a memory operand} of this build, best first, whether it runs here or not."""
+    return dict(native.tables()) if native is not None and kernels() else {}
+
+
 def isa() -> str:
     """The instruction set whose kernels run by default here; "xla" when the native module is not available."""
     return (kernels() or ["xla"])[0]

@@ -51,21 +51,25 @@ def _tiles(shape: ConvShape, machine: Machine) -> tuple[SparseCounts, ...]:
     return tuple(tile_counts(shape, density, machine) for density in DENSITIES)
 
 
-def schedule(shape: ConvShape, kept: int, isa: str, threads: int = 1) -> dict[str, Any]:
+def schedule(shape: ConvShape, kept: int, isa: str, threads: int = 1, caches: tuple[int, int] = (0, 0),
+             fma_cycles: float = 0.0) -> dict[str, Any]:
     """What the kernel would do for a layer with `kept` weights: the tile it chooses and the counts of it.
 
     Args:
       shape: the layer.
       kept: number of weights.
-      isa: instruction set; the best that runs here stands for all that do.
+      isa: instruction set; the best that runs here stands for all that do, and one that does not run here for all that a
+        processor with it has.
       threads: that may share it. Of the chosen tiles the busiest of them visits `work`, and packs `panels`.
+      caches: bytes of a core's first and second data cache, which the choice goes by; 0 for this machine's.
+      fma_cycles: of the instruction set's FMA with a memory operand; 0 for what is known of it.
 
     Raises:
       ValueError: the native module is missing, does not know `isa`, or cannot run the layer.
     """
-    if isa not in ffi.kernels():
-        raise ValueError(f"the counts of the {isa!r} kernel are asked of the kernel itself, which runs here for "
-                         f"{ffi.kernels()}: calibrate and plan on the machine that will run it, or use a Machine without rates")
+    if isa not in ffi.tables():
+        raise ValueError(f"the counts of the {isa!r} kernel are asked of the kernel itself, which is built here for "
+                         f"{list(ffi.tables())}: plan on a machine of that kind, or for a Machine without rates")
     kh, kw, icg, oc = shape.kernel_shape
     (top, bottom), (left, right) = shape.padding
     pattern = Pattern(shape.kernel_shape, shape.groups, shape.block, np.zeros(0, np.uint8))
@@ -74,12 +78,14 @@ def schedule(shape: ConvShape, kept: int, isa: str, threads: int = 1) -> dict[st
     assert ffi.native is not None
     return ffi.native.schedule(
         [shape.n, shape.ih, shape.iw, shape.oh, shape.ow], [kh, kw, icg, oc, shape.groups, shape.block],
-        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa, threads)
+        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa, threads, caches,
+        fma_cycles)
 
 
 def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCounts:
     """Counts of the tile that the kernel chooses at a density. Raises as `schedule`."""
-    chosen = schedule(shape, max(1, round(density * shape.weights)), machine.isa, machine.threads)
+    chosen = schedule(shape, max(1, round(density * shape.weights)), machine.isa, machine.threads,
+                      (machine.l1_bytes, machine.l2_bytes), machine.fma_cycles)
     cycles, tiles, vectors, oc = chosen["fma_cycles"], chosen["tiles"], chosen["vectors"], shape.oc
     rows = oc * chosen["blocks"]
     share = chosen["work"] / (shape.groups * tiles)  # of the work, for the busiest thread

@@ -30,6 +30,8 @@ DENSITY = 0.1  # of them
 QUARTILE = 0.25
 BURST = 0.005  # seconds for which a program runs before it is another one's turn
 
+# Of a larger last cache than a desktop's the other cores, and on a virtual machine other guests, have their share.
+SHARED = 32 << 20
 # A kept weight costs the kernel a float32 and a 16-bit offset: 6 bytes where a dense weight has 4.
 BETA = 1.5
 # Where the kernel cannot be timed: what Park et al. measured with AVX2.
@@ -59,8 +61,9 @@ def estimate_machine(threads: int, seconds: float, isa: str, because: str) -> Ma
                   else "alpha guessed: the native kernel does not run here")
         machine = Machine(
             name=cpu.processor(), isa=isa, lanes=cpu.LANES[isa], cores=cores, threads=threads,
-            l1_bytes=l1, l2_bytes=l2, l3_bytes=l3,
-            peak=peak, bandwidth=bandwidth, alpha=alpha, beta=BETA, source=f"estimated, {source}, {caches}; {because}")
+            l1_bytes=l1, l2_bytes=l2, l3_bytes=min(l3, SHARED),
+            peak=peak, bandwidth=bandwidth, alpha=alpha, beta=BETA, source=f"estimated, {source}, {caches}; {because}",
+            fma_cycles=ffi.tables().get(isa, 0.0))
         return replace(machine, fitted=_scaled(machine, timed)) if timed else machine
 
 

@@ -26,6 +26,7 @@ class Machine:
       source: where the numbers come from.
       fitted: seconds of each thing that the kernel and XLA do; None for a machine of which only the numbers above are
         known.
+      fma_cycles: of the sparse kernel's FMA with a memory operand; 0 for what is usual with the instruction set.
 
     Raises:
       ValueError: a rate or a factor that is not positive.
@@ -45,6 +46,7 @@ class Machine:
     beta: float
     source: str
     fitted: Rates | None = None
+    fma_cycles: float = 0.0
 
     @property
     def rates(self) -> Rates:
@@ -54,6 +56,8 @@ class Machine:
     def __post_init__(self):
         rates = ("lanes", "cores", "threads", "peak", "bandwidth", "alpha", "beta")
         wrong = {name: getattr(self, name) for name in rates if not 0 < getattr(self, name) < float("inf")}
+        if not 0 <= self.fma_cycles < float("inf"):
+            wrong |= {"fma_cycles": self.fma_cycles}
         if self.fitted and not self.l1_bytes > 0:
             wrong |= {"l1_bytes": self.l1_bytes}
         if wrong:

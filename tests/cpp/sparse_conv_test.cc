@@ -133,7 +133,7 @@ void TestTiles() {
         CheckRun(p, *conv, *isa, front, nullptr);
         CheckRun(p, *conv, *isa, back, nullptr);
         // A few of the candidates: each tile and each arrangement of lanes once for this problem.
-        std::vector<Schedule> candidates = Candidates(shape, conv->nnz(), *isa);
+        std::vector<Schedule> candidates = Candidates(shape, conv->nnz(), *isa, Cpu());
         std::shuffle(candidates.begin(), candidates.end(), std::mt19937_64(seed));
         std::set<std::tuple<int64_t, int64_t, int64_t, int64_t>> lanes;
         std::set<const Kernel*> here;
