@@ -162,17 +162,17 @@ def threads_table(lines: Sequence[Line]) -> str:
 
 
 def densities_table(lines: Sequence[Line]) -> str:
-    """Our time at each density as a Markdown table, a row for each layer and batch, and what XLA's dense one takes."""
+    """Our microseconds at each density as a Markdown table, a row for each layer and batch, and those of XLA's dense one."""
     drawn = sorted({line["drawn"] for line in lines})
     found = {(line["layer"], line["n"], line["drawn"]): line for line in lines}
     rows = []
-    for n, layer in sorted({(n, layer) for layer, n, _ in found}):
+    for layer, n in sorted(dict.fromkeys((layer, n) for layer, n, _ in found), key=lambda pair: pair[1]):
         own = [found.get((layer, n, density)) for density in drawn]
         dense = statistics.median(seconds(line)[1] for line in own if line)
         rows.append([layer, str(n), *(f"{1e6 * seconds(line)[0]:.0f}" if line else "" for line in own), f"{1e6 * dense:.0f}"])
     last = lines[-1]
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    return "\n".join([markdown(["layer", "n", *(f"{density:g}, us" for density in drawn), "XLA dense, us"], rows), "",
+    return "\n".join([markdown(["layer", "n", *(f"{density:g}" for density in drawn), "XLA dense"], rows), "",
                       f"{last['cpu']}, {last['isa']}, 1 thread. Measured {last['date'][:10]} at {commits}."])
 
 
@@ -186,9 +186,9 @@ def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | No
     return [line for line in lines if (line["isa"], line["memory"]) == (last["isa"], last["memory"])]
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A Markdown table, its first columns, so many as hold words, to the left."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 

@@ -72,7 +72,7 @@ def says(lines: Sequence[Line]) -> str:
     if not found:
         raise ValueError("no layer was measured: run python -m experiments.calibrate --gpu where there is a GPU")
     over, fast = (geometric_mean(line[key] for line in found) for key in ("measured speedup", "over tensor cores"))
-    alpha = max(1 / (DENSITY * line["speedup"]) for line in found)
+    alpha = min(1 / (DENSITY * line["speedup"]) for line in found)  # of a layer that no memory holds back
     share, ours = 1 / DOCUMENTED.alpha, 1 / alpha
     started = min(line["measured tensor cores"] for line in found)
     return "\n".join([
