@@ -213,8 +213,8 @@ def test_check_without_a_calibration(monkeypatch, tmp_path, capsys):
 
 def test_figures():
     text = figures.table()
-    assert "| Xeon E5-2697 v4 | 0.0197 to 0.333 | 3.70x | 3.4x |" in text
-    assert "| Atom C2750 | 0.0109 to 0.833 | 9.26x | 7.3x |" in text
+    assert "Xeon E5-2697 v4 | 0.0197 to 0.333 | 3.70x | 3.4x |" in text
+    assert "Atom C2750 | 0.0109 to 0.833 | 9.26x | 7.3x |" in text
     assert figures.figure3().count("<svg") == figures.figure5().count("<svg") == 1
 
 
