@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
+from experiments.benchmark.table import markdown
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
 
@@ -170,13 +171,11 @@ def table(lines: Sequence[Result]) -> str:
         rows.append(cells)
     batches = list(next(iter(newest.values()))["times"])
     head = ["run", "asked", "test accuracy", "weights kept", "on disk", *(f"batch {n}" for n in batches)]
-    marks = [head, ["---"] * len(head), *rows]
-    text = ["| " + " | ".join(cells) + " |" for cells in marks]
     last = list(newest.values())[-1]
     return "\n".join([
         f"{_conditions(last)} Times are dense as trained / dense with batch norm folded → packed; the speedup is over the "
-        "faster of the two dense ones, and asked for at batch 1.", "", *text, "", f"Where it loses (seed {last['seed']}):", "",
-        *(f"- {line}" for line in losses(last))])
+        "faster of the two dense ones, and asked for at batch 1.", "", markdown(head, rows), "",
+        f"Where it loses (seed {last['seed']}):", "", *(f"- {line}" for line in losses(last))])
 
 
 _NETWORKS = DENSE, FOLDED, PACKED
