@@ -162,7 +162,7 @@ def threads_table(lines: Sequence[Line]) -> str:
 
 
 def densities_table(lines: Sequence[Line]) -> str:
-    """Our microseconds at each density and those of XLA's dense one as a Markdown table, and its cliffs.
+    """Our microseconds at each density and those of XLA's dense one as a Markdown table.
 
     Args:
       lines: of one CPU, number of threads and instruction set.
@@ -176,9 +176,9 @@ def densities_table(lines: Sequence[Line]) -> str:
         rows.append([layer, str(n), *(f"{1e6 * seconds(line)[0]:.0f}" if line else "" for line in own), f"{1e6 * dense:.0f}"])
     last = lines[-1]
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    notes = [f"- {text}" for text in cliffs(lines)]
-    return "\n".join([markdown(["layer", "n", *(f"{density:g}" for density in drawn), "XLA dense"], rows), "",
-                      f"{last['cpu']}, {last['isa']}, 1 thread. Measured {last['date'][:10]} at {commits}.", *(["", *notes] if notes else [])])
+    origin = f"{last['cpu']}, {last['isa']}, 1 thread. Measured {last['date'][:10]} at {commits}."
+    head = ["layer", "n", *(f"{density:g}" for density in drawn), "XLA dense"]
+    return "\n".join([markdown(head, rows), "", origin])
 
 
 def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | None) -> list[Line]:
