@@ -1,7 +1,6 @@
-"""What a run has shown, for people: an HTML page, a few lines for the terminal, and the README's table.
+"""What a run has shown, for people: an HTML page, a few lines for the terminal, and a table of several runs.
 
     python -m experiments.report runs/digits-seed0/result.json     writes report.html beside it
-    python -m experiments.report --readme                          rewrites the README's table from the committed results
 """
 
 import argparse
@@ -13,22 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
-from experiments.benchmark import results
-from experiments.benchmark.memory import memory_table
-from experiments.benchmark.networks_table import networks_table
-from experiments.benchmark.table import layers_table, machines_table, threads_table
-from experiments.calibrate import check, gpu, judgement, spdy, transfer
+from experiments.benchmark.table import markdown
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "digits.jsonl"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-MODEL_BEGIN, MODEL_END = "<!-- model:begin -->", "<!-- model:end -->"
-CARRIES_BEGIN, CARRIES_END = "<!-- carries:begin -->", "<!-- carries:end -->"
-LAYERS_BEGIN, LAYERS_END = "<!-- layers:begin -->", "<!-- layers:end -->"
-NETWORKS_BEGIN, NETWORKS_END = "<!-- networks:begin -->", "<!-- networks:end -->"
 MET = 0.1  # a measured speedup this close to the requested one, relatively, meets it
 OFF = 1.5  # a prediction this many times wrong is worth a line
 
@@ -64,17 +51,10 @@ p.note {{ color: #555; font-size: .9rem }}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Render results.")
-    parser.add_argument("result", type=Path, nargs="*", help="result.json of a run; report.html is written beside it")
-    parser.add_argument("--readme", action="store_true", help=f"rewrite the tables in {README.name}")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines the README's table is made from")
-    arguments = parser.parse_args()
-    for path in arguments.result:
+    parser.add_argument("result", type=Path, nargs="+", help="result.json of a run; report.html is written beside it")
+    for path in parser.parse_args().result:
         write_atomically(path.with_name("report.html"), page(json.loads(path.read_text())))
         print(path.with_name("report.html"))
-    if arguments.readme:
-        write_atomically(README, with_tables(README.read_text(), arguments.results))
-    elif not arguments.result:
-        parser.error("nothing to do: give a result.json or --readme")
 
 
 def page(result: Result) -> str:
@@ -168,7 +148,7 @@ def losses(result: Result) -> list[str]:
 
 
 def table(lines: Sequence[Result]) -> str:
-    """The README's table, in Markdown: the newest result of every run and seed.
+    """The newest result of every run and seed, in Markdown, and where it loses.
 
     Raises:
       ValueError: there are no results, or they come from different CPUs or numbers of threads.
@@ -191,74 +171,11 @@ def table(lines: Sequence[Result]) -> str:
         rows.append(cells)
     batches = list(next(iter(newest.values()))["times"])
     head = ["run", "asked", "test accuracy", "weights kept", "on disk", *(f"batch {n}" for n in batches)]
-    marks = [head, ["---"] * len(head), *rows]
-    text = ["| " + " | ".join(cells) + " |" for cells in marks]
     last = list(newest.values())[-1]
     return "\n".join([
         f"{_conditions(last)} Times are dense as trained / dense with batch norm folded → packed; the speedup is over the "
-        "faster of the two dense ones, and asked for at batch 1.", "", *text, "", f"Where it loses (seed {last['seed']}):", "",
-        *(f"- {line}" for line in losses(last))])
-
-
-def with_tables(readme: str, runs: Path = RESULTS) -> str:
-    """The README with its tables made anew from the result files."""
-    readme = with_table(with_table(readme, table(results.read(runs))), layers(), LAYERS_BEGIN, LAYERS_END)
-    networks = [networks_table(results.NETWORKS), "Peak memory of the process while it runs, "
-                "`python -m experiments.benchmark memory`; weights, images and whatever comes and goes:", memory_table()]
-    readme = with_table(readme, "\n\n".join(networks), NETWORKS_BEGIN, NETWORKS_END)
-    readme = with_table(readme, carries(), CARRIES_BEGIN, CARRIES_END)
-    judged = "\n\n".join(judgement.table(results.read(path)) for path in (check.LINES, *check.OTHER_LINES))
-    return with_table(readme, judged, MODEL_BEGIN, MODEL_END)
-
-
-def carries(folder: Path = check.LINES.parent) -> str:
-    """The README's tables of how far constants, form and machine description carry, each from its result file."""
-    parts = []
-    for text, table, file in (
-            ("The constants of one instruction set, used for the kernel of another:", transfer.table, "transfer.jsonl"),
-            ("The form, on an engine and a machine that are not ours (the timings of SPDY, Frantar and Alistarh, ICML 2022):",
-             spdy.table, "spdy.jsonl"),
-            ("A GPU, as the model sees it, and as measured:", gpu.table, "gpu.jsonl")):
-        if not (folder / file).exists():
-            option = file.removesuffix(".jsonl")
-            raise FileNotFoundError(f"{folder / file} is missing: run python -m experiments.calibrate --{option}")
-        parts += [text, table(results.read(folder / file))]
-    return "\n\n".join(parts)
-
-
-def layers(first: Path = results.LAYERS, others: Sequence[Path] = results.OTHER_LAYERS,
-           threads: Sequence[Path] = (results.THREADS, *results.OTHER_THREADS)) -> str:
-    """The README's tables of single layers, from what `python -m experiments.benchmark layers` has appended to files.
-
-    Args:
-      first: of the CPU that was measured last.
-      others: each of one more CPU.
-      threads: what `python -m experiments.benchmark threads` has appended, a file for each CPU.
-    """
-    parts = [machines_table([first, *others]), "Several threads over one, `python -m experiments.benchmark threads`; "
-             "independent copies, one on each CPU, are what the machine allows:", *map(threads_table, threads)]
-    for path in (first, *others):
-        last = results.read(path)[-1]
-        parts += [f"<details><summary>Layer by layer on {last['cpu']}, {last['isa']}</summary>", _layers(path), "</details>"]
-    return "\n\n".join(parts)
-
-
-def _layers(path: Path) -> str:
-    parts = [layers_table(path), "The pruned AlexNet of Park et al., its own weights:", layers_table(path, layers="alexnet")]
-    if any(line["set"] == "corners" for line in results.newest(results.read(path))):
-        parts += ["Odd sizes:", layers_table(path, layers="corners")]
-    return "\n\n".join(parts)
-
-
-def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """The README with its table between the two markers replaced.
-
-    Raises:
-      ValueError: not exactly one of each marker, in order.
-    """
-    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-        raise ValueError(f"the README needs one line {begin} and after it one line {end}: the table goes between them")
-    return readme[: readme.index(begin) + len(begin)] + f"\n{table}\n" + readme[readme.index(end) :]
+        "faster of the two dense ones, and asked for at batch 1.", "", markdown(head, rows), "",
+        f"Where it loses (seed {last['seed']}):", "", *(f"- {line}" for line in losses(last))])
 
 
 _NETWORKS = DENSE, FOLDED, PACKED

@@ -15,7 +15,6 @@ from experiments.baselines.yardstick import can_run, time_command
 from experiments.benchmark import asked, memory, results, table, threads
 from experiments.benchmark.layers import check, measure, ours
 from experiments.benchmark.layers import reference as expected_of
-from experiments.benchmark.plot import plot_speed
 from experiments.benchmark.timing import Others, Timing, alternate
 from experiments.layers import ALEXNET, BENCHMARK, alexnet_problem, choose, layer, name_of, random_problem
 from experiments.matrix_market import HEADER, read_matrix, write_matrix
@@ -105,8 +104,8 @@ def test_the_command_appends_and_draws(tmp_path):
     assert {"cpu", "commit", "date", "python", "versions", "memory", "absent", "set", "drawn"} < line.keys()
     assert line["threads"] == 1
     assert "64x28x28->10 3x3 | " in table.layers_table(out, layers="corners")
-    picture = tmp_path / "speed.svg"
-    plot_speed(results.newest(results.read(out)), picture)
+    picture = tmp_path / "pictures" / "speed.svg"
+    subprocess.run([*command, "plot", "--results", str(out), "--out", str(picture)], cwd=ROOT, check=True)
     assert "</svg>" in picture.read_text()
 
 
@@ -132,6 +131,33 @@ def test_tables_sum_up_the_newest_lines(tmp_path):
         table.layers_table(path, threads=3)
 
 
+def test_results_of_several_cpus(tmp_path):
+    path = tmp_path / "layers.jsonl"
+    for line in (line_of(cpu="old"), line_of(cpu="new", date="2026-01-02"), line_of(cpu="old", ours=7.0)):
+        results.append(path, line)
+    results.append(tmp_path / "layers_other.jsonl", line_of(cpu="other", date="2026-01-03"))
+    found = results.by_cpu(path)
+    assert list(found) == ["new", "old", "other"]  # those of the file first, the newest of them first
+    assert [line["times"]["sparseflax"]["seconds"] for line in found["old"]] == [7.0]
+    (tmp_path / "asked.jsonl").write_text("")
+    with pytest.raises(ValueError, match="asked.jsonl holds no results: measure them with .*experiments.benchmark asked`"):
+        results.by_cpu(tmp_path / "asked.jsonl")
+
+
+def test_densities_side_by_side():
+    text = table.densities_table([line_of(drawn=0.5, density=0.5, ours=2e-3), line_of(), line_of("b", n=2, ours=3e-3)])
+    assert text.splitlines()[2:4] == ["| a | 1 | 1000 | 2000 | 4000 |", "| b | 2 | 3000 |  | 4000 |"]
+
+
+def test_speedups_that_were_asked_for():
+    line = {"layer": "a", "n": 1, "threads": 1, "asked": 2.0, "measured": 1.9, "predicted": 2.0, "dense": 2e-3, "packed": 1e-3,
+            "cpu": "c", "date": "2026-01-01", "commit": "abc"}
+    text = asked.asked_table([line, line | {"asked": 3.0, "measured": 1.5}, line | {"asked": 9.0, "refused": "too fast"}])
+    assert "| a | 1 | 1 | 2x | 1.90 | -5% | 2.00 | 2.000 | 1.000 |" in text and "- a, 1 thread, 9x: too fast" in text
+    assert "- 1 thread: 1 of 2 speedups met within 10%, the others off by up to 50%" in text
+    assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
+
+
 def test_gains_are_those_over_the_mean_of_the_cpus():
     assert threads.gain(0.5, [0.8, 1.2]) == pytest.approx(2)
     assert threads.copies([1.0, 2.0], [0.8, 1.2]) == pytest.approx(1.5)
@@ -152,7 +178,7 @@ def test_the_threads_command(tmp_path):
     assert lines[0]["gain"] == pytest.approx(threads.gain(lines[0]["all"], lines[0]["alone"]))
     results.append(out, lines[0] | {"gain": 8.0})
     results.append(out, lines[1] | {"gain": 2.0})
-    text = table.threads_table(out)
+    text = table.threads_table(results.newest(results.read(out)))
     assert "| 8.00x | " in text
     assert "| **4.00x** | " in text
 
@@ -179,7 +205,7 @@ def test_the_memory_command(tmp_path):
     assert line["weights"][table.OURS] < line["weights"][memory.DENSE] == 4 * 4_253_864  # of MobileNetV1, with its statistics
     assert all(line["peak"][form] > line["weights"][form] for form in (table.OURS, memory.DENSE))
     results.append(out, line | {"peak": {table.OURS: 12_300_000, memory.DENSE: 45_600_000}})
-    assert "| mobilenet | 1 | 12 | 46 | " in memory.memory_table(out)
+    assert "| mobilenet | 1 | 12 | 46 | " in memory.memory_table(results.newest(results.read(out)))
 
 
 def test_a_system_that_does_not_tell(monkeypatch, tmp_path):

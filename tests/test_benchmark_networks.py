@@ -93,11 +93,11 @@ def test_tables(line, tmp_path):
             OURS: line["times"][OURS] | {"seconds": seconds}}
         results.append(path, {"set": "networks"} | written | {"times": times, "drawn": "random", "memory": "kept"}
                        | results.provenance({"jax"}))
-    text = networks_table.networks_table(path)
-    assert "| tiny | 2 | 1 |" in text and "| 2e+03 | 4e+03 | 2.00x |" in text and "**2.00x**" in text
-    path.write_text("")
-    with pytest.raises(ValueError, match="holds no results: measure them"):
-        networks_table.networks_table(path)
+    found = results.by_cpu(path)
+    (text,) = map(networks_table.networks_table, found.values())
+    assert "| tiny | 2 | 1 |" in text and "| 2000 | 4000 | 2.00x |" in text and "**2.00x**" in text
+    text = networks_table.cpus_table(found | {"another": [line | {"layer": "other", "isa": "avx2"}]})
+    assert "| tiny | 2 | 4000 → 2000 | **2.00x** | not measured |  |" in text.splitlines()
 
 
 def test_a_network_that_computes_something_else_is_an_error():

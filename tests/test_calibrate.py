@@ -204,7 +204,7 @@ def test_check_writes_lines_and_a_plot(monkeypatch, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 12 * 6 and all(line["stored"] == pytest.approx(line["measured"]) for line in lines)
     assert np.median([abs(line["predicted"] / line["measured"] - 1) for line in lines]) < 0.05  # fitted anew, to the same times
-    assert (tmp_path / "calibration.svg").read_text().count("<svg") == 1
+    assert check.plot(lines).count("<svg") == 1
     out = capsys.readouterr().out
     assert out.count("| stored before | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | ") == 2
     assert "n=2, ResNet-50 in all, dense: " in out and out.count("within every bound") == 2
@@ -221,12 +221,11 @@ def test_check_without_a_calibration(monkeypatch, tmp_path, capsys):
     assert "stored before" not in out and "above 10%" in out  # layers that all take a second are not of this world
 
 
-def test_figures(tmp_path, capsys):
-    figures.run(tmp_path)
-    out = capsys.readouterr().out
-    assert "Xeon E5-2697 v4: conv5 useful from 0.0197 to 0.333, at density 0.09 predicted 3.70x, the paper measured 3.4x" in out
-    assert "Atom C2750: conv5 useful from 0.0109 to 0.833, at density 0.09 predicted 9.26x, the paper measured 7.3x" in out
-    assert {file.name for file in tmp_path.iterdir()} == {"figure3.svg", "figure5.svg"}
+def test_figures():
+    text = figures.table()
+    assert "Xeon E5-2697 v4 | 0.0197 to 0.333 | 3.70x | 3.4x |" in text
+    assert "Atom C2750 | 0.0109 to 0.833 | 9.26x | 7.3x |" in text
+    assert figures.figure3().count("<svg") == figures.figure5().count("<svg") == 1
 
 
 def test_lowering_only_reads_more():
@@ -297,6 +296,16 @@ def test_spdy_files(tmp_path):
     (tmp_path / "empty").write_text("base\n0.2\n")
     with pytest.raises(ValueError, match="empty holds no times"):
         spdy.read(tmp_path / "empty", spdy.shapes("ResNet-18"))
+
+
+def test_gpu_in_sentences():
+    line = {"layer": "a", "speedup": 2.0, "measured dense": 8.0, "measured tensor cores": 2.0, "measured speedup": 2.0,
+            "over tensor cores": 0.5}
+    text = gpu.says([line, line | {"layer": "b", "measured speedup": 8.0}])
+    assert "4.00 times as fast as the library's dense convolutions" in text and "0.50 times as fast as with them" in text
+    assert "with alpha 5.0, from one layer, sparse loses above a density of 0.20" in text
+    with pytest.raises(ValueError, match="no layer was measured: run python -m experiments.calibrate --gpu"):
+        gpu.says([line | {"measured dense": None}])
 
 
 def test_transfer_table():

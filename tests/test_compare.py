@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from test_report import MACHINE, Links
 
-from experiments import checkpoint, evaluate, report, train
+from experiments import checkpoint, evaluate, train
 from experiments.benchmark import results
 from experiments.compare import __main__ as compare
 from experiments.compare import networks, page, runs, summary, training
@@ -305,35 +305,22 @@ def test_nothing_to_show_or_two_machines():
     with pytest.raises(ValueError, match="no run was timed yet: run python -m experiments.compare"):
         page.page([])
     with pytest.raises(ValueError, match="come from different machines, .*another CPU.*: keep those of one"):
-        page.table([line(), line(seed=1, cpu="another CPU")])
+        page.gains([line(), line(seed=1, cpu="another CPU")])
 
 
-def test_the_readme_table(tmp_path, monkeypatch):
-    path, readme = tmp_path / "compare.jsonl", tmp_path / "README.md"
-    for result in (line(), line("GMP, uniform")):
-        results.append(path, result)
-    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    monkeypatch.setattr(report, "README", readme)
-    compare.main(["readme", "--results", str(path)])
-    assert path.with_suffix(".svg").read_text().lstrip().startswith("<")
-    text = readme.read_text()
-    assert text.startswith(f"before\n{page.BEGIN}\n| method | network, data |") and text.endswith(f"{page.END}\nafter\n")
+def test_tables():
+    lines = [line(), line("GMP, uniform")]
+    text = page.gains(lines)
     assert "| GMP, guided: measured here | vgg, cluttered digits | 96.0 → 96.0 % | 10.0 % | 5.0x | 2.00x dense" in text
-    assert "\nold\n" not in text and sum(": published |" in row for row in text.splitlines()) == len(PUBLISHED)
-    cells = {row.count(" | ") for row in text.splitlines() if row.startswith("|")}
-    assert len(cells) == 1
-
-
-def test_the_readme_has_the_table_of_the_committed_results():
-    text = report.README.read_text()
-    committed = page.table(results.read(compare.COMMITTED)) if compare.COMMITTED.exists() else ""
-    section = text.partition(f"{page.BEGIN}\n")[2].partition(page.END)[0]
-    assert section == (f"{committed}\n" if committed else "")
-    assert report.with_table(text, "", page.BEGIN, page.END).count(page.BEGIN) == 1  # raises unless there is one section
+    assert sum(": published |" in row for row in text.splitlines()) == len(PUBLISHED)
+    assert len({row.count(" | ") for row in text.splitlines() if row.startswith("|")}) == 1
+    text = page.tables(lines)
+    assert text.startswith("- vgg: ") and "## vgg" in text
+    assert [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| GMP")] == ["| GMP, guided", "| GMP, uniform"]
 
 
 @pytest.mark.parametrize("command, message", [
-    (["tarin"], "there is no stage tarin, wanted some of measure, train, time, report, readme"),
+    (["tarin"], "there is no stage tarin, wanted some of measure, train, time, report"),
     (["--methods", "magic"], "invalid choice: 'magic'"), (["--networks", "alexnet"], "invalid choice: 'alexnet'"),
     (["--speedups", "0.5"], r"a requested speedup is at least 1, got \[0.5\]")])
 def test_a_wrong_command(command, message, capsys):

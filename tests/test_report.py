@@ -172,7 +172,7 @@ def test_where_it_loses(result):
     assert "0.5 times as fast at batch 1" in report.headline(result) and "0.50 points less accurate" in report.headline(result)
 
 
-def test_the_readme_table(result):
+def test_a_table_of_runs(result):
     other = result | {"seed": 1}
     newer = copy.deepcopy(result)
     newer["accuracy"]["packed"] = 0.4321
@@ -182,21 +182,6 @@ def test_the_readme_table(result):
     assert rows[0][1] == "1.2x" and rows[0][2].endswith("→ 43.2 %") and result["cpu"] in text
     fastest = min(result["times"]["1"][name]["seconds"] for name in (evaluate.DENSE, evaluate.FOLDED))
     assert f"**{fastest / result['times']['1'][evaluate.PACKED]['seconds']:.1f}x**" in rows[0][5]
-
-    before = f"# title\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.with_table(before, text) == f"# title\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
-    assert report.with_table(report.with_table(before, "x"), text) == report.with_table(before, text)
-
-
-def test_missing_results_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"transfer.jsonl is missing: run python -m experiments.calibrate --transfer"):
-        report.carries(tmp_path)
-
-
-def test_a_readme_without_markers():
-    for readme in ("", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"):
-        with pytest.raises(ValueError, match=re.escape(f"needs one line {report.BEGIN} and after it one line {report.END}")):
-            report.with_table(readme, "table")
 
 
 def test_no_table_of_nothing_or_of_two_machines(result):

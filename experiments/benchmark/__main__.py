@@ -229,7 +229,9 @@ def run_plot(args: argparse.Namespace) -> None:
 
     lines = [line for line in results.newest(results.read(args.results)) if line["threads"] == args.threads
              and line["n"] in args.batch and any(part in line["layer"] for part in args.layer)]
-    plot_speed(lines, args.out)
+    figure = plot_speed(lines)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=150)
     print(f"wrote {args.out}")
 
 

@@ -11,16 +11,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
 from experiments.benchmark.results import ROOT, Line
+from experiments.benchmark.table import markdown
 from experiments.benchmark.timing import confine
 from experiments.evaluate import program
 from experiments.models.layers import conv, norm
+from experiments.report import MET
 
 SPEEDUPS = 1.5, 2.0, 3.0
 HEAD = ("network", "n", "threads", "asked", "measured", "off by", "predicted", "dense ms", "packed ms")
@@ -96,8 +98,25 @@ def row(line: Line) -> tuple[str, ...]:
             f"{1e3 * line['dense']:.3f}", f"{1e3 * line['packed']:.3f}")
 
 
+def asked_table(lines: Sequence[Line]) -> str:
+    """The results of a CPU as a Markdown table, and how many requests were met."""
+    refused = [f"- {line['layer']}, {_threads(line['threads'])}, {line['asked']:g}x: {line['refused']}"
+               for line in lines if "refused" in line]
+    parts = [markdown(HEAD, [row(line)[: len(HEAD)] for line in lines]), "", *refused]  # what a row has more is why
+    for threads in sorted({line["threads"] for line in lines}):
+        own = [line["measured"] / line["asked"] - 1 for line in lines if line["threads"] == threads and "refused" not in line]
+        parts.append(f"- {_threads(threads)}: {sum(abs(off) <= MET for off in own)} of {len(own)} speedups "
+                     f"met within {MET:.0%}, the others off by up to {max(map(abs, own)):.0%}")
+    last = lines[-1]
+    return "\n".join([*parts, "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _case(name: str, threads: int) -> Iterator[Line]:
-    """As the README says it, of one network."""
+    """As the tutorial says it, of one network."""
     import sparseflax
     from sparseflax import prune
     from sparseflax.cost.timing import medians

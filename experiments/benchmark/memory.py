@@ -5,13 +5,13 @@ What XLA reserves for a program leaves out what its libraries allocate while it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmark.results import MEMORY, Line, newest, read
+from experiments.benchmark.results import Line
 from experiments.benchmark.table import OURS, markdown
 from experiments.benchmark.timing import use_threads
 
@@ -40,9 +40,9 @@ def row(line: Line) -> tuple[str, ...]:
     return line["layer"], str(line["n"]), *megabytes
 
 
-def memory_table(path: Path = MEMORY) -> str:
-    """The newest results as a Markdown table; raises as `read`."""
-    lines = sorted(newest(read(path)), key=lambda line: (line["layer"], line["n"]))
+def memory_table(lines: Iterable[Line]) -> str:
+    """The results of a CPU as a Markdown table."""
+    lines = sorted(lines, key=lambda line: (line["layer"], line["n"]))
     last = lines[-1]
     caption = f"{last['cpu']}, {last['isa']}, one thread. Measured {last['date'][:10]} at {last['commit']}."
     return "\n".join([markdown(HEAD, list(map(row, lines))), "", caption])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from experiments.benchmark.networks import XLA, XLA_FOLDED
-from experiments.benchmark.results import Line, newest, read
+from experiments.benchmark.results import Line
 from experiments.benchmark.table import OURS, fastest_dense, markdown, speedup
 
 HEAD = ("network", "n", "threads", "weights kept", "ms", "spread", "xla", "fastest dense", "ms", "spread", "speedup",
@@ -42,17 +41,28 @@ def breakdown(line: Line, most: int = 12) -> list[str]:
     return text
 
 
-def networks_table(path: Path) -> str:
-    """The newest results as a Markdown table, a row for each network, batch and number of threads, and where they lose.
+def cpus_table(found: Mapping[str, Sequence[Line]]) -> str:
+    """Before and after on one thread as a Markdown table, a row for each network and batch and two columns for each CPU.
 
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: it is empty or damaged.
+    Args:
+      found: {CPU: its newest results}.
     """
-    lines = newest(read(path))
-    if not lines:
-        raise ValueError(f"{path} holds no results: measure them with `python -m experiments.benchmark networks`")
-    lines.sort(key=lambda line: (line["layer"], line["n"], line["threads"]))
+    lines = {(cpu, line["layer"], line["n"]): line for cpu in found for line in found[cpu] if line["threads"] == 1}
+    head = ["network", "n"]
+    for cpu, own in found.items():
+        head += [f"{cpu}, {own[-1]['isa']}: before → after, ms", "over the fastest engine"]
+    rows = []
+    for name, n in sorted({(name, n) for _, name, n in lines}):
+        rows.append([name, str(n)])
+        for cpu in found:
+            line = lines.get((cpu, name, n))
+            rows[-1] += _change(line) if line else ("not measured", "")
+    return markdown(head, rows)
+
+
+def networks_table(lines: Sequence[Line]) -> str:
+    """The results of a CPU as a Markdown table, a row for each network, batch and number of threads, and where they lose."""
+    lines = sorted(lines, key=lambda line: (line["layer"], line["n"], line["threads"]))
     head = ["network", "n", "threads", "weights kept", "ms", "XLA dense, ms", "speedup", "fastest dense engine, ms", "speedup"]
     rows = []
     for line in lines:
@@ -68,6 +78,12 @@ def networks_table(path: Path) -> str:
                f"({versions}). Measured {last['date'][:10]} at "
                f"{commits}.")
     return "\n".join([markdown(head, rows), "", caption, *_where(lines)])
+
+
+def _change(line: Line) -> tuple[str, str]:
+    """XLA's time and ours, and the fastest engine's over ours."""
+    ours = line["times"][OURS]["seconds"]
+    return (f"{_ms(over_xla(line) * ours)} → {_ms(ours)}", f"**{line['times'][_engine(line)]['seconds'] / ours:.2f}x**")
 
 
 def _engine(line: Line) -> str:
@@ -89,4 +105,4 @@ def _where(lines: Sequence[Line]) -> list[str]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
+
+from matplotlib.figure import Figure
 
 from experiments.benchmark.results import Line
 from experiments.benchmark.table import OURS, fastest_dense
 
 
-def plot_speed(lines: Sequence[Line], out: Path) -> None:
+def plot_speed(lines: Sequence[Line]) -> Figure:
     """Effective Gflop/s against density, both logarithmic, a field for each layer and batch.
 
     Dense rivals are lines, since zeros do not help them. The ideal is FMAs from registers at their peak, on kept weights
@@ -19,16 +20,10 @@ def plot_speed(lines: Sequence[Line], out: Path) -> None:
 
     Args:
       lines: results, of one machine and number of threads.
-      out: .svg, .png or .pdf.
 
     Raises:
       ValueError: no layer was measured at two densities.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     fields: dict[tuple[str, int], list[Line]] = {}
     for line in lines:
         fields.setdefault((line["layer"], line["n"]), []).append(line)
@@ -38,7 +33,8 @@ def plot_speed(lines: Sequence[Line], out: Path) -> None:
                          "example, --density 0.05 0.1 0.2")
     columns = min(3, len(fields))
     rows = math.ceil(len(fields) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     names = list(dict.fromkeys(name for group in fields.values() for line in group for name in line["times"] if name != OURS))
     colours = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, ((layer, n), group) in zip(axes.flat, fields.items(), strict=False):
@@ -50,9 +46,7 @@ def plot_speed(lines: Sequence[Line], out: Path) -> None:
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.supylabel("effective Gflop/s (dense-equivalent)", fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def _draw(axis, group: Sequence[Line], colours: dict[str, str]) -> None:

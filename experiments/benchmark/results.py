@@ -19,9 +19,8 @@ NETWORKS = LAYERS.with_name("networks.jsonl")
 THREADS = LAYERS.with_name("threads.jsonl")
 MEMORY = LAYERS.with_name("memory.jsonl")
 ASKED = LAYERS.with_name("asked.jsonl")
-OTHER_THREADS = LAYERS.with_name("threads_xeon.jsonl"),  # of other CPUs
-OTHER_LAYERS = LAYERS.with_name("layers_zen4.jsonl"), LAYERS.with_name("layers_xeon.jsonl")
-KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory")  # two lines that agree in these measure the same
+OTHER_LAYERS = LAYERS.with_name("layers_zen4.jsonl"), LAYERS.with_name("layers_xeon.jsonl")  # of other CPUs
+KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory", "asked")  # two lines that agree in these measure the same
 MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another here
 
 
@@ -61,10 +60,27 @@ def read(path: Path) -> list[Line]:
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:
-    """The last line of each layer, batch, density, number of threads and instruction set, on the CPU measured last."""
+    """The last line of each layer, batch, density, number of threads, instruction set and request, on the CPU measured last."""
     lines = list(lines)
-    last = {tuple(line[key] for key in KEY): line for line in lines if line["cpu"] == lines[-1]["cpu"]}
+    last = {tuple(line.get(key) for key in KEY): line for line in lines if line["cpu"] == lines[-1]["cpu"]}
     return list(last.values())
+
+
+def by_cpu(path: Path) -> dict[str, list[Line]]:
+    """The newest lines of each CPU, of a file and of those beside it named after it, as threads_xeon.jsonl is; its own first.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a damaged line, or none at all.
+    """
+    others = sorted(path.parent.glob(f"{path.stem}_*{path.suffix}"))
+    lines = [line for file in (*others, path) for line in read(file)]
+    if not lines:
+        raise ValueError(f"{path} holds no results: measure them with `python -m experiments.benchmark {path.stem}`")
+    last = {line["cpu"]: line["date"] for line in lines}
+    own = {line["cpu"] for line in read(path)}
+    cpus = sorted(last, key=lambda cpu: (cpu in own, last[cpu]), reverse=True)
+    return {cpu: newest(line for line in lines if line["cpu"] == cpu) for cpu in cpus}
 
 
 def geometric_mean(values: Iterable[float]) -> float:

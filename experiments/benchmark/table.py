@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from experiments.benchmark.results import LAYERS, THREADS, Line, geometric_mean, newest, read
+from experiments.benchmark.results import LAYERS, Line, geometric_mean, newest, read
 
 OURS = "sparseflax"
 HEAD = ("layer", "n", "density", "us", "spread", "useful Gflop/s", "of peak", "effective Gflop/s", "fastest dense", "us",
@@ -150,17 +150,8 @@ def threads_row(line: Line) -> tuple[str, ...]:
             *(f"{line[key]:.2f}x" for key in ("gain", "copies")))
 
 
-def threads_table(path: Path = THREADS) -> str:
-    """How many times faster ours is on several threads than on one, as a Markdown table.
-
-    Args:
-      path: JSON lines of `python -m experiments.benchmark threads`.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: a damaged line.
-    """
-    lines = newest(read(path))
+def threads_table(lines: Sequence[Line]) -> str:
+    """How many times faster ours is on several threads of a CPU than on one, as a Markdown table."""
     rows = [threads_row(line) for line in lines]
     for n in sorted({line["n"] for line in lines}):
         means = (f"**{geometric_mean(line[key] for line in lines if line['n'] == n):.2f}x**" for key in ("gain", "copies"))
@@ -168,6 +159,26 @@ def threads_table(path: Path = THREADS) -> str:
     last = lines[-1]
     return "\n".join([markdown(THREADS_HEAD, rows), "", f"{last['cpu']}, {last['isa']}, {last['threads']} threads, density "
                       f"{last['drawn']:g}. Measured {last['date'][:10]} at {last['commit']}."])
+
+
+def densities_table(lines: Sequence[Line]) -> str:
+    """Our microseconds at each density and those of XLA's dense one as a Markdown table.
+
+    Args:
+      lines: of one CPU, number of threads and instruction set.
+    """
+    drawn = sorted({line["drawn"] for line in lines})
+    found = {(line["layer"], line["n"], line["drawn"]): line for line in lines}
+    rows = []
+    for layer, n in sorted(dict.fromkeys((layer, n) for layer, n, _ in found), key=lambda pair: pair[1]):
+        own = [found.get((layer, n, density)) for density in drawn]
+        dense = statistics.median(seconds(line)[1] for line in own if line)
+        rows.append([layer, str(n), *(f"{1e6 * seconds(line)[0]:.0f}" if line else "" for line in own), f"{1e6 * dense:.0f}"])
+    last = lines[-1]
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    origin = f"{last['cpu']}, {last['isa']}, 1 thread. Measured {last['date'][:10]} at {commits}."
+    head = ["layer", "n", *(f"{density:g}" for density in drawn), "XLA dense"]
+    return "\n".join([markdown(head, rows), "", origin])
 
 
 def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | None) -> list[Line]:
@@ -180,9 +191,9 @@ def _chosen(path: Path, layers: str, threads: int, density: float, isa: str | No
     return [line for line in lines if (line["isa"], line["memory"]) == (last["isa"], last["memory"])]
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A Markdown table, its first columns, so many as hold words, to the left."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 

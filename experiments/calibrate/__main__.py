@@ -4,7 +4,6 @@
     python -m experiments.calibrate --transfer          # constants of one instruction set used for another
     python -m experiments.calibrate --gpu               # a GPU's roofline, where there is a GPU
     python -m experiments.calibrate --spdy DIR          # the model's form on another engine and machine
-    python -m experiments.calibrate --figures           # the paper's Figures 3 and 5, from its three machines
 """
 
 from __future__ import annotations
@@ -26,19 +25,18 @@ def main() -> None:
     task.add_argument("--transfer", action="store_true", help="fit on AVX2 and on AVX-512, predict the other")
     task.add_argument("--gpu", action="store_true", help="dense and gathered sparse convolutions on a GPU")
     task.add_argument("--spdy", type=Path, metavar="DIR", help="fit ResNet-18's published times, predict ResNet-50's")
-    task.add_argument("--figures", action="store_true", help="draw the paper's figures")
     parser.add_argument("--threads", type=int, help="default: as many as there are CPUs")
     parser.add_argument("--isa", help="instruction set of the sparse kernel, default the best")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="of --check")
     parser.add_argument("--seconds", type=float, help="for measuring; default 300, of --transfer and --gpu 50")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results and plots")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     args = parser.parse_args()
     seconds = args.seconds or (300.0 if args.check else 50.0)
     if args.threads:
         use_threads(args.threads)
     keep_memory()
     # Imported after that: JAX has to see it.
-    from experiments.calibrate import check, figures, gpu, spdy, transfer
+    from experiments.calibrate import check, gpu, spdy, transfer
 
     try:
         if args.check:
@@ -47,10 +45,8 @@ def main() -> None:
             transfer.run(seconds, args.out)
         elif args.gpu:
             gpu.run(seconds, args.out)
-        elif args.spdy:
-            spdy.run(args.spdy, args.out)
         else:
-            figures.run(args.out)
+            spdy.run(args.spdy, args.out)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

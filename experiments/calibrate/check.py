@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.benchmark.results import ROOT, Line, append, provenance, read
+from experiments.benchmark.results import ROOT, Line, append, provenance
 from experiments.calibrate.judgement import Judgement, table
 from experiments.calibrate.layers import held_out
+from experiments.plots import svg
 from sparseflax.calibration.calibrate import describe
 from sparseflax.calibration.fit import fit, predict
 from sparseflax.calibration.layers import fitting
@@ -27,7 +28,7 @@ DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def run(batches: Sequence[int], seconds: float, isa: str | None, out: Path) -> None:
-    """Measures, appends the held-out layers to the results and draws all of this machine's.
+    """Measures, appends the held-out layers to the results and judges them.
 
     Raises:
       ValueError: the native kernel does not run here.
@@ -52,10 +53,7 @@ def run(batches: Sequence[int], seconds: float, isa: str | None, out: Path) -> N
         for (name, drawn), error in judgement.networks.items():
             print(f"n={n}, {name} in all, {'dense' if drawn is None else f'density {drawn:g}'}: {error:+.1%}")
         print(f"n={n}: {'; '.join(judgement.missed()) or 'within every bound'}")
-    same = [line for line in read(out / "calibration.jsonl") if line["cpu"] == lines[-1]["cpu"] and line["isa"] == machine.isa]
-    newest = {(line["layer"], line["n"], line["threads"], line["drawn"]): line for line in same}
-    plot(list(newest.values()), out / "calibration.svg")
-    print(f"wrote {out / 'calibration.jsonl'} and {out / 'calibration.svg'}")
+    print(f"wrote {out / 'calibration.jsonl'}")
 
 
 def compare(samples: Sequence[Sample], machine: Machine, stored: Machine | None) -> list[Line]:
@@ -72,10 +70,16 @@ def nearest(density: float) -> float:
     return min(DENSITIES, key=lambda drawn: abs(np.log(drawn / density)))
 
 
-def plot(lines: Sequence[Line], file: Path) -> None:
-    """Predicted against measured microseconds, a field for each batch and number of threads."""
+def plot(lines: Sequence[Line]) -> str:
+    """Predicted against measured microseconds of a CPU as SVG, a field for each batch and number of threads.
+
+    Args:
+      lines: of a file of results; the newest of each layer, batch, density and number of threads counts.
+    """
     from matplotlib.figure import Figure
 
+    same = [line for line in lines if (line["cpu"], line["isa"]) == (lines[-1]["cpu"], lines[-1]["isa"])]
+    lines = list({(line["layer"], line["n"], line["threads"], line["drawn"]): line for line in same}.values())
     fields = sorted({(line["n"], line["threads"]) for line in lines})
     figure = Figure(figsize=(4.2 * len(fields), 4.4), layout="constrained")
     for axes, (n, threads) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, strict=True):
@@ -90,5 +94,4 @@ def plot(lines: Sequence[Line], file: Path) -> None:
         for factor, style in ((1, "-"), (1.1, ":"), (1 / 1.1, ":")):
             axes.plot([low, high], [low * factor, high * factor], style, color="#666666", linewidth=0.8)
         axes.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    return svg(figure)

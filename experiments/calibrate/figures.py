@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
+from experiments.benchmark.table import markdown
 from experiments.layers import ALEXNET, layer
+from experiments.plots import svg
 from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250, Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -24,21 +24,18 @@ def lowered(shape: ConvShape, machine: Machine) -> Work:
         tile._replace(input_bytes=tile.input_bytes * shape.kh * shape.kw) for tile in work.tiles))
 
 
-def run(out: Path) -> None:
-    """Writes figure3.svg and figure5.svg, and prints the numbers that the paper quotes."""
-    conv5 = ALEXNET["conv5"]
-    for machine in (XEON_E5_2697V4, ATOM_C2750, XEON_PHI_7250):
+def table() -> str:
+    """What the model says of conv5 on the paper's machines, beside what the paper measured, as a Markdown table."""
+    conv5, rows = ALEXNET["conv5"], []
+    for machine, measured in MEASURED.items():
         found = useful_range(conv5, machine)
         at = float(dense_seconds(conv5, machine) / conv_seconds(conv5, 0.09, machine))
-        print(f"{machine.name}: conv5 useful from {float(found.lower):.4f} to {float(found.upper):.3f}, "
-              f"at density 0.09 predicted {at:.2f}x, the paper measured {MEASURED[machine]}x over conv2-5")
-    out.mkdir(parents=True, exist_ok=True)
-    figure3(out / "figure3.svg")
-    figure5(out / "figure5.svg")
-    print(f"wrote {out / 'figure3.svg'} and {out / 'figure5.svg'}")
+        rows.append((machine.name, f"{float(found.lower):.4f} to {float(found.upper):.3f}", f"{at:.2f}x", f"{measured}x"))
+    head = "machine", "conv5 of AlexNet useful at densities", "predicted at 0.09", "the paper measured, conv2 to conv5"
+    return markdown(head, rows)
 
 
-def figure3(file: Path) -> None:
+def figure3() -> str:
     """Projected effective flop/s and speedup against density, on Xeon and Atom."""
     from matplotlib.figure import Figure
 
@@ -55,10 +52,10 @@ def figure3(file: Path) -> None:
         column[1].set(xscale="log", yscale="log", xlabel="density: kept / all weights", ylabel="speedup over dense")
         column[1].axhline(1, color="#666666", linewidth=0.8)
         column[0].legend(frameon=False)
-    figure.savefig(file)
+    return svg(figure)
 
 
-def figure5(file: Path) -> None:
+def figure5() -> str:
     """Effective flop/s of AlexNet's conv2-5 against density on the three machines, and what the paper measured at 0.09."""
     from matplotlib.figure import Figure
 
@@ -71,4 +68,4 @@ def figure5(file: Path) -> None:
         axes.set(title=machine.name, xscale="log", yscale="log", xlabel="density: kept / all weights",
                  ylabel="effective Gflop/s")
         axes.legend(frameon=False, fontsize=7)
-    figure.savefig(file)
+    return svg(figure)

@@ -105,7 +105,7 @@ def table(lines: Sequence[Line]) -> str:
             which = f"fitted in these rounds; the {len(steady)} of {len(some)} times that repeat within {STEADY:.0%}"
             rows.append((name, which, *cells, *[""] * 5))
     last = list(newest.values())[-1]
-    return "\n".join([markdown(HEAD, rows), "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
+    return "\n".join([markdown(HEAD, rows, words=2), "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
 
 
 def errors(lines: Sequence[Line], key: str = "predicted") -> tuple[Errors, Errors]:

@@ -66,7 +66,7 @@ def table(lines: Sequence[Line]) -> str:
     return markdown(("form", "network", *(f"{kind}: {text}" for kind in kinds for text in what.values())), [
         (form, network + (", fitted" if network == "ResNet-18" else ", predicted"),
          *(f"{line[kind][key]:.1%}" for kind in kinds for key in what))
-        for (form, network), line in newest.items()])
+        for (form, network), line in newest.items()], words=2)
 
 
 def _roofline(samples: list[Sample]) -> Machine:

@@ -46,5 +46,5 @@ def table(lines: Sequence[Line]) -> str:
     last, threads = lines[-1], lines[-1]["threads"]
     return "\n".join([markdown(("fitted on", "used for", "median error", "90th percentile", "bias"), [
         (fitted, used, f"{line['median']:.1%}", f"{line['high']:.1%}", f"{line['bias']:+.1%}")
-        for (fitted, used), line in newest.items()]), "",
+        for (fitted, used), line in newest.items()], words=2), "",
         f"{last['cpu']}, {threads} thread{'s' * (threads > 1)}. Measured {last['date'][:10]} at {last['commit']}."])

@@ -3,7 +3,6 @@
     python -m experiments.compare [--quick] [--networks ...] [--methods ...] [--speedups ...] [--seeds ...] [--out DIR]
     python -m experiments.compare measure train      what needs no quiet machine once `measure` is done
     python -m experiments.compare time report        on a quiet one
-    python -m experiments.compare readme             rewrites the README's table and figure from the committed results
 
 Everything runs on one thread, for which `python -m sparseflax calibrate --threads 1` makes good predictions: run it first.
 By default the first network runs every method, and the others the best guided and the best unguided one of those by accuracy,
@@ -19,16 +18,12 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import report
-from experiments.benchmark import results
-from experiments.benchmark.results import ROOT
 from experiments.benchmark.timing import keep_memory, use_threads
 from experiments.checkpoint import write_atomically
-from experiments.compare import figures, networks, page, runs, summary, timing, training
+from experiments.compare import networks, page, runs, summary, timing, training
 from experiments.compare.runs import Run
 from experiments.methods import METHODS
 
-COMMITTED = ROOT / "experiments" / "results" / "compare.jsonl"
 STAGES = "measure", "train", "time", "report"
 
 
@@ -39,8 +34,6 @@ def main(flags: Sequence[str] | None = None) -> None:
     keep_memory()
     configs = networks.QUICK if arguments.quick else networks.NETWORKS
     out: Path = arguments.out or Path("runs", "compare-quick" if arguments.quick else "compare")
-    if "readme" in arguments.stages:
-        _rewrite_readme(arguments.results)
     seeds = arguments.seeds or (networks.QUICK_SEEDS if arguments.quick else networks.SEEDS)
     methods, speedups, between = (networks.QUICK_METHODS, networks.QUICK_SPEEDUPS, ()) if arguments.quick else (
         tuple(METHODS), networks.SPEEDUPS, networks.BETWEEN)
@@ -76,13 +69,6 @@ def main(flags: Sequence[str] | None = None) -> None:
         print(f"page: {out / 'compare.html'}")
 
 
-def _rewrite_readme(path: Path) -> None:
-    lines = results.read(path)
-    text = page.table(lines)
-    write_atomically(path.with_suffix(".svg"), figures.pareto(lines, lines[0]["network"]))
-    write_atomically(report.README, report.with_table(report.README.read_text(), text, page.BEGIN, page.END))
-
-
 def _arguments(flags: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,10 +80,9 @@ def _arguments(flags: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--threads", type=int, default=1, help="of training and of what is timed; of a folder always the same")
     parser.add_argument("--out", type=Path, help="folder of everything; runs/compare by default")
-    parser.add_argument("--results", type=Path, default=COMMITTED, help="JSON lines the README's table is made from")
     arguments = parser.parse_args(flags)
-    if unknown := [stage for stage in arguments.stages if stage not in (*STAGES, "readme")]:
-        parser.error(f"there is no stage {', '.join(unknown)}, wanted some of {', '.join((*STAGES, 'readme'))}")
+    if unknown := [stage for stage in arguments.stages if stage not in STAGES]:
+        parser.error(f"there is no stage {', '.join(unknown)}, wanted some of {', '.join(STAGES)}")
     if small := [speedup for speedup in arguments.speedups or () if not speedup >= 1]:
         parser.error(f"a requested speedup is at least 1, got {small}")
     return arguments

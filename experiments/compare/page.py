@@ -1,4 +1,4 @@
-"""The comparison for people: one HTML page, and the README's table."""
+"""The comparison for people: one HTML page, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from experiments import report
 from experiments.benchmark.results import Line
+from experiments.benchmark.table import markdown
 from experiments.compare import figures, summary
 from experiments.compare.published import PUBLISHED
 from experiments.compare.summary import EQUAL, Point
 
-BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 SHOWN = 6  # methods in the figures of densities, which show each of them once per layer
 HEAD = ("method", "asked", "accuracy, %", "spread", "against dense", "weights kept", "packed", "compression", "batch 1, ms",
         "speedup", "batch 16, ms", "speedup", "predicted", "training, CPU s")
@@ -54,14 +54,19 @@ def page(lines: Sequence[Line]) -> str:
     return report.PAGE.format(title="Pruning methods compared", headline=html.escape(said[0]), body="\n".join(parts))
 
 
-def table(lines: Sequence[Line]) -> str:
-    """The README's table in Markdown. Raises as `page`."""
+def gains(lines: Sequence[Line]) -> str:
+    """The fastest methods as accurate as dense beside published ones, as a Markdown table. Raises as `page`."""
+    return "\n".join([markdown(GAINS, _gains(_checked(lines)), words=len(GAINS)), "", _conditions(lines),
+                      "Rows marked published are the papers' own numbers, on their machines."])
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """What came out in sentences, and all points of each network as a Markdown table. Raises as `page`."""
     found = _checked(lines)
-    rows = [GAINS, ["---"] * len(GAINS), *_gains(found)]
-    said = [f"- {sentence}" for sentence in summary.conclusions(lines)]
-    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", _conditions(lines),
-                      "Rows marked published are the papers' own numbers, on their machines.", "", *said, "",
-                      "![accuracy against measured speedup](experiments/results/compare.svg)"])
+    parts = ["\n".join(f"- {sentence}" for sentence in summary.conclusions(lines)), _conditions(lines)]
+    for network in dict.fromkeys(point.network for point in found):
+        parts += [f"## {network}", markdown(HEAD, [_row(point) for point in found if point.network == network])]
+    return "\n\n".join(parts)
 
 
 def terminal(lines: Sequence[Line]) -> str:

@@ -78,8 +78,8 @@ def schedule(shape: ConvShape, kept: int, isa: str, threads: int = 1, caches: tu
     assert ffi.native is not None
     return ffi.native.schedule(
         [shape.n, shape.ih, shape.iw, shape.oh, shape.ow], [kh, kw, icg, oc, shape.groups, shape.block],
-        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa, threads, caches,
-        fma_cycles)
+        [*shape.strides, top, bottom, left, right, *shape.kernel_dilation], kept, "" if isa == ffi.isa() else isa, threads,
+        caches, fma_cycles)
 
 
 def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCounts:
