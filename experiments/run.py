@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
@@ -39,6 +41,7 @@ from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
+LESS, LEAST = 0.75, 1.2  # of what a speedup saves, the next one to try where accuracy forbids it, and when to give up
 WHOLE = 5  # times as long as it is timed at the end, is a network measured before: all that follows goes by that
 
 
@@ -83,11 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
 
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
-    steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
-    guide = method.guide(asked)  # which may look at the weights, which are others now
-    optimizer = method.prepare(asked, guide)
-    assert optimizer is not None, config.method  # it trains
-    pruned = fit(config, model, data, out, "pruning", optimizer, steps)
+    asked, guide, pruned, shortfall = prune_within(config, asked, data, out, dense.accuracies[-1][1])
 
     chosen = plan(model, data.test_images[:1], machine)
     print(chosen, flush=True)
@@ -104,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
             "packed": train.accuracy(packed, data.test_images, data.test_labels),
         },
         "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
-        "requested": config.speedup, "shortfall": guide.shortfall, "whole": whole._asdict(),
+        "requested": config.speedup, "shortfall": shortfall or guide.shortfall, "whole": whole._asdict(),
         "predicted": asked.speed.speedup({layer.path: layer.density for layer in chosen.layers}),
         "times": {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES},
         "layers": {str(n): evaluate.time_layers(folded, chosen, n, config.timing_seconds / 4) for n in BATCHES},
@@ -121,6 +120,39 @@ def run(config: Config) -> dict[str, Any]:
     print(report.summary(result))
     print(f"report: {out / 'report.html'}")
     return result
+
+
+def prune_within(config: Config, asked: Task, data: Data, out: Path, dense: float
+                 ) -> tuple[Task, prune.Guidance, train.Trained, str]:
+    """Prunes the task's model for its speedup, and for less from its dense weights again while that costs too much accuracy.
+
+    Args:
+      config: says how many points it may cost.
+      asked: of the method; its model is pruned in place.
+      data: to learn from.
+      out: the run's folder.
+      dense: accuracy before.
+
+    Returns:
+      The task that was fulfilled, its guide, its training, and in words what had to be given up, or "".
+    """
+    steps = range(config.dense_steps, config.dense_steps + config.prune_steps)
+    before, method, tried = jax.tree.map(jnp.copy, nnx.state(asked.model)), METHODS[config.method], list[str]()
+    while True:
+        guide = method.guide(asked)  # which may look at the weights
+        optimizer = method.prepare(asked, guide)
+        assert optimizer is not None, config.method  # it trains
+        title = "pruning" if asked.speedup == config.speedup else f"pruning for {asked.speedup:.3g}x"
+        pruned = fit(config, asked.model, data, out, title, optimizer, steps)
+        lost = 100 * (dense - pruned.accuracies[-1][1])
+        tried.append(f"{asked.speedup:.3g}x costs {max(0, lost):.2f}")
+        slower = 1 + (asked.speedup - 1) * LESS
+        if config.points is None or lost <= config.points or slower < LEAST:
+            allowed = f"asked for {config.speedup:g}x at {config.points} points at most: {', '.join(reversed(tried))}"
+            return asked, guide, pruned, allowed if len(tried) > 1 else ""
+        print(f"{tried[-1]} points, {config.points} are allowed: pruned again for {slower:.3g}x", flush=True)
+        nnx.update(asked.model, jax.tree.map(jnp.copy, before))
+        asked = dataclasses.replace(asked, speedup=slower)
 
 
 def fit(config: Config, model: nnx.Module, data: Data, out: Path, title: str, optimizer: optax.GradientTransformation,

@@ -96,6 +96,31 @@ def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(met
     assert report.headline(result).startswith("Asked for 1000x, this machine allows ")
 
 
+def test_accuracy_bounds_the_speedup(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(smoke.config, out=tmp_path, speedup=1.6, points=2.0)
+    checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
+    checkpoint.write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
+    train_to, started = run.train.fit, []
+
+    def losing(model, *arguments, title, **options):
+        """What is pruned too far loses 10 points, what is not none."""
+        trained = train_to(model, *arguments, title=title, **options)
+        if title == "dense training":
+            started[:] = [trained.accuracies[-1][1], nnx.state(model, nnx.Param)["head"]["kernel"][...]]
+        else:
+            started.append(title)
+            lost = 0.1 if title == "pruning" else 0.0
+            trained = trained._replace(accuracies=[(1, started[0] - lost)])
+        return trained
+
+    monkeypatch.setattr(run.train, "fit", losing)
+    result = run.run(config)
+    assert started[2:] == ["pruning", "pruning for 1.45x"]
+    assert result["shortfall"] == "asked for 1.6x at 2.0 points at most: 1.45x costs 0.00, 1.6x costs 10.00"
+    assert result["predicted"] == pytest.approx(1.45, rel=0.02) and result["requested"] == 1.6
+    assert "1.6x costs 10.00 points, 2.0 are allowed: pruned again for 1.45x" in capsys.readouterr().out
+
+
 def test_the_command_line(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(run, "run", seen.append)

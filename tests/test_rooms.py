@@ -2,13 +2,14 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import sparseflax
 
 HERE = Path(sparseflax.__file__).parent
 # From the ground up: a room knows of those before it. What stands in no folder is the table of contents.
-ROOMS = ("conv", "cost", "layers", "network", "calibration", "onnx", "files", "prune")
+ROOMS = re.findall(r"^\| `sparseflax/(\w+)/` \|", (HERE.parent / "docs" / "design.md").read_text(), re.MULTILINE)
 MODULES = {".".join(("sparseflax", *file.relative_to(HERE).with_suffix("").parts)): file for file in HERE.rglob("*.py")}
 
 

@@ -54,6 +54,8 @@ class Config:
     """Of all parameters, added to the gradient before momentum."""
     speedup: float = 3.0
     """Requested of the whole network at batch 1 on this machine."""
+    points: float | None = None
+    """Percentage points of test accuracy that it may cost; where it costs more, less speed is tried. None: no bound."""
     method: str = "GMP, guided"
     """A name in experiments/methods.py."""
     prune_every: int = 10
