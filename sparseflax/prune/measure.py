@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,11 @@ from sparseflax.prune.whole import Packed, Whole, fit
 # the model is off, these what is left then, and between them that is interpolated.
 SPEEDUPS = 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0
 HALFWAY = 0.5  # in the logarithm of time
-FIRST = 0.4  # of the time for measuring, until it is known what to measure; then all of it is timed again, in turn
-BLOCKS = 3  # of every timing
+FIRST = 0.3  # of the time for measuring, until it is known what to measure; then all of it is timed again, in turn
 BURST = 0.01  # seconds for which a network runs before it is another one's turn
 
 
-def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: float = 8.0, min_density: float = 0.01,
+def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: float = 15.0, min_density: float = 0.01,
             **call: Any) -> Whole:
     """Times the network, dense and packed, with weights removed by magnitude; let nothing else run meanwhile.
 
@@ -62,8 +61,8 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
     layers, turn, networks = all_dense.seconds, FIRST * seconds / (2 + len(SPEEDUPS)), list[Packed]()
     with progress("timing the network", 4 + len(SPEEDUPS)) as advance:
         # What a process does first is slower: its memory is not mapped yet, and its threads sleep.
-        _times(programs, turn)
-        dense = min(_times(programs, turn))
+        medians(programs, turn, BURST)
+        dense = min(medians(programs, turn, BURST))
         advance(1, f"dense {1e3 * dense:.3g} ms")
 
         def packed(whole: Whole, goal: float) -> Packed | None:
@@ -74,7 +73,7 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
             network = pruned(model, guide.densities)
             chosen = plan(network, x, machine, **call)
             programs.append(program(pack_model(network, chosen, x, **call), x, call))
-            *dense_times, time = _times([*programs[:2], programs[-1]], turn)
+            *dense_times, time = medians([*programs[:2], programs[-1]], turn, BURST)
             sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
             # Over the dense time of the same moment: a machine that others use changes its speed.
             networks.append(Packed(chosen.seconds - sparse, sparse, dense * time / min(dense_times)))
@@ -95,16 +94,10 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
             for speedup in reversed(SPEEDUPS):
                 if dense / speedup > MARGIN * fastest and packed(whole, dense / speedup):
                     whole = whole.through([networks[0], *networks[2:]])
-        times = _times(programs, (1 - FIRST) * seconds)
+        times = medians(programs, (1 - FIRST) * seconds, BURST)
         advance(4 + len(SPEEDUPS), "done")
     again = [network._replace(seconds=time) for network, time in zip(networks, times[2:], strict=True)]
-    return whole._replace(dense_seconds=min(times[:2])).through(again)
-
-
-def _times(programs: list[Callable[[], Any]], seconds: float) -> list[float]:
-    # Other programs only ever add to a time, and may do so for seconds.
-    blocks = [medians(programs, seconds / BLOCKS, burst=BURST) for _ in range(BLOCKS)]
-    return np.min(blocks, axis=0).tolist()
+    return fit(min(times[:2]), layers, again)
 
 
 def pruned(model: Any, densities: Mapping[str, float]) -> Any:
