@@ -1,10 +1,17 @@
 """JAX made strict for every test, on two virtual CPU devices, before anything computes."""
 
+import tempfile
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Equal programs of different tests compile once. A folder for each process: JAX writes its files while others could read them.
+COMPILED = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
