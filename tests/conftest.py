@@ -33,6 +33,14 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
 
+# What takes longest begins first, so that no process waits for the other at the end.
+SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "report", "prune_budget", "prune_gsl", "calibrate",
+                                       "readme", "benchmark_networks", "train")]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 @pytest.fixture(scope="module")
 def strict_dtypes():
