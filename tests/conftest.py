@@ -1,10 +1,30 @@
 """JAX made strict for every test, on two virtual CPU devices, before anything computes."""
 
+import tempfile
+
 import jax
+from jax._src import compiler
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Equal programs of different tests compile once. A folder for each process: JAX writes its files while others could read them.
+COMPILED = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# Random numbers of every other shape take XLA over a second to optimize, and are the same to the bit without.
+DRAWS = {f"jit_{name}" for name in ("_normal", "_truncated_normal", "_uniform")}
+
+
+def compile_and_load(backend, module, devices, options, callbacks, compile_and_load=compiler.backend_compile_and_load):
+    if module.operation.attributes["sym_name"].value in DRAWS:
+        options.executable_build_options.debug_options.xla_backend_optimization_level = 1
+    return compile_and_load(backend, module, devices, options, callbacks)
+
+
+compiler.backend_compile_and_load = compile_and_load
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -12,6 +32,14 @@ import pytest  # noqa: E402
 # The same examples on every run, whatever the machine's speed.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
+
+# What takes longest begins first, so that no process waits for the other at the end.
+SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "report", "prune_budget", "prune_gsl", "calibrate",
+                                       "readme", "benchmark_networks", "train")]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,9 @@ class Pattern:
     def __post_init__(self):
         self.gaps.setflags(write=False)  # the digest is computed once
 
+    def __reduce__(self):
+        return Pattern, (self.shape, self.groups, self.block, self.gaps)  # read-only again, and without what is cached
+
     @functools.cached_property
     def digest(self) -> bytes:
         head = np.asarray([*self.shape, self.groups, self.block], np.int64).tobytes()

@@ -7,6 +7,7 @@ it run. So a residual is always there before its convolution, whatever the order
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import itertools
 from collections import Counter
@@ -74,7 +75,7 @@ def fuse_call(model: Model) -> Model:
     """Makes calls of an nnx module fused: the same object, now of a subclass of its class with a `__call__` of its own.
 
     It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
-    what a call writes to Variables (statistics, caches) is kept.
+    what a call writes to Variables (statistics, caches) is kept. It is pickled and copied as its class is.
 
     Args:
       model: what to change.
@@ -86,12 +87,16 @@ def fuse_call(model: Model) -> Model:
     return model
 
 
+class _FusedType(type(nnx.Module)):
+    """Of the classes made here, which no module has: so that `pickle` can say in a graphdef which one it was."""
+
+
 @functools.lru_cache
 def _fused(model_type: Any) -> type:
     if getattr(model_type, "_is_fused", False):
         return model_type
 
-    class Fused(model_type):
+    class Fused(model_type, metaclass=_FusedType if issubclass(_FusedType, type(model_type)) else type(model_type)):
         _is_fused = True
 
         def __call__(self, *args, **kwargs):
@@ -109,8 +114,22 @@ def _fused(model_type: Any) -> type:
                 nnx.update(self, written)
             return y
 
+        def __reduce_ex__(self, protocol):
+            dense = object.__new__(model_type)  # its class says how it is pickled and copied
+            vars(dense).update(vars(self))
+            reduced: Any = dense.__reduce_ex__(protocol)
+            return reduced if isinstance(reduced, str) else (_remake, reduced[:2], *reduced[2:])
+
     Fused.__name__, Fused.__qualname__, Fused.__module__ = model_type.__name__, model_type.__qualname__, model_type.__module__
     return Fused
+
+
+def _remake(make: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """A fused module, unpickled or copied."""
+    return fuse_call(make(*args))
+
+
+copyreg.pickle(_FusedType, lambda made: (_fused, made.__bases__))  # type: ignore[arg-type]
 
 
 def _same(before: list[Any] | None, leaf: Any) -> bool:

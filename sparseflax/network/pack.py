@@ -39,8 +39,9 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
       **call: further keyword arguments of the call, e.g. `train=False`, for a Linen model or where `plan` is None.
 
     Returns:
-      A new module, in evaluation mode, of the same class; where fused, of a subclass of it with the same name. Of a Linen
-      model the pair (module, variables), to be called as before: `module.apply(variables, x, **call)`.
+      A new module, in evaluation mode, of the same class; where fused, of a subclass of it with the same name. It can
+      be pickled and copied where `model` can. Of a Linen model the pair (module, variables), to be called as before:
+      `module.apply(variables, x, **call)`.
 
     Raises:
       TypeError: `model` is neither, `x` is missing, `plan` is no Plan, or weights are traced.
