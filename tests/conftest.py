@@ -3,7 +3,6 @@
 import tempfile
 
 import jax
-from jax._src import compiler
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -13,18 +12,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 COMPILED = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-# Random numbers of every other shape take XLA over a second to optimize, and are the same to the bit without.
-DRAWS = {f"jit_{name}" for name in ("_normal", "_truncated_normal", "_uniform")}
-
-
-def compile_and_load(backend, module, devices, options, callbacks, compile_and_load=compiler.backend_compile_and_load):
-    if module.operation.attributes["sym_name"].value in DRAWS:
-        options.executable_build_options.debug_options.xla_backend_optimization_level = 1
-    return compile_and_load(backend, module, devices, options, callbacks)
-
-
-compiler.backend_compile_and_load = compile_and_load
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
