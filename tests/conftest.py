@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("tests")
 
 # What takes longest begins first, so that no process waits for the other at the end.
 SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "report", "prune_budget", "prune_gsl", "calibrate",
-                                       "readme", "benchmark_networks", "train")]
+                                       "docs", "benchmark_networks", "train", "commands")]
 
 
 def pytest_collection_modifyitems(items):
