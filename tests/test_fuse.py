@@ -307,6 +307,24 @@ def test_pooling_changes_form():
     agrees(spread, X)
 
 
+def test_pooling_stays_with_the_dense_convolution_that_xla_computes_it_with():
+    def windows(f):
+        return [e.params["window_dimensions"] for e in equations(fuse(f), X) if e.primitive.name.startswith("reduce_window")]
+
+    def dense(x):
+        return nnx.relu(jax.lax.conv_general_dilated(x, jnp.asarray(KERNEL), (1, 1), "SAME", dimension_numbers=NHWC) + BIAS.reshape(
+            1, 1, 1, -1))
+
+    def side_by_side(x):
+        return nnx.max_pool(x, (2, 2), (2, 2))
+
+    assert windows(lambda x: side_by_side(dense(x))) == [(1, 2, 2, 1)]
+    assert windows(lambda x: nnx.max_pool(dense(x), (3, 3), (2, 2))) == [], "XLA computes that one apart"
+    assert windows(lambda x: side_by_side(nnx.relu(conv(x)))) == [], "nothing dense before it"
+    assert windows(lambda x: side_by_side(jnp.flip(dense(x), 1))) == [], "nor here"
+    agrees(lambda x: side_by_side(dense(x)), X)
+
+
 @given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=PAIR, strides=PAIR, dilation=PAIR,
        padding=st.tuples(PADDING, PADDING), groups=st.sampled_from([(4, 4), (8, 8), (8, 2), (8, 4)]))
 def test_grouped_convolutions_agree_with_xla(size, kernel, strides, dilation, padding, groups):

@@ -11,7 +11,7 @@ import copyreg
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.conv.primitive import Activation, conv_p, sparse_conv
 from sparseflax.conv.window import Window
-from sparseflax.network.rewrites import REWRITES
+from sparseflax.network.rewrites import REWRITES, joins
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nnx.Module)
@@ -164,7 +164,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> Seque
     """The rewritten jaxpr's outputs, with the derivatives of the original."""
 
     def rewritten(consts, arguments):
-        return [jnp.asarray(_now(value)) for value in _evaluate(jaxpr, [*consts, *arguments], itertools.count())]
+        return [jnp.asarray(_now(value)) for value in _evaluate(jaxpr, [*consts, *arguments], _Trace())]
 
     def original(consts, arguments):
         return eval_jaxpr(jaxpr, consts, *arguments)
@@ -176,13 +176,33 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> Seque
     return function(list(consts), list(arguments))
 
 
-def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], numbers: Iterator[int]) -> list[Any]:
+class _Trace:
+    """What is known across the jaxprs of one function.
+
+    Attributes:
+      numbers: counts the convolutions that wait.
+      chained: by id, values of dense convolutions and of what was done to them element by element: XLA computes these as one.
+    """
+
+    def __init__(self):
+        self.numbers, self.chained = itertools.count(), dict[int, Any]()
+
+    def chain(self, equation: Any, operands: Sequence[Any], results: Sequence[Any]) -> None:
+        if equation.primitive is primitives.conv_general_dilated_p or (
+                equation.primitive in ELEMENTWISE and any(map(self.is_chained, operands))):
+            self.chained |= {id(value): value for value in results}  # kept, so that no other gets its id
+
+    def is_chained(self, value: Any) -> bool:
+        return id(value) in self.chained
+
+
+def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
     """The outputs of a jaxpr, arrays or convolutions that wait.
 
     Args:
       jaxpr: an open one.
       values: of its constvars and invars; a convolution may wait here, too.
-      numbers: counts the convolutions.
+      trace: what is known so far.
     """
     atoms = (atom for atoms in (*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars) for atom in atoms)
     unread = Counter(atom for atom in atoms if not isinstance(atom, Literal))
@@ -206,15 +226,17 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], numbers: Iterator[int]) -> li
         operands = [read(atom) for atom in equation.invars]
         inner = _inlined(equation)
         if inner is not None:
-            results = _evaluate(inner.jaxpr, [*inner.consts, *operands], numbers)
+            results = _evaluate(inner.jaxpr, [*inner.consts, *operands], trace)
         elif equation.primitive is conv_p:
-            results = [_wait(next(numbers), equation, [_now(operand) for operand in operands])]
+            results = [_wait(next(trace.numbers), equation, [_now(operand) for operand in operands])]
         else:
             result = EPILOGUES[equation.primitive](equation, *operands) if equation.primitive in EPILOGUES else None
             if result is None:
                 operands = [_now(operand) for operand in operands]
-                result = REWRITES[equation.primitive](equation, *operands) if equation.primitive in REWRITES else None
+                if equation.primitive in REWRITES and not (trace.is_chained(operands[0]) and joins(equation)):
+                    result = REWRITES[equation.primitive](equation, *operands)
             results = _bind(jaxpr, equation, operands) if result is None else [result]
+            trace.chain(equation, operands, results)
         for variable, value in zip(equation.outvars, results, strict=True):
             write(variable, value)
     return [read(atom) for atom in jaxpr.outvars]
@@ -305,6 +327,8 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, _Waiting | Tracer) and np.ndim(value) == 0
 
 
+# What XLA adds to a dense convolution.
+ELEMENTWISE = {primitives.add_p, primitives.sub_p, primitives.mul_p, primitives.max_p, primitives.min_p, primitives.clamp_p}
 # What can join a convolution that waits.
 EPILOGUES: dict[Any, Callable[..., Any]] = {
     primitives.add_p: _add, primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
