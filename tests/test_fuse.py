@@ -312,8 +312,8 @@ def test_pooling_stays_with_the_dense_convolution_that_xla_computes_it_with():
         return [e.params["window_dimensions"] for e in equations(fuse(f), X) if e.primitive.name.startswith("reduce_window")]
 
     def dense(x):
-        return nnx.relu(jax.lax.conv_general_dilated(x, jnp.asarray(KERNEL), (1, 1), "SAME", dimension_numbers=NHWC) + BIAS.reshape(
-            1, 1, 1, -1))
+        y = jax.lax.conv_general_dilated(x, jnp.asarray(KERNEL), (1, 1), "SAME", dimension_numbers=NHWC)
+        return nnx.relu(y + BIAS.reshape(1, 1, 1, -1))
 
     def side_by_side(x):
         return nnx.max_pool(x, (2, 2), (2, 2))
