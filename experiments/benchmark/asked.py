@@ -106,7 +106,7 @@ def asked_table(lines: Sequence[Line]) -> str:
     for threads in sorted({line["threads"] for line in lines}):
         own = [line["measured"] / line["asked"] - 1 for line in lines if line["threads"] == threads and "refused" not in line]
         parts.append(f"- {_threads(threads)}: {sum(abs(off) <= MET for off in own)} of {len(own)} speedups "
-                     f"met within {MET:.0%}, the others off by up to {max(map(abs, own)):.0%}")
+                     f"met within {MET:.0%}, none off by more than {max(map(abs, own)):.0%}")
     last = lines[-1]
     return "\n".join([*parts, "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
 

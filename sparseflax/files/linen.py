@@ -76,7 +76,7 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
                 wanted[values] = (packed.values.shape, np.dtype(np.float32))
     wrong += mismatches(tensors, wanted)
     tree = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in tensors.items()}) if not wrong else {}
-    return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded)), tree), wrong
+    return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), chunk=plan.chunk), tree), wrong
 
 
 def _named(variables: Any) -> dict[str, Any]:

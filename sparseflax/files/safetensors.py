@@ -4,7 +4,8 @@
 
 The header is {"__metadata__": {text: text}, name: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, ...}.
 Nothing in such a file is code. The digest tells damage and careless edits; who edits on purpose can renew it, so whatever
-reads a file checks what it says all the same.
+reads a file checks what it says all the same. The package safetensors (0.8) reads bytes without their text, and no bfloat16
+into NumPy, and what runs an exported program is to need jax alone.
 """
 
 from __future__ import annotations

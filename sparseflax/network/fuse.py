@@ -25,6 +25,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.conv.primitive import Activation, conv_p, sparse_conv
 from sparseflax.conv.window import Window
+from sparseflax.network.chunks import in_chunks
 from sparseflax.network.rewrites import REWRITES, joins
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def fuse(f: Callable[..., T]) -> Callable[..., T]:
     return fused
 
 
-def fuse_call(model: Model) -> Model:
+def fuse_call(model: Model, chunk: int | None = None) -> Model:
     """Makes calls of an nnx module fused: the same object, now of a subclass of its class with a `__call__` of its own.
 
     It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
@@ -79,11 +80,12 @@ def fuse_call(model: Model) -> Model:
 
     Args:
       model: what to change.
+      chunk: images that a call runs at a time, where they do not meet; None runs all at once.
 
     Returns:
       `model`.
     """
-    object.__setattr__(model, "__class__", _fused(type(model)))
+    object.__setattr__(model, "__class__", _fused(type(model), chunk))
     return model
 
 
@@ -92,12 +94,12 @@ class _FusedType(type(nnx.Module)):
 
 
 @functools.lru_cache
-def _fused(model_type: Any) -> type:
+def _fused(model_type: Any, chunk: int | None) -> type:
     if getattr(model_type, "_is_fused", False):
         return model_type
 
     class Fused(model_type, metaclass=_FusedType if issubclass(_FusedType, type(model_type)) else type(model_type)):
-        _is_fused = True
+        _is_fused, _chunk = True, chunk
 
         def __call__(self, *args, **kwargs):
             graphdef, state = nnx.split(self)
@@ -109,7 +111,12 @@ def _fused(model_type: Any) -> type:
                 after = nnx.to_flat_state(nnx.state(model))
                 return y, nnx.from_flat_state([(path, leaf) for path, leaf in after if not _same(before.get(path), leaf)])
 
-            y, written = fuse(call)(state, args, kwargs)
+            def run(state, batch):
+                return fuse(call)(state, *batch)
+
+            batch = args, kwargs
+            done = in_chunks(lambda state, batch: call(state, *batch), run, chunk, state, batch) if chunk else None
+            y, written = run(state, batch) if done is None else done
             if written:
                 nnx.update(self, written)
             return y
@@ -118,18 +125,18 @@ def _fused(model_type: Any) -> type:
             dense = object.__new__(model_type)  # its class says how it is pickled and copied
             vars(dense).update(vars(self))
             reduced: Any = dense.__reduce_ex__(protocol)
-            return reduced if isinstance(reduced, str) else (_remake, reduced[:2], *reduced[2:])
+            return reduced if isinstance(reduced, str) else (_remake, (chunk, *reduced[:2]), *reduced[2:])
 
     Fused.__name__, Fused.__qualname__, Fused.__module__ = model_type.__name__, model_type.__qualname__, model_type.__module__
     return Fused
 
 
-def _remake(make: Callable[..., Any], args: Sequence[Any]) -> Any:
+def _remake(chunk: int | None, make: Callable[..., Any], args: Sequence[Any]) -> Any:
     """A fused module, unpickled or copied."""
-    return fuse_call(make(*args))
+    return fuse_call(make(*args), chunk)
 
 
-copyreg.pickle(_FusedType, lambda made: (_fused, made.__bases__))  # type: ignore[arg-type]
+copyreg.pickle(_FusedType, lambda made: (_fused, (*made.__bases__, made._chunk)))  # type: ignore[arg-type]
 
 
 def _same(before: list[Any] | None, leaf: Any) -> bool:

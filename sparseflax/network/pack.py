@@ -21,7 +21,8 @@ from sparseflax.network.survey import join, weight_of
 Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 
 
-def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: bool = True, **call: Any) -> Model:
+def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: bool = True, chunk: int | None = None,
+               **call: Any) -> Model:
     """The model as planned, for inference: batch norms folded, the chosen layers replaced by SparseConv and SparseDense.
 
     Its outputs are those of `model` in evaluation mode up to rounding; running statistics are what is folded, and
@@ -36,6 +37,8 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         as its layers are there only during a call.
       fuse: whether calls of the result run through `sparseflax.fuse`, so that activations and residuals join the sparse
         layers, and what else XLA compiles badly for the CPU takes faster forms.
+      chunk: images that a fused call runs at a time, where the model keeps them apart: a batch then goes through all layers in
+        parts that stay in the caches. None takes the plan's; one as large as the batch runs all at once.
       **call: further keyword arguments of the call, e.g. `train=False`, for a Linen model or where `plan` is None.
 
     Returns:
@@ -50,6 +53,8 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
     linen: Any = model if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module) else None
     if linen is None and not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}, wanted an nnx.Module or a pair (linen module, variables)")
+    if not (chunk is None or chunk >= 1):
+        raise ValueError(f"chunk={chunk}, wanted a number of images or None for the plan's")
     if not isinstance(plan, Plan | None):
         raise TypeError(f"plan is a {type(plan).__name__}, wanted what sparseflax.plan(model, x) returns")
     if x is None and plan is None:
@@ -67,11 +72,11 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         warnings.warn(f"the plan was made {away}: outputs will be right, but layers are chosen for the other machine. To run "
                       "it here, pass the input and plan=None", RuntimeWarning, stacklevel=2)
     if linen is not None:
-        return pack_linen(linen[0], linen[1], x, plan, fuse, call)  # type: ignore[return-value]
-    return pack_nnx(model, plan, fuse)  # type: ignore[type-var]
+        return pack_linen(linen[0], linen[1], x, plan, fuse, chunk or plan.chunk, call)  # type: ignore[return-value]
+    return pack_nnx(model, plan, fuse, chunk)  # type: ignore[type-var]
 
 
-def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True) -> Any:
+def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None = None) -> Any:
     """What `pack_model` does for an nnx module, whatever the plan's machine."""
     copy: Any = nnx.clone(model)
     modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
@@ -96,7 +101,9 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True) -> Any:
 
     packed = nnx.recursive_map(replace, copy)
     packed.eval()
-    return fuse_call(packed) if fuse and "" not in rows else packed  # a model that is itself a layer has nothing to fuse
+    if not fuse or "" in rows:  # a model that is itself a layer has nothing to fuse
+        return packed
+    return fuse_call(packed, chunk or plan.chunk)
 
 
 def _with_norm(layer: Any, norm: nnx.BatchNorm) -> Any:

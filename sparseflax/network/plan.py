@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -17,13 +19,14 @@ from sparseflax.conv.packing import PackedKernel
 from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine
-from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.survey import Layer, join, survey
 
 # The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
 MARGIN = 1.1
+CHUNKS = 1, 2, 4, 8, 16  # images for each thread that a packed network may run at a time: layers of fewer share badly
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,30 @@ class Plan:
         """Predicted for all layers as planned."""
         return sum(layer.seconds for layer in self.layers)
 
+    @functools.cached_property
+    def chunk(self) -> int:
+        """Images that a packed network runs at a time: those for which its layers take the least time for each."""
+        rows = [(row, row.shape) for row in self.layers if row.shape is not None]
+        batch = self._batch
+
+        def seconds(images: int) -> float:
+            total = 0.0
+            for choice, predict in (("dense", lambda work, _: dense_seconds(work, self.machine)),
+                                    ("sparse", lambda work, density: conv_seconds(work, density, self.machine))):
+                some = [(row, shape.with_batch(shape.n // batch * images)) for row, shape in rows
+                        if (row.choice == "sparse" and row.sparse_seconds is not None) == (choice == "sparse")]
+                if some:
+                    density = np.array([max(row.density, 1 / shape.weights) for row, shape in some], np.float32)
+                    total += float(predict(Work.stack([shape for _, shape in some], self.machine), density).sum())
+            return total / images
+
+        return min((images * self.machine.threads for images in CHUNKS), key=seconds)
+
+    @property
+    def _batch(self) -> int:
+        """Images of the planned input: what is common to the layers, as one may be called several times."""
+        return math.gcd(*(row.shape.n for row in self.layers if row.shape is not None)) or 1
+
     @property
     def all_dense(self) -> Plan:
         """The same with every layer dense."""
@@ -113,6 +140,8 @@ class Plan:
             gain = dense / planned if planned else 1.0
             return f"{word} {ms(dense)} ms dense, {ms(planned)} ms as planned ({gain:.3g}x)"
 
+        if self._batch > self.machine.threads and self.chunk < self._batch:
+            lines.append(f"a batch runs {self.chunk} image{'s' * (self.chunk > 1)} at a time, where the model keeps them apart")
         lines.append(f"{total('predicted', self.dense_seconds, self.seconds)} on {self.machine}")
         if timed:
             lines.append(total(f"measured in {len(timed)} layers", sum(row.dense_measured or 0 for row in timed), sum(

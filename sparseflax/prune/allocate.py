@@ -131,7 +131,7 @@ def guided(
         if not best_effort:
             raise ValueError(f"{asked}, where the time goes to {', '.join(shares)}")
         goal = min(shortest / REACH, total)
-        wanted = f"{speedup:g}x" if seconds is None else f"{1e3 * seconds:.3g} ms"
+        wanted = f"{1e3 * seconds:.3g} ms" if seconds else "as much as there is" if speedup == math.inf else f"{speedup:g}x"
         given = f"{math.floor(100 * total / goal) / 100:.3g}x" if seconds is None else f"{1e3 * goal:.3g} ms"
         shortfall = f"asked for {wanted}, this machine allows {given}: {_where(names, best, shortest)}"
 

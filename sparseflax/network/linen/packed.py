@@ -16,6 +16,7 @@ from flax.core import unfreeze
 
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.layers import rules as sparse
+from sparseflax.network.chunks import in_chunks
 from sparseflax.network.fold import fold
 from sparseflax.network.fuse import fuse
 from sparseflax.network.linen.trace import at, given, trace, weight_of
@@ -45,6 +46,7 @@ class PackedModel:
       biased: paths of dense layers that have a bias only since a batch norm was folded into them.
       folded: paths of the folded batch norms.
       fused: whether `apply` runs through `sparseflax.fuse`; a call with `mutable` collections never does.
+      chunk: images that such a call runs at a time, where they do not meet.
     """
 
     module: nn.Module
@@ -52,6 +54,7 @@ class PackedModel:
     biased: frozenset[str]
     folded: frozenset[str]
     fused: bool = True
+    chunk: int | None = None
 
     def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """As `flax.linen.Module.apply`."""
@@ -59,7 +62,17 @@ class PackedModel:
             with nn.intercept_methods(self._replace):
                 return self.module.apply(variables, *args, mutable=mutable, **kwargs)
 
-        return (fuse(run) if self.fused and mutable is False else run)(variables, *args, **kwargs)
+        if not self.fused or mutable is not False:
+            return run(variables, *args, **kwargs)
+
+        def fused(variables, batch):
+            args, kwargs = batch
+            return fuse(run)(variables, *args, **kwargs)
+
+        batch = args, kwargs
+        done = in_chunks(lambda variables, batch: run(variables, *batch[0], **batch[1]), fused, self.chunk, variables,
+                         batch) if self.chunk else None
+        return fused(variables, batch) if done is None else done
 
     @functools.cached_property
     def _pattern(self) -> dict[str, Pattern]:
@@ -90,7 +103,7 @@ def norm_of(module: Any, variables: Any, path: str) -> Norm:
     return Norm(statistics["mean"], statistics["var"], params.get("scale"), params.get("bias"), module.epsilon)
 
 
-def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: bool, call: Mapping[str, Any]
+def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: bool, chunk: int, call: Mapping[str, Any]
                ) -> tuple[PackedModel, dict[str, Any]]:
     """What `sparseflax.pack_model` returns for a Linen model: the packed one and its variables.
 
@@ -126,4 +139,4 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
         for collection in ("params", "batch_stats"):
             *parents, last = path.split("/")
             at(tree.get(collection, {}), "/".join(parents)).pop(last, None)  # type: ignore[union-attr]
-    return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused), tree
+    return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused, chunk), tree
