@@ -1,5 +1,7 @@
 """Batches in parts: the same outputs, for all that keeps images apart, and nothing for what does not."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from flax import nnx
 
 import sparseflax
 from sparseflax import pack_model, plan
+from sparseflax.cost.machine import TYPICAL
 from sparseflax.network.chunks import in_chunks
+from sparseflax.network.plan import CHUNKS
 from tests import reference
 from tests.machines import HERE
 
@@ -123,6 +127,17 @@ def test_a_packed_model_runs_a_batch_in_parts(n, chunk, parts):
         assert scans(lambda x, call=call: call(packed, x), x) == parts and scans(lambda x, call=call: call(whole, x), x) == []
         # The same sums of floats, but for the tiles, which may differ: 64 * 9 + 64 terms of about 1 in an output of about 1.
         np.testing.assert_allclose(jax.jit(call)(packed, x), jax.jit(call)(whole, x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_says_how_many_images():
+    model, x = Net(nnx.Rngs(0)), jnp.zeros((16, 8, 8, 8))
+    table = plan(model, x, HERE)
+    assert table.chunk in [images * HERE.threads for images in CHUNKS]
+    assert f"a batch runs {table.chunk} image" in str(table) or table.chunk >= 16
+    assert "a batch runs" not in str(plan(model, x[:1], HERE))
+    assert plan(model, x, replace(HERE, threads=64)).chunk >= 64, "an image for each thread at least"
+    elsewhere = replace(HERE, isa="another", fitted=TYPICAL)
+    assert replace(table, machine=elsewhere).chunk == CHUNKS[-1] * HERE.threads
 
 
 def test_a_linen_model_does_too():

@@ -102,7 +102,11 @@ class Plan:
                     total += float(predict(Work.stack([shape for _, shape in some], self.machine), density).sum())
             return total / images
 
-        return min((images * self.machine.threads for images in CHUNKS), key=seconds)
+        choices = [images * self.machine.threads for images in CHUNKS]
+        try:
+            return min(choices, key=seconds)
+        except ValueError:  # the counts of another architecture's kernel are not known here
+            return choices[-1]
 
     @property
     def _batch(self) -> int:
