@@ -223,7 +223,7 @@ def machine_of(out: Path) -> Machine:
         try:
             machine = profile.load(processor(), ffi.isa(), client_threads())
         except profile.Unusable as error:
-            print(f"calibrating, which takes a minute: {error}", flush=True)
+            print(f"calibrating, which takes a minute: {error.why}", flush=True)
             machine = calibrate() if ffi.kernels() else detect_machine()
         checkpoint.write_atomically(path, json.dumps(to_dict(machine), indent=1))
     return from_dict(json.loads(path.read_text()))

@@ -22,6 +22,10 @@ REMEDY = "run python -m sparseflax calibrate, which takes a minute"
 class Unusable(ValueError):
     """There is no calibration of this machine that may be believed; says why, and what to do."""
 
+    def __init__(self, why: str):
+        super().__init__(f"{why}: {REMEDY}")
+        self.why = why
+
 
 def folder() -> Path:
     """The user's cache directory."""
@@ -75,9 +79,9 @@ def load(name: str, isa: str, threads: int) -> Machine:
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
-        raise Unusable(f"this machine was not calibrated for {threads} threads: {REMEDY}") from None
+        raise Unusable(f"this machine was not calibrated for {threads} threads") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise Unusable(f"ignored {file}, it cannot be read ({error}): {REMEDY}") from None
+        raise Unusable(f"ignored {file}, it cannot be read ({error})") from None
     try:
         wanted = key(name, isa, threads)
         other = {part: (content["key"].get(part), value) for part, value in wanted.items() if content["key"].get(part) != value}
@@ -89,9 +93,9 @@ def load(name: str, isa: str, threads: int) -> Machine:
                 raise ValueError("its machine has no fitted rates")
             return machine
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Unusable(f"ignored {file}, it is no calibration ({type(error).__name__}: {error}): {REMEDY}") from None
+        raise Unusable(f"ignored {file}, it is no calibration ({type(error).__name__}: {error})") from None
     changes = "; ".join(f"{part} was {was}, is {now}" for part, (was, now) in other.items())
-    raise Unusable(f"ignored {file}, it is of another machine or version ({changes}): {REMEDY}")
+    raise Unusable(f"ignored {file}, it is of another machine or version ({changes})")
 
 
 @functools.lru_cache
