@@ -97,9 +97,12 @@ def _where(lines: Sequence[Line]) -> list[str]:
     text = []
     for line in lines:
         inside, outside = sum(layer["measured"] for layer in line["layers"]), sum(line["rest"].values())
-        most = ", ".join(f"{name} {_ms(seconds)} ms" for name, seconds in list(line["rest"].items())[:3])
-        text.append(f"- {line['layer']}, n={line['n']}, {line['threads']} thread{'s' * (line['threads'] > 1)}: "
-                    f"{inside / (inside + outside):.0%} of the time in layers, which takes "
+        name = f"{line['layer']}, n={line['n']}, {line['threads']} thread{'s' * (line['threads'] > 1)}"
+        if not inside:
+            text.append(f"- {name}: runs some images at a time, in a loop of which the profiler does not tell the layers")
+            continue
+        most = ", ".join(f"{operation} {_ms(seconds)} ms" for operation, seconds in list(line["rest"].items())[:3])
+        text.append(f"- {name}: {inside / (inside + outside):.0%} of the time in layers, which takes "
                     f"{inside / sum(layer['predicted'] for layer in line['layers']):.2f}x the prediction; then {most}")
     return ["", *text] if text else []
 
