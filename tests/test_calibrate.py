@@ -92,6 +92,16 @@ def test_calibrate_stores_what_detect_machine_finds(monkeypatch):
 
 
 @native
+@pytest.mark.parametrize("isa", [None, "portable"])
+def test_calibrate_times_the_kernel_that_will_run(monkeypatch, isa):
+    seen = []
+    monkeypatch.setattr(run_module, "measure", lambda layers, seconds, isa: seen.append(isa) or made_by(TYPICAL, noise=0.02))
+    monkeypatch.setattr(run_module, "doubts", lambda samples, found: [])
+    stored = calibrate(1.0, isa)
+    assert seen == [isa] and stored.isa == (isa or ffi.isa())
+
+
+@native
 def test_a_calibration_among_noise_is_kept_and_marked(monkeypatch):
     monkeypatch.setattr(run_module, "measure", lambda *args, **options: made_by(TYPICAL, noise=0.5))
     with pytest.warns(RuntimeWarning, match=r"median error \(sparse\) is .*, above 15% and its 90th.*Stored all the s"):

@@ -35,7 +35,7 @@ def calibrate(seconds: float = 50.0, isa: str | None = None) -> Machine:
       ValueError: the native kernel does not run here, or not for `isa`.
     """
     start = describe(isa)
-    samples = measure(fitting(), seconds, isa=start.isa)
+    samples = measure(fitting(), seconds, isa=isa)  # None: as it will run, among all tables that the machine has
     machine = fit(samples, start)
     found = judge(samples, machine)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
