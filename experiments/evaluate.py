@@ -1,7 +1,7 @@
 """What became of a network: its bytes, its times beside the dense one's, and each layer's, predicted beside measured."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sparseflax import prune
 from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
 from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan
 
@@ -112,14 +113,6 @@ def count_weights(model: nnx.Module) -> tuple[int, int]:
     """(kept, all) weights of the kernels of a dense model."""
     kernels = prune.kernels(nnx.state(model, nnx.Param)).values()
     return sum(int(jnp.count_nonzero(kernel)) for kernel in kernels), sum(kernel.size for kernel in kernels)
-
-
-def program(model: nnx.Module, x: np.ndarray) -> Callable[[], jax.Array]:
-    """The call `model(x)` as one jitted program with its weights as operands, complete when it returns."""
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
-    images = jnp.asarray(x)
-    return lambda: run(state, images).block_until_ready()
 
 
 def in_float64(model: nnx.Module, x: np.ndarray) -> np.ndarray:

@@ -89,7 +89,7 @@ def _bench(args: argparse.Namespace) -> None:
     plan = sparseflax.plan(small, x)
     folded = sparseflax.pack_model(small, plan.all_dense, x, fuse=False)
     networks = {"dense": model, "dense, batch norms folded": folded, "packed": sparseflax.pack_model(small, plan, x)}
-    times = in_turn([program(network, x, {}) for network in networks.values()], args.seconds, burst=0.01)
+    times = in_turn([program(network, x) for network in networks.values()], args.seconds, burst=0.01)
     quartiles = [1e3 * np.quantile(each, (0.25, 0.5, 0.75)) for each in times]
     fastest = min(median for _, median, _ in quartiles[:2])
     print(f"{plan}\n")

@@ -12,6 +12,7 @@ from flax import nnx
 import sparseflax
 from sparseflax import pack_model, plan
 from sparseflax.cost.machine import TYPICAL
+from sparseflax.cost.rates import FREE_DENSE, FREE_SPARSE
 from sparseflax.network.chunks import in_chunks
 from sparseflax.network.plan import CHUNKS
 from tests import reference
@@ -136,6 +137,12 @@ def test_the_plan_says_how_many_images():
     assert f"a batch runs {table.chunk} image" in str(table) or table.chunk >= 16
     assert "a batch runs" not in str(plan(model, x[:1], HERE))
     assert plan(model, x, replace(HERE, threads=64)).chunk >= 64, "an image for each thread at least"
+    # What costs nothing but its call is called as seldom as can be, what costs nothing but memory beyond a cache in the
+    # smallest parts.
+    for counts, wanted in (({"call": 1e-3}, CHUNKS[-1]), ({"activation_bytes": 1e-9}, CHUNKS[0])):
+        rates = replace(TYPICAL, dense=FREE_DENSE._replace(**counts), sparse=FREE_SPARSE._replace(call=1e9))
+        machine = replace(HERE, threads=1, l3_bytes=1 << 18, fitted=rates)
+        assert replace(table, machine=machine).all_dense.chunk == wanted
     elsewhere = replace(HERE, isa="another", fitted=TYPICAL)
     assert replace(table, machine=elsewhere).chunk == CHUNKS[-1] * HERE.threads
 

@@ -20,9 +20,9 @@ from flax import nnx
 from experiments.benchmark.results import ROOT, Line
 from experiments.benchmark.table import markdown
 from experiments.benchmark.timing import confine
-from experiments.evaluate import program
 from experiments.models.layers import conv, norm
 from experiments.report import MET
+from sparseflax.network.measure import program
 
 SPEEDUPS = 1.5, 2.0, 3.0
 HEAD = ("network", "n", "threads", "asked", "measured", "off by", "predicted", "dense ms", "packed ms")

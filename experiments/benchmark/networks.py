@@ -15,11 +15,12 @@ from experiments.benchmark.layers import beside
 from experiments.benchmark.table import OURS
 from experiments.benchmark.timing import Others, alternate
 from experiments.benchmark.where import where_time_goes
-from experiments.evaluate import ERROR_FACTOR, count_weights, fold_only, in_float64, program
+from experiments.evaluate import ERROR_FACTOR, count_weights, fold_only, in_float64
 from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
 from sparseflax.conv import ffi
 from sparseflax.cost.machine import Machine
+from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan, plan
 

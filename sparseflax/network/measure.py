@@ -69,8 +69,8 @@ def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured
         return Measured(*medians([lambda: dense(x, weights), lambda: sparse(x, packed)], seconds))
 
 
-def program(model: Any, x: Any, call: dict[str, Any]) -> Callable[[], Any]:
-    """The model's call in evaluation mode, as one jitted program with its weights as operands."""
+def program(model: Any, x: Any, **call: Any) -> Callable[[], Any]:
+    """The model's call in evaluation mode, as one jitted program with its weights as operands; complete when it returns."""
     if isinstance(model, tuple):
         module, weights = model
         run = jax.jit(lambda variables, x: module.apply(variables, x, **call))
@@ -80,4 +80,4 @@ def program(model: Any, x: Any, call: dict[str, Any]) -> Callable[[], Any]:
         graph, weights = nnx.split(copy)
         run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, **call))
     operands = jax.device_put((weights, x), jax.devices("cpu")[0])
-    return lambda: run(*operands)
+    return lambda: jax.block_until_ready(run(*operands))

@@ -72,7 +72,7 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         warnings.warn(f"the plan was made {away}: outputs will be right, but layers are chosen for the other machine. To run "
                       "it here, pass the input and plan=None", RuntimeWarning, stacklevel=2)
     if linen is not None:
-        return pack_linen(linen[0], linen[1], x, plan, fuse, chunk or plan.chunk, call)  # type: ignore[return-value]
+        return pack_linen(linen[0], linen[1], x, plan, fuse, chunk, call)  # type: ignore[return-value]
     return pack_nnx(model, plan, fuse, chunk)  # type: ignore[type-var]
 
 

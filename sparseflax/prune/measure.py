@@ -57,7 +57,7 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
     machine = machine or detect_machine()
     all_dense = plan(model, x, machine, **call).all_dense
     shapes = conv_shapes(model, x, **call)
-    programs = [program(network, x, call) for network in (model, pack_model(model, all_dense, x, fuse=False, **call))]
+    programs = [program(network, x, **call) for network in (model, pack_model(model, all_dense, x, fuse=False, **call))]
     layers, turn, networks = all_dense.seconds, FIRST * seconds / (2 + len(SPEEDUPS)), list[Packed]()
     with progress("timing the network", 4 + len(SPEEDUPS)) as advance:
         # What a process does first is slower: its memory is not mapped yet, and its threads sleep.
@@ -72,7 +72,7 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
                 return None
             network = pruned(model, guide.densities)
             chosen = plan(network, x, machine, **call)
-            programs.append(program(pack_model(network, chosen, x, **call), x, call))
+            programs.append(program(pack_model(network, chosen, x, **call), x, **call))
             *dense_times, time = medians([*programs[:2], programs[-1]], turn, BURST)
             sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
             # Over the dense time of the same moment: a machine that others use changes its speed.

@@ -103,7 +103,7 @@ def norm_of(module: Any, variables: Any, path: str) -> Norm:
     return Norm(statistics["mean"], statistics["var"], params.get("scale"), params.get("bias"), module.epsilon)
 
 
-def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: bool, chunk: int, call: Mapping[str, Any]
+def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: bool, chunk: int | None, call: Mapping[str, Any]
                ) -> tuple[PackedModel, dict[str, Any]]:
     """What `sparseflax.pack_model` returns for a Linen model: the packed one and its variables.
 
@@ -139,4 +139,5 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
         for collection in ("params", "batch_stats"):
             *parents, last = path.split("/")
             at(tree.get(collection, {}), "/".join(parents)).pop(last, None)  # type: ignore[union-attr]
-    return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused, chunk), tree
+    return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused,
+                       chunk or plan.chunk if fused else None), tree
