@@ -15,7 +15,6 @@ import argparse
 import importlib
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,8 @@ def _plan(args: argparse.Namespace) -> None:
     import sparseflax
 
     model, x = read(args.network, args.batch, args.shape)
+    if args.measure and args.speedup is not None:
+        raise ValueError("--measure times the network as it is, --speedup says how to prune it, wanted one of them")
     if args.speedup is None:
         print(sparseflax.plan(model, x, measure=args.measure))
     else:
@@ -142,7 +143,6 @@ def _called(network: str) -> tuple[Any, Any]:
     from flax import linen, nnx
 
     module, _, function = network.partition(":")
-    sys.path.insert(0, "")  # where the command was given
     made = getattr(importlib.import_module(module), function, None)
     if made is None:
         raise ImportError(f"the module {module} has no {function!r}")

@@ -41,7 +41,7 @@ def nothing():
 def elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does with the folder it is given in
     (tmp_path / "userland.py").write_text(NETWORK)
     detect.forget()
     yield
@@ -128,6 +128,7 @@ def test_onnx_files(monkeypatch, capsys, tmp_path):
     (("plan", "userland:model", "--shape", "8,0,8"), "'8,0,8' has a size below 1"),
     (("plan", "userland:with_input", "--batch", "0"), "--batch 0, wanted at least 1"),
     (("bench", "userland:with_input", "--density", "0.1", "--speedup", "2"), "both say how far to prune, wanted one of them"),
+    (("plan", "userland:with_input", "--measure", "--speedup", "2"), "--measure times the network as it is"),
     (("calibrate", "--isa", "sse9"), "isa='sse9' does not run here" if ffi.kernels() else "no kernel to calibrate"),
     (("fly",), "invalid choice: 'fly'")])
 def test_mistakes(monkeypatch, capsys, arguments, message):
