@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,19 +14,23 @@ import pytest
 
 KERNEL = Path(__file__).parents[1] / "xla_ffi"
 TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
+INT8 = TEST.with_name("int8_test.cc")
 BORDER = [KERNEL / "handler.cc", TEST.with_name("handler_test.cc")]  # what needs XLA's headers
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in ("handler.cc", "module.cc"))  # what needs no XLA, no Python
 TILES = [p for p in SOURCES if "microkernel.inc" in p.read_text() and p.name != "portable.cc"]  # with vectors of their own
 SERIAL = ["tiles", "flattened", "nonfinite", "damaged", "sizes"]
+INT8_SERIAL = ["tiles", "flattened"]
+EMULATED = [p for p in SOURCES if "SF_EMULATED" in p.read_text()]  # whose instructions can be replaced, see cpp/emulated
 RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
 
 # name: compiler, flags, sources; a file of another architecture compiles to nothing
 BUILDS = {
     "address,undefined": (X86, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
-                                "-fno-sanitize-recover=all"], [*SOURCES, TEST, *BORDER]),
+                                "-fno-sanitize-recover=all"], [*SOURCES, TEST, INT8, *BORDER]),
     "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST, *BORDER]),
-    "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST]),
+    "emulated": (X86, ["-O2", "-mavx2", "-mfma", "-DSF_EMULATED", f"-I{TEST.with_name('emulated')}"], [*SOURCES, INT8]),
+    "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST, INT8]),
     "x86 release": (X86, RELEASE, TILES),
     "neon release": (ARM, RELEASE, TILES),
 }
@@ -62,7 +67,7 @@ def objects(tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
-def link(name: str, objects, folder: Path, without: list[Path] = BORDER) -> Path:
+def link(name: str, objects, folder: Path, without: Sequence[Path] = (INT8, *BORDER)) -> Path:
     """The test program of a build without some of its sources; skips if its sanitizer does not link or start here."""
     compiler, flags, sources = BUILDS[name]
     if "-static" not in flags:
@@ -83,6 +88,22 @@ def test_address_and_undefined_behaviour(objects, tmp_path):
     assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == SERIAL
 
 
+def test_int8_is_exact(objects, tmp_path):
+    """Every instruction set of this machine x register tile x arrangement of lanes gives the integers of the reference."""
+    need("address,undefined")
+    output = run(link("address,undefined", objects, tmp_path, without=[TEST, *BORDER]), "all", *INT8_SERIAL)
+    assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == INT8_SERIAL
+
+
+@pytest.mark.parametrize("isa", ["avx512vnni", "avx512vlvnni", "avxvnni"])
+def test_int8_by_emulated_instructions(objects, tmp_path, isa):
+    """VNNI, where there is none: the same sources, their instructions replaced by what the manual says that they do."""
+    need("emulated")
+    if platform.system() != "Linux" or " avx2 " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("no AVX2, which is not emulated")
+    assert "ok tiles" in run(link("emulated", objects, tmp_path, without=[TEST, *BORDER]), isa, *INT8_SERIAL)
+
+
 def test_data_races(objects, tmp_path):
     need("thread")
     assert run(link("thread", objects, tmp_path), "all", "threads", "pool") == "ok threads\nok pool\n"
@@ -92,7 +113,7 @@ def test_data_races(objects, tmp_path):
 def test_the_handler_with_a_runtime_of_its_own(objects, tmp_path, name):
     """What XLA calls: metadata, instantiation, and executions by four threads at once that share a pool."""
     need(name)
-    assert run(link(name, objects, tmp_path, without=[TEST])) == "ok\n"
+    assert run(link(name, objects, tmp_path, without=[TEST, INT8])) == "ok\n"
 
 
 def test_neon_under_emulation(objects, tmp_path):
@@ -101,13 +122,20 @@ def test_neon_under_emulation(objects, tmp_path):
     assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == SERIAL
 
 
+@pytest.mark.parametrize("isa", ["neondot", "neon"])
+def test_neon_int8_under_emulation(objects, tmp_path, isa):
+    need("neon", "qemu-aarch64")
+    output = run("qemu-aarch64", "-cpu", "max", link("neon", objects, tmp_path, without=[TEST, *BORDER]), isa, *INT8_SERIAL)
+    assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == INT8_SERIAL
+
+
 def microkernels(objdump: str, file: Path) -> dict[str, list[str]]:
-    """Instructions ("mnemonic operands") of every register tile: "VisitTile<y, x>"."""
+    """Instructions ("mnemonic operands") of every register tile: "namespace::VisitTile<y, x>"."""
     found: dict[str, list[str]] = {}
     code: list[str] = []
     for line in run(objdump, "-d", "-C", "--no-show-raw-insn", file).splitlines():
         if line.endswith(">:"):
-            tile = re.search(r"VisitTile<.*?>", line)
+            tile = re.search(r"\w+::VisitTile<.*?>", line)
             code = found.setdefault(tile[0], []) if tile else []
         elif "\t" in line:
             code.append(line.split("\t", 1)[1])
@@ -115,8 +143,8 @@ def microkernels(objdump: str, file: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("name", "fma", "stack"), [
-    ("x86 release", r"vfn?m\w+ps .*%[yz]mm", r"v.*[-, ](0x\w+)?\(%rsp|v.*-0x\w+\(%rbp"),
-    ("neon release", r"fmla\t", r"(ld|st)[rpu]+\tq.*\[(sp|x29)"),  # d8 to d15 the callee has to save
+    ("x86 release", r"(vfn?m\w+ps|vpmaddwd|vpdpbusd) .*%[yz]mm", r"v.*[-, ](0x\w+)?\(%rsp|v.*-0x\w+\(%rbp"),
+    ("neon release", r"(fmla|sdot|sadalp)\t", r"(ld|st)[rpu]+\tq.*\[(sp|x29)"),  # d8 to d15 the callee has to save
 ])
 def test_no_accumulator_is_spilled(objects, name, fma, stack):
     """A microkernel keeps its accumulators in registers: no vector goes to its stack frame or comes from there."""
@@ -125,7 +153,7 @@ def test_no_accumulator_is_spilled(objects, name, fma, stack):
     checked = 0
     for source, compiled in zip(BUILDS[name][2], objects[name], strict=True):
         for tile, code in microkernels(objdump, compiled.result()).items():
-            y, x = map(int, re.findall(r"\d+", tile)[:2])
+            y, x = map(int, re.findall(r"\d+", tile.split("<")[1])[:2])
             assert sum(bool(re.match(fma, line)) for line in code) >= 4 * y * x, f"{source.stem} {tile}: no hot loop in here"
             assert [line for line in code if re.match(stack, line)] == [], f"{source.stem} {tile}"
             checked += 1

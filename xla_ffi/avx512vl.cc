@@ -23,6 +23,7 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "float32.inc"
 
 bool RunsHere() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -32,7 +33,7 @@ double FmaCycles() { return 0.54; }  // measured on Zen 4 in whole visits; 0.51 
 }  // namespace avx512vl
 
 extern const Isa kAvx512vl;
-const Isa kAvx512vl = {"avx512vl", 8, avx512vl::FmaCycles, avx512vl::PeakFlops, avx512vl::RunsHere, avx512vl::PackPanel, avx512vl::StoreTile,
+const Isa kAvx512vl = {"avx512vl", 8, Element::kFloat32, 0, avx512vl::FmaCycles, avx512vl::PeakFlops, avx512vl::RunsHere, avx512vl::PackPanel, avx512vl::StoreTile,
     avx512vl::kKernels, SF_COUNT(avx512vl::kKernels)};
 
 }  // namespace sparseflax

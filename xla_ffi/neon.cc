@@ -1,4 +1,4 @@
-// NEON on aarch64: 4 lanes, 32 registers.
+// NEON on aarch64: 4 lanes, 32 registers; float32, and int8 without dot products.
 #include "isa.h"
 
 #if defined(__aarch64__)
@@ -11,51 +11,40 @@ namespace sparseflax {
 namespace neon {
 
 struct V {
-  using Reg = float32x4_t;
-  using Quad = float32x4_t;
-  static constexpr int kLanes = 4, kRegisters = 32;
-  static SF_INLINE Reg Load(const float* p) { return vld1q_f32(p); }
-  static SF_INLINE Reg LoadU(const float* p) { return vld1q_f32(p); }
-  static SF_INLINE Reg LoadPart(const float* p, int m) {
-    float t[4] = {};
-    for (int i = 0; i < m; ++i) t[i] = p[i];
-    return vld1q_f32(t);
-  }
-  static SF_INLINE void Store(float* p, Reg a) { vst1q_f32(p, a); }
-  static SF_INLINE void StoreU(float* p, Reg a) { vst1q_f32(p, a); }
-  static SF_INLINE void StorePart(float* p, Reg a, int m) {
-    float t[4];
-    vst1q_f32(t, a);
-    for (int i = 0; i < m; ++i) p[i] = t[i];
-  }
-  static SF_INLINE void Stream(float* p, Reg a) { StoreU(p, a); }
-  static SF_INLINE void Fence() {}
-  static SF_INLINE Reg Set1(float a) { return vdupq_n_f32(a); }
-  static SF_INLINE Reg Fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
-  static SF_INLINE Reg Add(Reg a, Reg b) { return vaddq_f32(a, b); }
-  static SF_INLINE Reg Max(Reg a, Reg b) { return vmaxq_f32(a, b); }  // propagates nan
-  static SF_INLINE Reg Min(Reg a, Reg b) { return vminq_f32(a, b); }
-  static SF_INLINE Quad LoadQuad(const float* p) { return vld1q_f32(p); }
-  template <int i>
-  static SF_INLINE Reg Spread(Quad w) { return vdupq_laneq_f32(w, i); }  // folded into the by-element FMA
-  static SF_INLINE void Transpose(Reg (&r)[4]) {
-    const Reg a = vtrn1q_f32(r[0], r[1]), b = vtrn2q_f32(r[0], r[1]), c = vtrn1q_f32(r[2], r[3]), d = vtrn2q_f32(r[2], r[3]);
-    r[0] = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
-    r[1] = vcombine_f32(vget_low_f32(b), vget_low_f32(d));
-    r[2] = vcombine_f32(vget_high_f32(a), vget_high_f32(c));
-    r[3] = vcombine_f32(vget_high_f32(b), vget_high_f32(d));
-  }
+#include "neon.inc"
 };
 
 #include "microkernel.inc"
+#include "float32.inc"
 
 bool RunsHere() { return true; }
 double FmaCycles() { return 0.5; }
 }  // namespace neon
 
+namespace neon_int8 {
+
+// The panel holds x - 128: sums of two products of signed bytes, 2 * 128 * 127 = 32512, fit 16 bits.
+struct V {
+  using F = neon::V;
+#include "neon_int8.inc"
+  static SF_INLINE Reg Fma(Reg w, Reg x, Reg acc) {
+    const int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(w);
+    return vpadalq_s16(acc, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+  }
+};
+
+#include "microkernel.inc"
+#include "int8.inc"
+
+double FmaCycles() { return 2; }  // not measured: four instructions
+}  // namespace neon_int8
+
 extern const Isa kNeon;
-const Isa kNeon = {"neon", 4, neon::FmaCycles, neon::PeakFlops, neon::RunsHere, neon::PackPanel, neon::StoreTile,
+const Isa kNeon = {"neon", 4, Element::kFloat32, 0, neon::FmaCycles, neon::PeakFlops, neon::RunsHere, neon::PackPanel, neon::StoreTile,
     neon::kKernels, SF_COUNT(neon::kKernels)};
+extern const Isa kNeonInt8;
+const Isa kNeonInt8 = {"neon", 4, Element::kInt8, 128, neon_int8::FmaCycles, nullptr, neon::RunsHere, neon_int8::PackPanel,
+    neon_int8::StoreTile, neon_int8::kKernels, SF_COUNT(neon_int8::kKernels)};
 
 }  // namespace sparseflax
 #endif

@@ -1,10 +1,12 @@
-// Any machine: 4 lanes in the compiler's own vectors, multiplied and added in two roundings.
+// Any machine: 4 lanes in the compiler's own vectors, multiplied and added in two roundings; int8 in
+// plain integers.
 #include "isa.h"
 
 namespace sparseflax {
 namespace portable {
 
 struct V {
+  using Value = float;
   typedef float Reg __attribute__((vector_size(16), may_alias));
   using Quad = const float*;
   static constexpr int kLanes = 4, kRegisters = 16;
@@ -22,7 +24,10 @@ struct V {
   static SF_INLINE void Fence() {}
   static SF_INLINE Reg Set1(float a) { return Reg{a, a, a, a}; }
   static SF_INLINE Reg Fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static SF_INLINE Reg Panel(Reg a) { return a; }
+  static SF_INLINE Reg Suspect(Reg a, Reg seen) { return Fma(a, Set1(0), seen); }
   static SF_INLINE Reg Add(Reg a, Reg b) { return a + b; }
+  static SF_INLINE Reg Mul(Reg a, Reg b) { return a * b; }
   static SF_INLINE Reg Max(Reg a, Reg b) {
     for (int i = 0; i < 4; ++i) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
@@ -46,13 +51,77 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "float32.inc"
 
 bool RunsHere() { return true; }
 double FmaCycles() { return 1; }
 }  // namespace portable
 
+namespace portable_int8 {
+
+struct V {
+  using F = portable::V;
+  using Value = int32_t;
+  typedef int32_t Reg __attribute__((vector_size(16), may_alias));
+  using Quad = const Value*;
+  static constexpr int kLanes = 4, kRegisters = 16;
+  static SF_INLINE Reg Load(const Value* p) { return *reinterpret_cast<const Reg*>(p); }
+  static SF_INLINE Reg LoadU(const Value* p) { return LoadPart(p, 4); }
+  static SF_INLINE Reg LoadPart(const Value* p, int m) {
+    Reg r = {};
+    std::memcpy(&r, p, sizeof(Value) * static_cast<size_t>(m));
+    return r;
+  }
+  static SF_INLINE void Store(Value* p, Reg a) { *reinterpret_cast<Reg*>(p) = a; }
+  static SF_INLINE Reg Set1(Value a) { return Reg{a, a, a, a}; }
+  static SF_INLINE Reg Panel(Reg a) { return a; }
+  static SF_INLINE Reg Suspect(Reg, Reg seen) { return seen; }
+  static SF_INLINE Reg Fma(Reg w, Reg x, Reg acc) {
+    return acc + (w << 24 >> 24) * (x & 255) + (w << 16 >> 24) * (x >> 8 & 255) + (w << 8 >> 24) * (x >> 16 & 255) +
+           (w >> 24) * (x >> 24 & 255);
+  }
+  static SF_INLINE Reg Add(Reg a, Reg b) { return a + b; }
+  static SF_INLINE Quad LoadQuad(const Value* p) { return p; }
+  template <int i>
+  static SF_INLINE Reg Spread(Quad w) { return Set1(w[i]); }
+  static SF_INLINE void Transpose(Reg (&r)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const Value t = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = t;
+      }
+    }
+  }
+  static SF_INLINE F::Reg ToFloat(Reg a) { return __builtin_convertvector(a, F::Reg); }
+  static SF_INLINE F::Reg Clamp(F::Reg y, float low, float high) {  // a nan becomes low
+    for (int i = 0; i < 4; ++i) {
+      y[i] = y[i] > low ? y[i] : low;
+      y[i] = y[i] < high ? y[i] : high;
+    }
+    return y;
+  }
+  static SF_INLINE Reg FromBytes(const uint8_t* p, int m) {
+    Reg r = {};
+    for (int i = 0; i < m; ++i) r[i] = p[i];
+    return r;
+  }
+  static SF_INLINE void StoreBytes(uint8_t* p, F::Reg y, int32_t zero, int m) {
+    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(y[i])) + zero);
+  }
+};
+
+#include "microkernel.inc"
+#include "int8.inc"
+
+double FmaCycles() { return 8; }
+}  // namespace portable_int8
+
 extern const Isa kPortable;
-const Isa kPortable = {"portable", 4, portable::FmaCycles, portable::PeakFlops, portable::RunsHere, portable::PackPanel, portable::StoreTile,
+const Isa kPortable = {"portable", 4, Element::kFloat32, 0, portable::FmaCycles, portable::PeakFlops, portable::RunsHere, portable::PackPanel, portable::StoreTile,
     portable::kKernels, SF_COUNT(portable::kKernels)};
+extern const Isa kPortableInt8;
+const Isa kPortableInt8 = {"portable", 4, Element::kInt8, 0, portable_int8::FmaCycles, nullptr, portable::RunsHere,
+    portable_int8::PackPanel, portable_int8::StoreTile, portable_int8::kKernels, SF_COUNT(portable_int8::kKernels)};
 
 }  // namespace sparseflax

@@ -1,6 +1,7 @@
 // Runs a plan: packs panels, visits them, stores tiles.
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -59,11 +60,11 @@ Place Plan::PlaceOf(int64_t unit, const Sharing& sharing) const {
 }
 
 // Where the input channels of a group begin for each lane; a lane without an image takes the last one.
-void Plan::Rows(const Buffers& b, const Place& at, const float* rows[kMaxLanes]) const {
+void Plan::Rows(const Buffers& b, const Place& at, const Word* rows[kMaxLanes]) const {
   const Shape& s = shape;
   for (int64_t l = 0; l < schedule.isa->lanes; ++l) {
     const int64_t image = std::min(at.lane_group * schedule.bn + l / (schedule.by * schedule.bx), s.n - 1);
-    rows[l] = b.x + image * s.ih * s.iw * s.ic() + at.g * s.icg;
+    rows[l] = static_cast<const Word*>(b.x) + image * s.ih * s.iw * s.ic() + at.g * s.icg;
   }
 }
 
@@ -77,26 +78,29 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   const size_t acc_bytes = Align(static_cast<size_t>(channels * accumulators * lanes * 4));
   thread_local Arena arena;
   char* const panel = arena.Get(panel_bytes + acc_bytes);
-  float* const acc = reinterpret_cast<float*>(panel + panel_bytes);
+  Word* const acc = reinterpret_cast<Word*>(panel + panel_bytes);
 
-  const float* rows[kMaxLanes];
-  const float* rows_ahead[kMaxLanes];
-  const float* residual[kMaxLanes];
-  float* out[kMaxLanes];
+  const Word* rows[kMaxLanes];
+  const Word* rows_ahead[kMaxLanes];
+  const char* residual[kMaxLanes];
+  char* out[kMaxLanes];
+  const int64_t out_bytes = b.rescale != nullptr ? b.rescale->bytes() : 4, residual_bytes = b.rescale != nullptr ? 1 : 4;
   Rows(b, at, rows);
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t image = at.lane_group * c.bn + l / (c.by * c.bx);
     const int64_t offset = std::min(image, s.n - 1) * s.oh * s.ow * s.oc + at.g * s.ocg() + k0;
-    out[l] = image < s.n ? b.y + offset : nullptr;
-    residual[l] = b.residual != nullptr ? b.residual + offset : nullptr;
+    out[l] = image < s.n ? static_cast<char*>(b.y) + offset * out_bytes : nullptr;
+    residual[l] = b.residual != nullptr ? static_cast<const char*>(b.residual) + offset * residual_bytes : nullptr;
   }
   const int64_t packed = c.packed * lanes;
   const int32_t* const table = &input[static_cast<size_t>(at.tile * packed)];
   // An input that fits L2 is there already.
   const bool fetch = s.n * s.ih * s.iw * s.ic() * 4 > CacheBytes(2);
+  alignas(64) Word outside[16];
+  std::fill(std::begin(outside), std::end(outside), b.rescale != nullptr ? static_cast<Word>(static_cast<uint32_t>(b.rescale->zero_in) * 0x01010101u) : 0);
   for (int64_t block = 0; block < s.blocks(); ++block) {
     const int64_t here = std::min(s.block, s.icg - block * s.block);
-    const bool finite = !c.isa->pack({rows, table, slots.data(), c.packed, here, c.slots * lanes * 4, panel});
+    const bool finite = !c.isa->pack({rows, table, slots.data(), c.packed, here, c.slots * lanes * 4, panel, outside});
     for (int64_t l = 0; l < lanes; ++l) rows[l] += here;
     Ahead ahead = {rows, table, 0, 0};
     if (fetch && block + 1 < s.blocks()) {
@@ -106,17 +110,25 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
       ahead = {rows_ahead, &input[static_cast<size_t>(next.tile * packed)], c.packed, (std::min(s.block, s.icg) + 15) / 16};
     }
     const uint32_t* first = &starts[static_cast<size_t>((at.g * s.blocks() + block) * (s.ocg() + 1) + k0)];
-    Visit visit = {offsets.data(), b.values, first, channels, panel, c.pitch * lanes * 4, acc,
-                   block == 0 ? b.bias + at.g * s.ocg() + k0 : nullptr, ahead};
+    Visit visit = {offsets.data(), static_cast<const Word*>(b.values), first, channels, panel, c.pitch * lanes * 4, acc,
+                   block == 0 ? static_cast<const Word*>(b.bias) + at.g * s.ocg() + k0 : nullptr, ahead};
     c.kernel->visit(visit);
     if (!finite) VisitPruned(visit, here);
   }
   // Streaming pays when the output would not stay in the last cache anyway. Of a larger one others have their share.
   constexpr int64_t kOurs = int64_t{32} << 20;
-  const bool stream = s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
+  const bool stream = b.rescale == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
+  Rescale rescale{};
+  if (b.rescale != nullptr) {
+    const int64_t first = at.g * s.ocg() + k0;
+    rescale = *b.rescale;
+    rescale.scale += first;
+    rescale.offset += first;
+    if (rescale.ratio != nullptr) rescale.ratio += first;
+  }
   c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(at.tile * accumulators * lanes)], out,
-                b.residual != nullptr ? residual : nullptr, activation, stream});
+                b.residual != nullptr ? residual : nullptr, activation, stream, &rescale});
 }
 
 // 0 * inf and 0 * nan are nan: visits what was pruned, with weights of zero. Rare, so the lists are made here.
@@ -133,7 +145,7 @@ void Plan::VisitPruned(Visit visit, int64_t channels_here) const {
     for (uint32_t m = visit.starts[k]; m < visit.starts[k + 1]; ++m) kept[offsets[m]] = false;
     ends.push_back(static_cast<uint32_t>(pruned.size()));
   }
-  const std::vector<float> zeros(pruned.size() + 1);
+  const std::vector<Word> zeros(pruned.size() + 1);
   pruned.resize(pruned.size() + kListPadding);
   visit.offsets = pruned.data();
   visit.values = zeros.data();
@@ -143,8 +155,15 @@ void Plan::VisitPruned(Visit visit, int64_t channels_here) const {
   schedule.kernel->visit(visit);
 }
 
-void Plan::Run(const Buffers& b, int activation, Executor& executor) const {
+void Plan::Run(const Buffers& called, int activation, Executor& executor) const {
   const Schedule& c = schedule;
+  Buffers b = called;
+  std::vector<Word> starts_at;
+  if (b.rescale != nullptr) {  // sum (x - zero) w = sum (x - shift) w - (zero - shift) sum w
+    const Word* sums = static_cast<const Word*>(b.bias);
+    for (int64_t k = 0; k < shape.oc; ++k) starts_at.push_back(static_cast<Word>((c.isa->shift - b.rescale->zero_in) * static_cast<int64_t>(sums[k])));
+    b.bias = starts_at.data();
+  }
   const Sharing sharing = c.Share(shape.groups, executor.threads());
   const int64_t units = sharing.whole + (shape.groups * c.tiles() - sharing.whole) * sharing.parts;
   const auto unit = [&](int64_t i) {

@@ -9,32 +9,36 @@
 namespace sparseflax {
 
 #if defined(__x86_64__)
-extern const Isa kAvx512, kAvx512vl, kAvx2;
+extern const Isa kAvx512, kAvx512vl, kAvx2, kAvx512Vnni, kAvx512vlVnni, kAvxVnni, kAvx2Int8;
 #elif defined(__aarch64__)
-extern const Isa kNeon;
+extern const Isa kNeon, kNeonDot, kNeonInt8;
 #endif
-extern const Isa kPortable;
+extern const Isa kPortable, kPortableInt8;
 
-const std::vector<const Isa*>& AllIsas() {
+const std::vector<const Isa*>& AllIsas(Element element) {
 #if defined(__x86_64__)
   static const std::vector<const Isa*> isas = {&kAvx512, &kAvx512vl, &kAvx2, &kPortable};
+  static const std::vector<const Isa*> int8 = {&kAvx512Vnni, &kAvx512vlVnni, &kAvxVnni, &kAvx2Int8, &kPortableInt8};
 #elif defined(__aarch64__)
   static const std::vector<const Isa*> isas = {&kNeon, &kPortable};
+  static const std::vector<const Isa*> int8 = {&kNeonDot, &kNeonInt8, &kPortableInt8};
 #else
   static const std::vector<const Isa*> isas = {&kPortable};
+  static const std::vector<const Isa*> int8 = {&kPortableInt8};
 #endif
-  return isas;
+  return element == Element::kFloat32 ? isas : int8;
 }
 
-const std::vector<const Isa*>& Isas() {
-  static const std::vector<const Isa*> isas = [] {
+const std::vector<const Isa*>& Isas(Element element) {
+  const auto running = [](Element of) {
     std::vector<const Isa*> found;
-    for (const Isa* isa : AllIsas()) {
+    for (const Isa* isa : AllIsas(of)) {
       if (isa->runs_here()) found.push_back(isa);
     }
     return found;
-  }();
-  return isas;
+  };
+  static const std::vector<const Isa*> isas = running(Element::kFloat32), int8 = running(Element::kInt8);
+  return element == Element::kFloat32 ? isas : int8;
 }
 
 std::string Shape::Check() const {
@@ -63,12 +67,14 @@ Shape Shape::Flat() const {
   return flat;
 }
 
-std::unique_ptr<Conv> Conv::Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error) {
+std::unique_ptr<Conv> Conv::Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error,
+                                 Element element) {
   *error = shape.Check();
   if (!error->empty()) return nullptr;
   std::unique_ptr<Conv> conv(new Conv);
   conv->shape_ = shape;
   conv->isa_ = isa;
+  conv->element_ = element;
   conv->gaps_.assign(gaps, gaps + size);
   int64_t nnz = 0;
   if (!Decode(shape, gaps, size, [&](int64_t, int64_t, int64_t, int64_t) { ++nnz; })) {
@@ -92,7 +98,7 @@ std::shared_ptr<const Plan> Conv::GetPlan(const Shape& shape, const Schedule* fo
     if (plan->n == shape.n && plan->ih == shape.ih && plan->iw == shape.iw) return plan;
   }
   const std::vector<const Isa*> forced_isa = {isa_};
-  const Schedule chosen = ChooseSchedule(shape.Flat(), nnz_, isa_ != nullptr ? forced_isa : Isas(), Cpu());
+  const Schedule chosen = ChooseSchedule(shape.Flat(), nnz_, isa_ != nullptr ? forced_isa : Isas(element_), Cpu());
   if (chosen.kernel == nullptr) return nullptr;
   plans_.push_back(std::make_shared<Plan>(shape, chosen, gaps_, nnz_));
   return plans_.back();

@@ -9,6 +9,9 @@
 //   panel[c][slot][lane],   slot(y, x; r, s) = plane(r*dh % sh, s*dw % sw) + (y + r*dh/sh) * pitch + x + s*dw/sw
 //
 // so that stride, dilation, padding, groups and odd sizes are absorbed by tables and the loop nest sees none of them.
+//
+// What is multiplied is a 32-bit word: a float32, or int8 of four neighbouring input channels. Then x is uint8, and its four
+// channels are one of Shape's: sums are int32, and a Rescale makes uint8 or float32 of them.
 #pragma once
 
 #include <cstddef>
@@ -28,6 +31,9 @@ constexpr int kOffsetUnit = 8;    // bytes per unit of a 16-bit panel offset: pa
 constexpr int64_t kNever = int64_t{1} << 40;  // beyond any row
 constexpr int kListPadding = 8;   // offsets that a microkernel may read past the end of a list
 
+using Word = int32_t;  // 32 bits of whatever an instruction set multiplies
+enum class Element { kFloat32, kInt8 };
+
 // What one convolution is. Everything a buffer does not say; checked by Check().
 struct Shape {
   int64_t n, ih, iw, oh, ow;                           // images
@@ -44,7 +50,7 @@ struct Shape {
 // Input that will be packed next, fetched into L2 a few lines per output channel, while the FMAs leave the memory idle:
 // the 64-byte lines rows[l] + table[v][l] + 16 i, v < count, l < lanes, i < lines. Nothing if count is 0.
 struct Ahead {
-  const float* const* rows;
+  const Word* const* rows;
   const int32_t* table;
   int64_t count, lines;
 };
@@ -52,41 +58,60 @@ struct Ahead {
 // acc[k][j] (+)= sum_{m in [starts[k], starts[k+1])} values[m] * panel[offsets[m] + shift(j)],   k < channels, j < y*x
 //   panel, acc   64-byte aligned; shift(j) = (j / x) * pitch + (j % x) vectors
 //   offsets      in units of kOffsetUnit bytes; up to kListPadding of them are read past the end
-//   values       never read past the end
+//   values       never read past the end; int8 is never -128
 //   bias         acc starts from bias[k] (first block) or, if null, from its own contents
 struct Visit {
   const uint16_t* offsets;
-  const float* values;
+  const Word* values;
   const uint32_t* starts;
   int64_t channels;
   const char* panel;
   int64_t pitch;  // bytes
-  float* acc;
-  const float* bias;
+  Word* acc;      // float32, or int32
+  const Word* bias;
   Ahead ahead;
 };
 
-// panel[c][slots[v]][l] = rows[l][table[v][l] + c], or 0 where table[v][l] < 0;   v < count, c < channels, l < lanes
-//   rows  reads floats rows[l][table .. table + channels) only
-// Returns whether a non-finite value was seen.
+// panel[c][slots[v]][l] = rows[l][table[v][l] + c], or outside[c % 16] where table[v][l] < 0;   v < count, c < channels, l < lanes
+//   rows     reads words rows[l][table .. table + channels) only
+//   outside  64-byte aligned
+// Of uint8 each byte becomes x - Isa::shift. Returns whether a non-finite value was seen.
 struct Pack {
-  const float* const* rows;
+  const Word* const* rows;
   const int32_t* table;
   const int32_t* slots;
   int64_t count, channels;
   int64_t channel_bytes;  // of one channel of the panel
   char* panel;
+  const Word* outside;
+};
+
+// What int32 sums of int8 products become:  q = clamp(round(y), low, high) + zero as uint8, or clamp(y, low, high) as float32,
+//
+//   y = (float(sum (x - zero_in) w) + offset[k] + (residual - zero_residual) ratio[k]) scale[k]
+//
+// Rounded to nearest, ties to even; every operation rounds by itself. The ratio has at most 16 significant bits, so that its product
+// is exact: y is then the same whether or not a compiler joins products and sums. A nan becomes low as uint8, stays as float32.
+struct Rescale {
+  const float* scale;   // (oc)
+  const float* offset;  // (oc)
+  const float* ratio;   // (oc), or null without a residual
+  float low, high;      // whole numbers for uint8
+  int32_t zero_in, zero, zero_residual;
+  bool to_float;        // whether y is float32
+  int64_t bytes() const { return to_float ? 4 : 1; }
 };
 
 // out[l][table[j][l] + k] = act( acc[k][j][l] + residual[l][table[j][l] + k] )   where out[l] != null and table[j][l] >= 0
 struct Store {
-  const float* acc;
+  const Word* acc;
   int64_t tile, channels;
   const int32_t* table;
-  float* const* out;
-  const float* const* residual;  // or null
-  int activation;                // 0 none, 1 relu, 2 relu6
-  bool stream;                   // past the caches; wants out and table aligned to whole vectors, channels % lanes == 0
+  char* const* out;
+  const char* const* residual;  // or null
+  int activation;               // 0 none, 1 relu, 2 relu6
+  bool stream;                  // past the caches; wants out and table aligned to whole vectors, channels % lanes == 0
+  const Rescale* rescale;       // of int8, from channel k = 0; the activation is in its bounds
 };
 
 // How many sums each accumulator of a tile is split into: an FMA's result is there after 4 cycles, in which 8 others start.
@@ -100,8 +125,10 @@ struct Kernel {
 struct Isa {
   std::string_view name;
   int lanes;
+  Element element;
+  int shift;                    // of uint8 in the panel
   double (*fma_cycles)();       // per FMA with a memory operand in L1, here or where it usually runs
-  double (*peak_flops)();       // measured now, one thread
+  double (*peak_flops)();       // measured now, one thread; null for int8
   bool (*runs_here)();
   bool (*pack)(const Pack&);
   void (*store)(const Store&);
@@ -110,8 +137,8 @@ struct Isa {
 };
 
 // All instruction sets of this build, and those of them that run on this machine: best first; the last is "portable".
-const std::vector<const Isa*>& AllIsas();
-const std::vector<const Isa*>& Isas();
+const std::vector<const Isa*>& AllIsas(Element element = Element::kFloat32);
+const std::vector<const Isa*>& Isas(Element element = Element::kFloat32);
 
 // What the choice of a tile goes by of a processor: bytes of a core's own caches, and cycles of the FMAs of the first of the
 // instruction sets that it has; 0 for what this build knows of them. By default the processor that this runs on.
@@ -155,11 +182,12 @@ struct Executor {
 };
 
 struct Buffers {
-  const float* x;
-  const float* values;
-  const float* bias;      // (oc)
-  const float* residual;  // like y, or null
-  float* y;
+  const void* x;         // float32, or uint8 whose channels of a group are a multiple of four; words are aligned
+  const void* values;    // float32, or four int8
+  const void* bias;      // (oc) float32, or int32 sums of each output channel's int8 weights
+  const void* residual;  // like y, or null; uint8 for int8
+  void* y;
+  const Rescale* rescale = nullptr;  // for int8
 };
 
 struct Plan;  // the pattern expanded for one image size, batch and tile
@@ -167,9 +195,10 @@ struct Plan;  // the pattern expanded for one image size, batch and tile
 // One sparse convolution: the pattern, decoded and checked once, and its plans. Thread-safe.
 class Conv {
  public:
-  // `shape` without image sizes; `gaps` as sparseflax/packing.py documents; `isa` null for the cheapest of all.
+  // `shape` without image sizes; `gaps` as sparseflax/packing.py documents; `isa` null for the cheapest of all for `element`.
   // Null and `error` if they do not fit.
-  static std::unique_ptr<Conv> Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error);
+  static std::unique_ptr<Conv> Make(const Shape& shape, const uint8_t* gaps, int64_t size, const Isa* isa, std::string* error,
+                                    Element element = Element::kFloat32);
   ~Conv();
 
   // Returns an empty string, or what does not fit.
@@ -185,6 +214,7 @@ class Conv {
   std::vector<uint8_t> gaps_;
   int64_t nnz_ = 0;
   const Isa* isa_ = nullptr;
+  Element element_ = Element::kFloat32;
   std::mutex mutex_;
   std::vector<std::shared_ptr<const Plan>> plans_;
 };

@@ -12,6 +12,7 @@
 #include <thread>
 #include <tuple>
 
+#include "edges.h"
 #include "guarded.h"
 #include "pool.h"
 #include "pool_executor.h"
@@ -23,26 +24,7 @@ namespace {
 
 std::string wanted_isa = "all";
 
-std::vector<const Isa*> TestedIsas() {
-  std::vector<const Isa*> isas;
-  for (const Isa* isa : Isas()) {
-    if (wanted_isa == "all" || wanted_isa == isa->name) isas.push_back(isa);
-  }
-  return isas;
-}
-
-[[noreturn]] void Fail(const std::string& what) {
-  std::fprintf(stderr, "FAILED %s\n", what.c_str());
-  std::exit(1);
-}
-
-// Calls items last to first and claims to have three threads, so that work is split as it would be for them.
-struct Backwards final : Executor {
-  int64_t threads() const override { return 3; }
-  void For(int64_t n, const std::function<void(int64_t)>& f) override {
-    for (int64_t i = n; i-- > 0;) f(i);
-  }
-};
+std::vector<const Isa*> TestedIsas() { return TestedIsas(wanted_isa, Element::kFloat32); }
 
 std::unique_ptr<Conv> MakeConv(const Problem& p, const Isa* isa) {
   std::string error;
@@ -50,16 +32,6 @@ std::unique_ptr<Conv> MakeConv(const Problem& p, const Isa* isa) {
   if (conv == nullptr) Fail(Describe(p.shape) + ": " + error);
   if (conv->nnz() != static_cast<int64_t>(p.values.size())) Fail(Describe(p.shape) + ": wrong number of kept weights");
   return conv;
-}
-
-std::string Describe(const Problem& p, const Isa& isa, const Schedule* forced) {
-  std::string text = std::string(isa.name) + " " + ::Describe(p.shape);
-  if (forced != nullptr) {
-    text += " tile " + std::to_string(forced->kernel->y) + "x" + std::to_string(forced->kernel->x) + " lanes " +
-            std::to_string(forced->bn) + "*" + std::to_string(forced->by) + "*" + std::to_string(forced->bx);
-    if (forced->wrap < sparseflax::kNever) text += " wrapped at " + std::to_string(forced->wrap);
-  }
-  return text;
 }
 
 void Compare(const Problem& p, const float* y, const std::string& what) {
@@ -91,30 +63,12 @@ struct Memory {
 };
 
 void CheckRun(const Problem& p, Conv& conv, const Isa& isa, const Memory& memory, const Schedule* forced) {
-  const std::string what = Describe(p, isa, forced);
+  const std::string what = Describe(p.shape, isa, forced);
   for (size_t i = 0; i < p.y.size(); ++i) memory.y.data()[i] = std::isnan(p.y[i]) ? 0 : std::numeric_limits<float>::quiet_NaN();
   Backwards executor;
   const std::string error = RunConv(p, conv, memory.buffers(), executor, forced);
   if (!error.empty()) Fail(what + ": " + error);
   Compare(p, memory.y.data(), what);
-}
-
-// The edges of tiles, lanes, blocks and windows. 1x1 kernels here have one row, which is how such a convolution runs.
-std::vector<Shape> EdgeShapes() {
-  return {
-      MakeShape(9, 16, 17, 5, 1, 17, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1),    // every tile fits; last block of one channel
-      MakeShape(1, 29, 37, 3, 2, 4, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1),     // one image: lanes are sub-images
-      MakeShape(1, 1, 133, 19, 1, 10, 1, 1, 16),                          // 1x1
-      MakeShape(3, 9, 11, 3, 2, 6, 5, 5, 2, 2, 2, 1, 1, 2, 1, 0, 3),      // stride, uneven padding, groups
-      MakeShape(2, 3, 31, 17, 1, 5, 1, 7, 16, 1, 1, 1, 2, 0, 0, 6, 6),    // 1x7, dilated
-      MakeShape(2, 31, 3, 16, 1, 5, 7, 1, 16, 3, 1, 2, 1, 6, 5, 0, 0),    // 7x1, stride beyond the dilation
-      MakeShape(1, 39, 43, 3, 1, 16, 11, 11, 3, 4, 4, 1, 1, 2, 2, 2, 2),  // 11x11 stride 4
-      MakeShape(17, 8, 8, 4, 1, 1, 3, 3, 4, 2, 1, 2, 2, 2, 2, 2, 2),      // one output channel, one image too many
-      MakeShape(1, 1, 1, 33, 1, 33, 3, 3, 16, 1, 1, 1, 1, 1, 1, 1, 1),    // one pixel
-      MakeShape(2, 2, 2, 3, 1, 3, 2, 3, 3, 1, 1, 1, 1, 5, 4, 6, 5),       // outputs that see padding only
-      MakeShape(2, 7, 9, 1, 6, 12, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1),      // depthwise
-      MakeShape(9, 6, 6, 130, 1, 2, 5, 5, 128, 1, 1, 1, 1, 2, 2, 2, 2),  // panels near and beyond 16-bit offsets
-  };
 }
 
 // Every register tile and every arrangement of lanes that some edge shape admits, at densities 0, 0.1, 0.5 and 1.
@@ -280,7 +234,7 @@ void TestThreads() {
           const std::string error =
               RunConv(p, *conv, {p.x.data(), p.values.data(), p.bias.data(), p.residual.data(), y.data()}, executor, nullptr);
           if (!error.empty()) Fail(error);
-          Compare(p, y.data(), "concurrent " + Describe(p, *isa, nullptr));
+          Compare(p, y.data(), "concurrent " + Describe(p.shape, *isa, nullptr));
         }
       });
     }
