@@ -62,6 +62,8 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
 namespace sparseflax {
 XLA_FFI_Error* ConvInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* ConvExecute(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* Int8ConvInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* Int8ConvExecute(XLA_FFI_CallFrame* frame);
 }  // namespace sparseflax
 
 NB_MODULE(_native, m) {
@@ -69,11 +71,13 @@ NB_MODULE(_native, m) {
   m.def("api_version", [] { return std::pair<int, int>(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def("conv_instantiate", [] { return nb::capsule(reinterpret_cast<void*>(ConvInstantiate)); });
   m.def("conv_execute", [] { return nb::capsule(reinterpret_cast<void*>(ConvExecute)); });
-  m.def("kernels", [] {
+  m.def("int8_conv_instantiate", [] { return nb::capsule(reinterpret_cast<void*>(Int8ConvInstantiate)); });
+  m.def("int8_conv_execute", [] { return nb::capsule(reinterpret_cast<void*>(Int8ConvExecute)); });
+  m.def("kernels", [](bool int8) {
     std::vector<std::string> names;
-    for (const Isa* isa : Isas()) names.emplace_back(isa->name);
+    for (const Isa* isa : Isas(int8 ? Element::kInt8 : Element::kFloat32)) names.emplace_back(isa->name);
     return names;
-  });
+  }, nb::arg("int8") = false);
   m.def("tables", [] {
     std::vector<std::pair<std::string, double>> tables;
     for (const Isa* isa : AllIsas()) tables.emplace_back(isa->name, isa->fma_cycles());

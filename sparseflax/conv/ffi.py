@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-TARGET = "sparseflax_conv_v1"  # our compatibility promise to exported programs
+TARGET, INT8_TARGET = "sparseflax_conv_v1", "sparseflax_conv_int8_v1"  # our compatibility promise to exported programs
 
 
 def runtime_api() -> tuple[int, int]:
@@ -46,13 +46,15 @@ available = reason is None
 if native is not None and available:
     jax.ffi.register_ffi_target(
         TARGET, {"instantiate": native.conv_instantiate(), "execute": native.conv_execute()}, platform="cpu")
+    jax.ffi.register_ffi_target(
+        INT8_TARGET, {"instantiate": native.int8_conv_instantiate(), "execute": native.int8_conv_execute()}, platform="cpu")
 else:
     warnings.warn(str(reason), RuntimeWarning, stacklevel=2)
 
 
-def kernels() -> list[str]:
-    """Names of the instruction sets whose kernels this machine can run, best first ("portable" is always the last)."""
-    return list(native.kernels()) if native is not None and available else []
+def kernels(element: str = "float32") -> list[str]:
+    """Names of the instruction sets whose kernels of "float32" or "int8" this machine can run, best first, "portable" last."""
+    return list(native.kernels(element == "int8")) if native is not None and available else []
 
 
 def tables() -> dict[str, float]:

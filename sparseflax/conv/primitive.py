@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from sparseflax.conv import ffi
+from sparseflax.conv.int8 import Quantization, QuantizedArray, QuantizedKernel
+from sparseflax.conv.int8_primitive import int8_conv
 from sparseflax.conv.packing import PackedKernel, Pattern, scatter
+from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window, addressable, make_window
 
 Activation = Literal["relu", "relu6"] | None
@@ -25,8 +28,8 @@ ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "relu6": 2}
 
 
 def sparse_conv(
-    x: jax.Array,
-    packed: PackedKernel,
+    x: jax.Array | QuantizedArray,
+    packed: PackedKernel | QuantizedKernel,
     bias: jax.Array | None = None,
     *,
     strides: int | Sequence[int] = 1,
@@ -34,36 +37,46 @@ def sparse_conv(
     kernel_dilation: int | Sequence[int] = 1,
     feature_group_count: int = 1,
     activation: Activation = None,
-    residual: jax.Array | None = None,
+    residual: jax.Array | QuantizedArray | None = None,
+    output: Quantization | None = None,
     kernel: str | None = None,
-) -> jax.Array:
+) -> Any:
     """Convolution with packed sparse weights and a fused epilogue.
 
     y[n,i,j,k] = act(sum_{r,s,c} x[n, i*sh + r*dh - ph, j*sw + s*dw - pw, c] w[r,s,c,k] + bias[k] + residual[n,i,j,k])
 
     Non-finite inputs propagate as in the dense convolution: a pruned weight counts as 0, and 0 * inf is nan.
 
+    With a kernel from `pack_int8` the sum is one of integers, exact and the same on every platform, and only the rest is float32. It
+    has no derivative. A float32 x is quantized first, where a nan becomes the lowest value.
+
     Args:
-      x: float32 (n, ih, iw, ic).
-      packed: weights (kh, kw, ic / groups, oc) from `pack`.
+      x: float32 (n, ih, iw, ic), or a QuantizedArray where `packed` was made for its Quantization.
+      packed: weights (kh, kw, ic / groups, oc) from `pack`, or from `pack_int8`.
       bias: float32 (oc,) or None.
       strides: one or two positive ints.
       padding: "SAME", "VALID", an int, or two of (int or (low, high)).
       kernel_dilation: one or two positive ints.
       feature_group_count: groups; has to be the number the kernel was packed for.
       activation: None, "relu" or "relu6", applied last.
-      residual: float32 (n, oh, ow, oc) added before the activation, or None.
+      residual: float32 (n, oh, ow, oc) added before the activation, or None; may be a QuantizedArray with int8.
+      output: with int8 the Quantization of the result; None for float32.
       kernel: forces an instruction set ("avx512", "avx2", "neon", "portable"), for tests; None takes the best.
 
     Returns:
-      float32 (n, oh, ow, oc).
+      float32 (n, oh, ow, oc), or a QuantizedArray where `output` is given.
 
     Raises:
       TypeError: an argument is not float32, or `packed` is not a PackedKernel.
       ValueError: shapes, groups, window, activation or kernel name do not fit.
     """
+    if isinstance(packed, QuantizedKernel):
+        return int8_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=kernel_dilation,
+                         feature_group_count=feature_group_count, activation=activation, residual=residual, output=output, kernel=kernel)
     if not isinstance(packed, PackedKernel):
         raise TypeError(f"packed is a {type(packed).__name__}, wanted a PackedKernel: call sparseflax.pack(kernel) first")
+    if output is not None or isinstance(x, QuantizedArray) or isinstance(residual, QuantizedArray):
+        raise TypeError("x, residual or output is quantized, but packed holds float32: pack the kernel with sparseflax.pack_int8")
     operands = {"x": x, "values": packed.values} | {k: a for k, a in (("bias", bias), ("residual", residual)) if a is not None}
     operands = {name: jnp.asarray(a) for name, a in operands.items()}
     for name, a in operands.items():
@@ -105,18 +118,10 @@ def _output_shape(x, pattern: Pattern, window: Window) -> tuple[int, ...]:
 
 
 def _bind(*operands, **params):
-    """Binds after making all operands vary over the same manual mesh axes, as the output does that looks like x.
-
-    Under shard_map a sharded weight may meet replicated images: without the cast the output would pass for replicated
-    too, and the gradient of x would lack the sum over the mesh, silently. Empty images are left to XLA: the kernel wants
-    something to do.
-    """
+    """Binds operands that vary together; empty images are left to XLA: the kernel wants something to do."""
     if 0 in (*operands[0].shape, *_output_shape(operands[0], params["pattern"], params["window"])):
         return _reference(*operands, **params)
-    varying = [frozenset(jax.typeof(a).manual_axis_type.varying) for a in operands]
-    axes = frozenset().union(*varying)
-    return conv_p.bind(*(jax.lax.pcast(a, tuple(axes - v), to="varying") if axes - v else a
-                         for a, v in zip(operands, varying, strict=True)), **params)
+    return conv_p.bind(*vary_together(operands), **params)
 
 
 def dense_conv(x: jax.Array, dense: jax.Array, window: Window, groups: int) -> jax.Array:
@@ -199,27 +204,8 @@ ad.primitive_transposes[conv_p] = _transpose
 
 
 def _batch(operands, dims, **params):
-    """Mapped images join the batch dimension; mapped weights or biases are looped over."""
-    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-    x, values, *rest = operands
-    residual = params["has_residual"]
-    images = [0, *([len(operands) - 1] if residual else [])]
-    if any(d is not None for i, d in enumerate(dims) if i not in images):
-        mapped = [jnp.moveaxis(a, d, 0) if d is not None else a for a, d in zip(operands, dims, strict=True)]
-
-        def one(slices):
-            rest = iter(slices)
-            return _bind(*(next(rest) if d is not None else a for a, d in zip(operands, dims, strict=True)), **params)
-
-        return jax.lax.map(one, tuple(a for a, d in zip(mapped, dims, strict=True) if d is not None)), 0
-    merged, n = list(operands), 0
-    for i in images:
-        a = operands[i]
-        a = jnp.moveaxis(a, dims[i], 0) if dims[i] is not None else jnp.broadcast_to(a, (size, *a.shape))
-        n = a.shape[1]
-        merged[i] = a.reshape(size * n, *a.shape[2:])
-    y = _bind(*merged, **params)
-    return y.reshape(size, n, *y.shape[1:]), 0
+    images = [0, *([len(operands) - 1] if params["has_residual"] else [])]
+    return batch_images(functools.partial(_bind, **params), operands, dims, images)
 
 
 batching.primitive_batchers[conv_p] = _batch

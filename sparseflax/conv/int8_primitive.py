@@ -1,0 +1,192 @@
+"""What runs in eight bits: a primitive of its own, with the kernel on CPUs and the same integers by plain JAX elsewhere.
+
+    y[n,i,j,k] = (float(sum (x - zero_in) w) + offset[k] + (residual - zero_residual) ratio[k]) scale[k]
+
+clamped, and rounded to uint8 where that is asked for. The ratio has 16 bits, so that its product is exact: whether a compiler joins
+products and sums makes no difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from sparseflax.conv import ffi
+from sparseflax.conv.int8 import LANES, Quantization, QuantizedArray, QuantizedKernel, dense_integers, no_derivative
+from sparseflax.conv.packing import Pattern
+from sparseflax.conv.transforms import batch_images, vary_together
+from sparseflax.conv.window import Window, addressable, make_window
+
+BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+
+
+class Rescale(NamedTuple):
+    """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers."""
+
+    zero_in: int
+    zero: int
+    zero_residual: int
+    low: float
+    high: float
+    to_float: bool
+
+    def quantized(self, output: Quantization) -> Rescale:
+        """The same with uint8 outputs."""
+        steps = (bound / output.scale for bound in (self.low, self.high))
+        low, high = (round(min(max(step, -output.zero), 255 - output.zero)) for step in steps)
+        return self._replace(zero=output.zero, low=float(low), high=float(high), to_float=False)
+
+
+def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int | Sequence[int] = 1, padding: Any = "SAME",
+              kernel_dilation: int | Sequence[int] = 1, feature_group_count: int = 1, activation: str | None = None,
+              residual: Any = None, output: Quantization | None = None, kernel: str | None = None) -> Any:
+    """What `sparse_conv` does with a QuantizedKernel.
+
+    Args:
+      x: float32 (n, ih, iw, ic), quantized first, or a QuantizedArray of the Quantization that `packed` was made for.
+      residual: QuantizedArray or float32 (n, oh, ow, oc), or None.
+      output: of the result; None for float32.
+      bias, strides, padding, kernel_dilation, feature_group_count, activation, kernel: as in `sparse_conv`.
+
+    Returns:
+      A QuantizedArray (n, oh, ow, oc), or float32 where `output` is None.
+
+    Raises:
+      TypeError, ValueError: as `sparse_conv`, or x has another Quantization than `packed`.
+    """
+    if not isinstance(x, QuantizedArray):
+        x = packed.inputs.quantize(x)
+    if x.quantization != packed.inputs:
+        raise ValueError(f"x is quantized by {x.quantization}, the kernel was packed for {packed.inputs}: give it float32, or pack the "
+                         "kernel for these inputs")
+    pattern, (kh, kw, channels, oc), groups = packed.pattern, packed.shape, packed.groups
+    if len(x.shape) != 4:
+        raise ValueError(f"x has shape {x.shape}, wanted 4 dimensions (n, ih, iw, ic): add a batch dimension with x[None]")
+    if feature_group_count != groups:
+        raise ValueError(f"feature_group_count={feature_group_count}, but the kernel was packed for {groups} groups: "
+                         f"call pack_int8(kernel, inputs, feature_group_count={feature_group_count})")
+    if x.shape[3] != channels * groups:
+        raise ValueError(f"x has {x.shape[3]} channels (shape {x.shape}, NHWC), the kernel {packed.shape} with {groups} groups wants "
+                         f"{channels * groups}")
+    if activation not in BOUNDS:
+        raise ValueError(f"activation={activation!r}, wanted one of {list(BOUNDS)}: apply others after the call")
+    if kernel is not None and kernel not in ffi.kernels("int8"):
+        raise ValueError(f"kernel={kernel!r} cannot run here, wanted one of {ffi.kernels('int8')} or None for the best")
+    window = make_window(x.shape[1:3], (kh, kw), strides, padding, kernel_dilation)
+    out = (x.shape[0], *window.output(*x.shape[1:3], kh, kw), oc)
+    bias = jnp.zeros(oc, jnp.float32) if bias is None else jnp.asarray(bias)
+    if bias.dtype != jnp.float32 or bias.shape != (oc,):
+        raise (TypeError if bias.dtype != jnp.float32 else ValueError)(
+            f"bias is {bias.dtype}{list(bias.shape)}, wanted float32[{oc}], one per output channel")
+    if residual is not None and residual.shape != out:
+        raise ValueError(f"residual has shape {residual.shape}, wanted the output's shape {out}")
+    added = residual if isinstance(residual, QuantizedArray) else None
+    later = residual is not None and added is None  # a float32 residual is added to float32 outputs
+    low, high = BOUNDS[None if later else activation]
+    step = packed.scale * np.float32(packed.inputs.scale)
+    rescale = Rescale(packed.inputs.zero, 0, 0 if added is None else added.quantization.zero, low, high, True)
+    operands = [_padded(x.values, channels, groups), packed.words, packed.sums, step, bias / step]
+    if added is not None:
+        operands += [added.values, jax.lax.reduce_precision(np.float32(added.quantization.scale) / step, 8, 15)]
+    if output is not None and not later:
+        rescale, operands[3] = rescale.quantized(output), step * np.float32(1 / output.scale)
+    y = bind_int8(*operands, pattern=pattern, window=window, rescale=rescale, kernel=kernel)
+    if later:
+        low, high = BOUNDS[activation]
+        y = jnp.clip(y + residual, low, high)
+        return y if output is None else output.quantize(y)
+    return y if output is None else QuantizedArray(y, output)
+
+
+def _padded(values: jax.Array, channels: int, groups: int) -> jax.Array:
+    """Each group's channels padded to whole words."""
+    if channels % LANES == 0:
+        return values
+    apart = values.reshape(*values.shape[:3], groups, channels)
+    apart = jnp.pad(apart, ((0, 0),) * 4 + ((0, -channels % LANES),))
+    return apart.reshape(*values.shape[:3], -1)
+
+
+int8_conv_p = Primitive("sparse_conv_int8")
+int8_conv_p.def_impl(functools.partial(xla.apply_primitive, int8_conv_p))
+
+
+def bind_int8(*operands, **params) -> jax.Array:
+    """Operands x, words, sums, scale, offset and, with a residual, residual and ratio; empty images are left to XLA."""
+    if 0 in (*operands[0].shape, *_output(operands[0], params["pattern"], params["window"])):
+        return _reference(*operands, **params)
+    return int8_conv_p.bind(*vary_together(operands), **params)
+
+
+def _output(x, pattern: Pattern, window: Window) -> tuple[int, ...]:
+    return (x.shape[0], *window.output(x.shape[1], x.shape[2], *pattern.shape[:2]), pattern.shape[3])
+
+
+@int8_conv_p.def_abstract_eval
+def _abstract(x, *_, pattern: Pattern, window: Window, rescale: Rescale, **__):
+    dtype = np.dtype(np.float32 if rescale.to_float else np.uint8)
+    return x.update(shape=_output(x, pattern, window), dtype=dtype, weak_type=False)
+
+
+def _reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window: Window, rescale: Rescale, kernel):
+    """A sum of integer matrix products, one for each tap: every platform has those."""
+    kh, kw, icw, oc = pattern.shape
+    groups, (n, oh, ow, _) = pattern.groups, _output(x, pattern, window)
+    (sh, sw), (dh, dw) = window.strides, window.dilation
+    steps = jnp.pad(x.astype(jnp.int32) - rescale.zero_in, ((0, 0), *window.padding, (0, 0)))
+    steps = steps.reshape(*steps.shape[:3], groups, LANES * icw)
+    weights = dense_integers(words, pattern).reshape(kh * kw, LANES * icw, groups, oc // groups)
+
+    def add(tap, total):
+        corner = (0, tap // kw * dh, tap % kw * dw, 0, 0)
+        seen = jax.lax.dynamic_slice(steps, corner, (n, (oh - 1) * sh + 1, (ow - 1) * sw + 1, groups, LANES * icw))[:, ::sh, ::sw]
+        return total + jnp.einsum("nijgc,cgk->nijgk", seen, weights[tap], preferred_element_type=jnp.int32)
+
+    empty = 0 in (n, oh, ow)
+    total = jnp.zeros((n, oh, ow, groups, oc // groups), jnp.int32)
+    total = (total if empty else jax.lax.fori_loop(0, kh * kw, add, total)).reshape(n, oh, ow, oc)
+    y = total.astype(jnp.float32) + offset.reshape(1, 1, 1, -1)
+    if residual:
+        y = y + (residual[0].astype(jnp.int32) - rescale.zero_residual).astype(jnp.float32) * residual[1].reshape(1, 1, 1, -1)
+    y = y * scale.reshape(1, 1, 1, -1)
+    low, high = np.float32(rescale.low), np.float32(rescale.high)
+    if rescale.to_float:
+        return jnp.minimum(jnp.maximum(y, low), high)
+    y = jnp.minimum(jnp.where(y > low, y, low), high)
+    return (jnp.round(y).astype(jnp.int32) + rescale.zero).astype(jnp.uint8)
+
+
+def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Rescale, kernel):
+    if not addressable(pattern, window):
+        return _lower_to_xla(ctx, *operands, pattern=pattern, window=window, rescale=rescale, kernel=kernel)
+    (top, bottom), (left, right) = window.padding
+    kh, kw, icw, oc = pattern.shape
+    return jax.ffi.ffi_lowering(ffi.INT8_TARGET)(
+        ctx, *operands, gaps=pattern.gaps, kernel=kernel or "",
+        layout=np.asarray([kh, kw, icw, oc, pattern.groups, pattern.block], np.int64),
+        window=np.asarray([*window.strides, top, bottom, left, right, *window.dilation], np.int64),
+        zeros=np.asarray([rescale.zero_in, rescale.zero, rescale.zero_residual], np.int64),
+        bounds=np.asarray([rescale.low, rescale.high], np.float32))
+
+
+_lower_to_xla = mlir.lower_fun(_reference, multiple_results=False)
+mlir.register_lowering(int8_conv_p, _lower_to_xla)
+if ffi.available:
+    mlir.register_lowering(int8_conv_p, _lower_to_ffi, platform="cpu")
+ad.primitive_jvps[int8_conv_p] = no_derivative
+
+
+def _batch(operands, dims, **params):
+    images = [0, *([5] if len(operands) == 7 else [])]
+    return batch_images(functools.partial(bind_int8, **params), operands, dims, images)
+
+
+batching.primitive_batchers[int8_conv_p] = _batch
