@@ -94,10 +94,10 @@ struct V {
     }
   }
   static SF_INLINE F::Reg ToFloat(Reg a) { return __builtin_convertvector(a, F::Reg); }
-  static SF_INLINE F::Reg Clamp(F::Reg y, float low, float high) {  // a nan becomes low
+  static SF_INLINE F::Reg Clamp(F::Reg y, F::Reg low, F::Reg high) {  // a nan becomes low
     for (int i = 0; i < 4; ++i) {
-      y[i] = y[i] > low ? y[i] : low;
-      y[i] = y[i] < high ? y[i] : high;
+      y[i] = y[i] > low[i] ? y[i] : low[i];
+      y[i] = y[i] < high[i] ? y[i] : high[i];
     }
     return y;
   }
@@ -106,8 +106,8 @@ struct V {
     for (int i = 0; i < m; ++i) r[i] = p[i];
     return r;
   }
-  static SF_INLINE void StoreBytes(uint8_t* p, F::Reg y, int32_t zero, int m) {
-    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(y[i])) + zero);
+  static SF_INLINE void StoreBytes(uint8_t* p, F::Reg y, Reg zero, int m) {
+    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(y[i])) + zero[i]);
   }
 };
 
