@@ -4,6 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # What runs a packed network needs jax alone; all the rest is imported when it is first asked for.
+from sparseflax.conv.int8 import Quantization as Quantization
+from sparseflax.conv.int8 import QuantizedArray as QuantizedArray
+from sparseflax.conv.int8 import QuantizedKernel as QuantizedKernel
+from sparseflax.conv.int8 import pack_int8 as pack_int8
 from sparseflax.conv.memory import keep_memory as keep_memory
 from sparseflax.conv.packing import PackedKernel as PackedKernel
 from sparseflax.conv.packing import Pattern as Pattern

@@ -17,7 +17,8 @@ TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
 INT8 = TEST.with_name("int8_test.cc")
 BORDER = [KERNEL / "handler.cc", TEST.with_name("handler_test.cc")]  # what needs XLA's headers
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
-SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in ("handler.cc", "int8_handler.cc", "module.cc"))  # what needs no XLA, no Python
+OUTSIDE = "handler.cc", "int8_handler.cc", "module.cc"  # what needs XLA or Python
+SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in OUTSIDE)
 TILES = [p for p in SOURCES if "microkernel.inc" in p.read_text() and p.name != "portable.cc"]  # with vectors of their own
 SERIAL = ["tiles", "flattened", "nonfinite", "damaged", "sizes"]
 INT8_SERIAL = ["tiles", "flattened"]

@@ -1,9 +1,9 @@
 """Eight bits: what stands for a float32, and convolution kernels of int8 words.
 
-An activation is x = scale * (q - zero) with q uint8, a weight w = scale[k] * q with q int8 from -127 to 127, one scale for each output
-channel k, and exactly 0 where it is pruned. Four weights of neighbouring input channels of a tap make one 32-bit word, the first in its
-lowest byte; a word is kept where one of them is not 0. Words are stored as float32 weights are (see packing.py), of a kernel with a
-quarter of the input channels. So weights pay where they are pruned in blocks of four.
+An activation is x = scale * (q - zero) with q uint8, a weight w = scale[k] * q with q int8 from -127 to 127, one scale for
+each output channel k, and exactly 0 where it is pruned. Four weights of neighbouring input channels of a tap make one 32-bit
+word, the first in its lowest byte; a word is kept where one of them is not 0. Words are stored as float32 weights are (see
+packing.py), of a kernel with a quarter of the input channels. So weights pay where they are pruned in blocks of four.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Quantization:
 
     def __post_init__(self):
         if not (math.isfinite(self.scale) and self.scale > 0 and 2**-100 < self.scale < 2**100):
-            raise ValueError(f"scale={self.scale}, wanted one between 2**-100 and 2**100: take Quantization.of_range(low, high)")
+            raise ValueError(f"scale={self.scale}, wanted one between 2**-100 and 2**100: take "
+                             "Quantization.of_range(low, high)")
         if not 0 <= self.zero <= 255:
             raise ValueError(f"zero={self.zero}, wanted 0 to 255: take Quantization.of_range(low, high)")
 
@@ -97,8 +98,8 @@ class QuantizedArray:
 
 def no_derivative(*_, **__):
     """The derivative rule of what has none."""
-    raise TypeError("an int8 convolution has no derivative: train the float32 model (for training with quantization see qwix) and "
-                    "pack it for int8 afterwards")
+    raise TypeError("an int8 convolution has no derivative: train the float32 model (for training with quantization see qwix) "
+                    "and pack it for int8 afterwards")
 
 
 quantize_p = Primitive("sparseflax_quantize")
@@ -122,11 +123,12 @@ batching.primitive_batchers[quantize_p] = lambda operands, dims, **params: (quan
 class QuantizedKernel:
     """A convolution kernel of int8 words without those that are zero, for inputs of one Quantization.
 
-    A pytree with the leaves `words` int32 (nnz,), `scale` float32 (oc,) and `sums` int32 (oc,), each output channel's sum of int8
-    weights. Static are `pattern`, of words, `channels`, the input channels of a group, and `inputs`.
+    A pytree with the leaves `words` int32 (nnz,), `scale` float32 (oc,) and `sums` int32 (oc,), each output channel's sum of
+    int8 weights. Static are `pattern`, of words, `channels`, the input channels of a group, and `inputs`.
     """
 
-    def __init__(self, words: jax.Array, scale: jax.Array, sums: jax.Array, pattern: Pattern, channels: int, inputs: Quantization):
+    def __init__(self, words: jax.Array, scale: jax.Array, sums: jax.Array, pattern: Pattern, channels: int,
+                 inputs: Quantization):
         self.words, self.scale, self.sums = words, scale, sums
         self.pattern, self.channels, self.inputs = pattern, channels, inputs
 
@@ -179,16 +181,17 @@ class QuantizedKernel:
         """
         wanted = {"words": np.int32, "scale": np.float32, "gaps": np.uint8, "layout": np.int64, "inputs": np.float64}
         found = {name: np.asarray(arrays[name]) for name in wanted if name in arrays}
-        if {name: a.dtype for name, a in found.items()} != wanted or found["layout"].shape != (7,) or found["inputs"].shape != (2,):
-            raise ValueError(f"packed arrays are {({name: str(a.dtype) for name, a in found.items()})}, wanted those of "
+        dtypes = {name: a.dtype for name, a in found.items()}
+        if dtypes != wanted or found["layout"].shape != (7,) or found["inputs"].shape != (2,):
+            raise ValueError(f"packed arrays are {({name: str(dtype) for name, dtype in dtypes.items()})}, wanted those of "
                              "QuantizedKernel.to_arrays()")
         *layout, channels = map(int, found["layout"])
         words, scale = found["words"].ravel(), found["scale"].ravel()
         pattern = PackedKernel.from_arrays({"values": np.ones(words.shape, np.float32), "gaps": found["gaps"],
                                             "layout": np.asarray(layout, np.int64)}).pattern
         if scale.shape != (layout[3],) or not 0 < channels <= LANES * layout[2] < channels + LANES:
-            raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: they are no int8 "
-                             "kernel's; pack the dense kernel again")
+            raise ValueError(f"packed scale has shape {scale.shape}, the layout is {found['layout'].tolist()}: they are no "
+                             "int8 kernel's; pack the dense kernel again")
         return cls(jnp.asarray(words), jnp.asarray(scale), jnp.asarray(_sums(words, pattern)), pattern, channels,
                    Quantization(float(found["inputs"][0]), int(found["inputs"][1])))
 
@@ -217,7 +220,8 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1) -
     integers = np.clip(np.rint(dense / scale), -127, 127).astype(np.int32)
     padding = [(0, 0)] * (dense.ndim - 2) + [(0, -channels % LANES), (0, 0)]
     lanes = np.pad(integers, padding).reshape(*dense.shape[:-2], -1, LANES, oc)
-    words = sum((lanes[..., lane, :].astype(np.uint32) & 255) << (8 * lane) for lane in range(LANES)).astype(np.uint32).view(np.int32)
+    places = 8 * np.arange(LANES, dtype=np.uint32).reshape(-1, 1)
+    words = np.bitwise_or.reduce((lanes.astype(np.uint32) & 255) << places, axis=-2).view(np.int32)
     pattern = pack((words != 0).astype(np.float32), feature_group_count).pattern
     kept = words.reshape(-1)[pattern.index]
     return QuantizedKernel(jnp.asarray(kept), jnp.asarray(scale), jnp.asarray(_sums(kept, pattern)), pattern, channels, inputs)
@@ -231,8 +235,8 @@ def _sums(words: np.ndarray, pattern: Pattern) -> np.ndarray:
     k, oc = pattern.index % pattern.shape[3], pattern.shape[3]
     most = np.bincount(k, np.abs(lanes).sum(1), oc).max(initial=0)
     if most * 255 >= 2**31:
-        raise ValueError(f"the int8 weights of an output channel add up to {int(most)}, at most {2**31 // 255} cannot overflow an "
-                         "int32: keep fewer, or stay with float32")
+        raise ValueError(f"the int8 weights of an output channel add up to {int(most)}, at most {2**31 // 255} cannot overflow "
+                         "an int32: keep fewer, or stay with float32")
     return np.bincount(k, lanes.sum(1), oc).astype(np.int32)
 
 

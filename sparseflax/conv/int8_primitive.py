@@ -2,8 +2,8 @@
 
     y[n,i,j,k] = (float(sum (x - zero_in) w) + offset[k] + (residual - zero_residual) ratio[k]) scale[k]
 
-clamped, and rounded to uint8 where that is asked for. The ratio has 16 bits, so that its product is exact: whether a compiler joins
-products and sums makes no difference.
+clamped, and rounded to uint8 where that is asked for. The ratio has 16 bits, so that its product is exact: whether a compiler
+joins products and sums makes no difference.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
     if not isinstance(x, QuantizedArray):
         x = packed.inputs.quantize(x)
     if x.quantization != packed.inputs:
-        raise ValueError(f"x is quantized by {x.quantization}, the kernel was packed for {packed.inputs}: give it float32, or pack the "
-                         "kernel for these inputs")
+        raise ValueError(f"x is quantized by {x.quantization}, the kernel was packed for {packed.inputs}: give it float32, or "
+                         "pack the kernel for these inputs")
     pattern, (kh, kw, channels, oc), groups = packed.pattern, packed.shape, packed.groups
     if len(x.shape) != 4:
         raise ValueError(f"x has shape {x.shape}, wanted 4 dimensions (n, ih, iw, ic): add a batch dimension with x[None]")
@@ -74,8 +74,8 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
         raise ValueError(f"feature_group_count={feature_group_count}, but the kernel was packed for {groups} groups: "
                          f"call pack_int8(kernel, inputs, feature_group_count={feature_group_count})")
     if x.shape[3] != channels * groups:
-        raise ValueError(f"x has {x.shape[3]} channels (shape {x.shape}, NHWC), the kernel {packed.shape} with {groups} groups wants "
-                         f"{channels * groups}")
+        raise ValueError(f"x has {x.shape[3]} channels (shape {x.shape}, NHWC), the kernel {packed.shape} with {groups} groups "
+                         f"wants {channels * groups}")
     if activation not in BOUNDS:
         raise ValueError(f"activation={activation!r}, wanted one of {list(BOUNDS)}: apply others after the call")
     if kernel is not None and kernel not in ffi.kernels("int8"):
@@ -147,7 +147,8 @@ def _reference(x, words, sums, scale, offset, *residual, pattern: Pattern, windo
 
     def add(tap, total):
         corner = (0, tap // kw * dh, tap % kw * dw, 0, 0)
-        seen = jax.lax.dynamic_slice(steps, corner, (n, (oh - 1) * sh + 1, (ow - 1) * sw + 1, groups, LANES * icw))[:, ::sh, ::sw]
+        reach = n, (oh - 1) * sh + 1, (ow - 1) * sw + 1, groups, LANES * icw
+        seen = jax.lax.dynamic_slice(steps, corner, reach)[:, ::sh, ::sw]
         return total + jnp.einsum("nijgc,cgk->nijgk", seen, weights[tap], preferred_element_type=jnp.int32)
 
     empty = 0 in (n, oh, ow)

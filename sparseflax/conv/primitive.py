@@ -47,8 +47,8 @@ def sparse_conv(
 
     Non-finite inputs propagate as in the dense convolution: a pruned weight counts as 0, and 0 * inf is nan.
 
-    With a kernel from `pack_int8` the sum is one of integers, exact and the same on every platform, and only the rest is float32. It
-    has no derivative. A float32 x is quantized first, where a nan becomes the lowest value.
+    With a kernel from `pack_int8` the sum is one of integers, exact and the same on every platform, and only the rest is
+    float32. It has no derivative. A float32 x is quantized first, where a nan becomes the lowest value.
 
     Args:
       x: float32 (n, ih, iw, ic), or a QuantizedArray where `packed` was made for its Quantization.
@@ -72,11 +72,13 @@ def sparse_conv(
     """
     if isinstance(packed, QuantizedKernel):
         return int8_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=kernel_dilation,
-                         feature_group_count=feature_group_count, activation=activation, residual=residual, output=output, kernel=kernel)
+                         feature_group_count=feature_group_count, activation=activation, residual=residual, output=output,
+                         kernel=kernel)
     if not isinstance(packed, PackedKernel):
         raise TypeError(f"packed is a {type(packed).__name__}, wanted a PackedKernel: call sparseflax.pack(kernel) first")
     if output is not None or isinstance(x, QuantizedArray) or isinstance(residual, QuantizedArray):
-        raise TypeError("x, residual or output is quantized, but packed holds float32: pack the kernel with sparseflax.pack_int8")
+        raise TypeError("x, residual or output is quantized, but packed holds float32: pack the kernel with "
+                        "sparseflax.pack_int8")
     operands = {"x": x, "values": packed.values} | {k: a for k, a in (("bias", bias), ("residual", residual)) if a is not None}
     operands = {name: jnp.asarray(a) for name, a in operands.items()}
     for name, a in operands.items():

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparseflax.layers.rules import masked
+
 
 class Folded(nnx.Module):
     """What stands where a batch norm was folded into the layer before it: the identity, called like a batch norm."""
@@ -51,3 +53,11 @@ def is_float32(layer: Any) -> bool:
     """Whether a layer or norm, nnx or Linen, computes in float32."""
     dtypes = (layer.dtype, layer.param_dtype, getattr(layer, "preferred_element_type", None))
     return all(dtype is None or jnp.dtype(dtype) == jnp.float32 for dtype in dtypes)
+
+
+def with_norm(layer: Any, norm: nnx.BatchNorm) -> Any:
+    """A copy of a convolution or linear layer that does its batch norm's work, with Params of its own."""
+    copy = nnx.clone(layer)
+    kernel, bias = fold(masked(copy, copy.kernel[...]), None if copy.bias is None else copy.bias[...], norm)
+    copy.kernel, copy.bias, copy.use_bias = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(bias)), True
+    return copy

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from sparseflax.layers.int8 import Int8Conv, Int8Dense
 from sparseflax.layers.nnx import SparseConv, SparseDense
-from sparseflax.layers.rules import masked
-from sparseflax.network.fold import Folded, fold
+from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.fuse import fuse_call
 from sparseflax.network.linen.packed import pack_linen
 from sparseflax.network.plan import Plan, describe, elsewhere
@@ -72,6 +71,8 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         warnings.warn(f"the plan was made {away}: outputs will be right, but layers are chosen for the other machine. To run "
                       "it here, pass the input and plan=None", RuntimeWarning, stacklevel=2)
     if linen is not None:
+        if any(row.inputs is not None for row in plan.layers):
+            raise ValueError("the plan has int8 layers, which Linen models do not run yet: plan with precision=\"float32\"")
         return pack_linen(linen[0], linen[1], x, plan, fuse, chunk, call)  # type: ignore[return-value]
     return pack_nnx(model, plan, fuse, chunk)  # type: ignore[type-var]
 
@@ -91,10 +92,12 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
             return Folded()
         if row is None or isinstance(node, (SparseConv, SparseDense)):
             return node
-        layer: Any = node if row.norm is None else _with_norm(node, modules[row.norm])
+        layer: Any = node if row.norm is None else with_norm(node, modules[row.norm])
         if row.choice == "dense":
             return layer
         try:
+            if row.inputs is not None:
+                return (Int8Conv if isinstance(node, nnx.Conv) else Int8Dense)(layer, row.inputs, row.correction)
             return (SparseConv if isinstance(node, nnx.Conv) else SparseDense).from_dense(layer)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
@@ -104,14 +107,6 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
     if not fuse or "" in rows:  # a model that is itself a layer has nothing to fuse
         return packed
     return fuse_call(packed, chunk or plan.chunk)
-
-
-def _with_norm(layer: Any, norm: nnx.BatchNorm) -> Any:
-    """A copy of a convolution or linear layer that does its batch norm's work, with Params of its own."""
-    copy = nnx.clone(layer)
-    kernel, bias = fold(masked(copy, copy.kernel[...]), None if copy.bias is None else copy.bias[...], norm)
-    copy.kernel, copy.bias, copy.use_bias = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(bias)), True
-    return copy
 
 
 def _check_same_model(modules: dict[str, Any], plan: Plan) -> None:

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from sparseflax.conv import ffi
+from sparseflax.conv.int8 import Quantization
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.detect import detect_machine
@@ -22,6 +23,7 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.measure import Measured, time_layers
+from sparseflax.network.ranges import Rounded, round_layers
 from sparseflax.network.survey import Layer, join, survey
 
 # The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
@@ -45,6 +47,9 @@ class LayerPlan:
       norm: path of the batch norm that is folded into it, or None.
       reason: of the choice, in words.
       dense_measured, sparse_measured: seconds on this machine; None where nothing was measured.
+      inputs: what its uint8 inputs stand for, if it runs in eight bits; None in float32.
+      error: relative error of its outputs in eight bits on the examples; None where it was not measured.
+      correction: of its bias in eight bits, one for each output channel.
     """
 
     path: str
@@ -60,6 +65,9 @@ class LayerPlan:
     reason: str
     dense_measured: float | None = None
     sparse_measured: float | None = None
+    inputs: Quantization | None = None
+    error: float | None = None
+    correction: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -132,7 +140,8 @@ class Plan:
         for layer in self.layers:
             shape = str(layer.shape or f"{layer.kind} {'x'.join(map(str, layer.kernel_shape))}")
             reason = layer.reason + (f"; folds {layer.norm}" if layer.norm is not None else "")
-            rows.append((layer.path or ".", shape, f"{layer.density:.3f}", layer.choice, layer.kernel,
+            rows.append((layer.path or ".", shape, f"{layer.density:.3f}", layer.choice,
+                         layer.kernel if layer.inputs is None else f"{layer.kernel} int8",
                          ms(layer.dense_seconds), ms(layer.sparse_seconds),
                          *((ms(layer.dense_measured), ms(layer.sparse_measured)) if timed else ()), reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -154,7 +163,7 @@ class Plan:
 
 
 def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | None = None, *, measure: bool = False,
-         seconds: float = 0.25, **call: Any) -> Plan:
+         seconds: float = 0.25, precision: Literal["float32", "int8"] = "float32", examples: Any = None, **call: Any) -> Plan:
     """Chooses dense or sparse for every layer of a pruned model: sparse where that takes less time.
 
     The cost model decides, if it predicts a gain of MARGIN in a layer that was pruned at all; or a measurement of both, on
@@ -166,12 +175,20 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
       machine: where it will run; None measures this one.
       measure: times every layer that can be sparse, both ways, and keeps the faster; let nothing else run meanwhile.
       seconds: for each layer to be measured, compiling apart; four times that again where the model expected otherwise.
+      precision: "int8" runs the sparse layers in eight bits, with uint8 inputs, where that loses little and their weights
+        were pruned in blocks of four input channels. For nnx models. Predicted seconds stay those of float32.
+      examples: for int8 a few hundred inputs, unlabelled, with a leading axis of examples: ranges and errors are theirs.
       **call: further keyword arguments of the call, e.g. `train=False`.
 
     Raises:
       TypeError: `model` is neither, cannot be traced, or its weights are not concrete.
-      ValueError: a model without convolution; `measure` for another machine than this one.
+      ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples, with values
+        that are not finite, or of a Linen model.
     """
+    if precision not in ("float32", "int8"):
+        raise ValueError(f'precision={precision!r}, wanted "float32" or "int8"')
+    if precision == "int8" and (examples is None or not isinstance(model, nnx.Module)):
+        raise ValueError('precision="int8" wants an nnx model and examples=inputs, a few hundred like those that it will meet')
     if measure and machine is not None and elsewhere(machine):
         raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or `measure`")
     layers = {layer.path: layer for layer in survey(model, x, **call)}
@@ -190,6 +207,11 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
                   if row.path in times and _confirm(row, times[row.path], machine).choice != row.choice}
         times |= time_layers({path: layer for path, layer in open_rows.items() if path in unlike}, 4 * seconds)
         rows = [_confirm(row, times[row.path], machine) if row.path in times else row for row in rows]
+    if precision == "int8":
+        norms = {row.path: row.norm for row in rows if row.choice == "sparse"
+                 and not isinstance(layers[row.path].kernel, PackedKernel)}
+        rounded = round_layers(model, norms, examples, **call)  # type: ignore[arg-type]
+        rows = [_in_int8(row, rounded[row.path]) if row.path in rounded else row for row in rows]
     rows = [replace(row, reason=f"{row.reason}; {note}") if (note := layers[row.path].note) else row for row in rows]
     return Plan(tuple(rows), machine, describe(x))
 
@@ -244,6 +266,11 @@ def _confirm(row: LayerPlan, times: Measured, machine: Machine) -> LayerPlan:
         reason += f", unlike the model ({row.reason})"
     return replace(row, choice=choice, kernel=machine.isa if choice == "sparse" else "xla", reason=reason,
                    dense_measured=times.dense, sparse_measured=times.sparse)
+
+
+def _in_int8(row: LayerPlan, rounded: Rounded) -> LayerPlan:
+    return replace(row, inputs=rounded.inputs, error=rounded.error, correction=rounded.correction,
+                   reason=f"{row.reason}; {rounded.reason}")
 
 
 def describe(x: Any) -> str:

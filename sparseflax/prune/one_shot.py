@@ -11,7 +11,7 @@ from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import all_kept, apply_masks, keep_largest, kernels
 
 
-def one_shot(params: Any, guide: Guidance, *, keep_zeros: bool = False) -> Any:
+def one_shot(params: Any, guide: Guidance, *, keep_zeros: bool = False, block: int = 1) -> Any:
     """The parameters with only the round(density * n) largest |w| of each of the guide's layers kept.
 
         params = prune.one_shot(params, guide)
@@ -25,6 +25,7 @@ def one_shot(params: Any, guide: Guidance, *, keep_zeros: bool = False) -> Any:
       params: nnx.State or nested dict; stays as it is.
       guide: which layers, to which density.
       keep_zeros: of weights that are zero already none counts as kept, so that a pruned network is only pruned further.
+      block: prune blocks of so many neighbouring input channels, by their norm: 4 for int8, see `keep_largest`.
 
     Raises:
       ValueError: for a layer of the guide that has no kernel in params.
@@ -35,6 +36,6 @@ def one_shot(params: Any, guide: Guidance, *, keep_zeros: bool = False) -> Any:
     def kept(layer: str, among: jax.Array) -> jax.Array:
         kernel = kernels(params)[layer]
         count = jnp.minimum(round(wanted[layer] * kernel.size), jnp.sum(among))
-        return keep_largest(kernel, count, among=among)
+        return keep_largest(kernel, count, among=among, block=block)
 
     return apply_masks(params, {layer: kept(layer, among) for layer, among in found.items()})

@@ -1,0 +1,68 @@
+"""Layers in eight bits for Flax NNX: made of `nnx.Conv` and `nnx.Linear`, for inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparseflax.conv.int8 import Quantization, QuantizedKernel, pack_int8
+from sparseflax.conv.primitive import Activation
+from sparseflax.layers import rules
+
+
+class Int8Conv(nnx.Module):
+    """A 2-D convolution whose inputs are rounded to uint8 and whose weights to int8; sums are exact, outputs float32.
+
+    y = act(conv(quantize(inputs), kernel) + bias + residual)
+
+    Args:
+      layer: what it is made of; it stays as it is.
+      inputs: what its uint8 inputs stand for.
+      correction: (oc,) added to the bias, or None.
+      activation: None, "relu" or "relu6", applied last.
+
+    Raises:
+      TypeError, ValueError: the layer has no sparse form, or what `pack_int8` refuses.
+    """
+
+    dense: type[nnx.Module] = nnx.Conv
+    wanted = "an nnx.Conv (Int8Dense takes an nnx.Linear)"
+
+    def __init__(self, layer: Any, inputs: Quantization, correction: Any = None, activation: Activation = None):
+        if not isinstance(layer, self.dense):
+            raise TypeError(f"layer is a {type(layer).__name__}, wanted {self.wanted}")
+        if reason := rules.unsupported(layer):
+            raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
+        for name in ("strides", "padding", "kernel_dilation", "feature_group_count"):
+            value = getattr(layer, name, 1)
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        self.dtype, self.activation = layer.dtype, activation
+        packed = pack_int8(np.asarray(rules.masked(layer, layer.kernel[...])), inputs, self.feature_group_count)
+        self.pattern, self.channels, self.inputs = packed.pattern, packed.channels, inputs
+        self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), nnx.Variable(packed.sums)
+        bias = np.zeros(packed.shape[3], np.float32) if layer.bias is None else np.asarray(layer.bias[...])
+        self.bias = nnx.Variable(jnp.asarray(bias if correction is None else bias + np.asarray(correction, np.float32)))
+
+    @property
+    def kernel(self) -> QuantizedKernel:
+        """The packed kernel (kh, kw, ic / groups, oc)."""
+        return QuantizedKernel(self.words[...], self.scale[...], self.sums[...], self.pattern, self.channels, self.inputs)
+
+    def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
+        """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), see `SparseConv`."""
+        return rules.convolve(self, self.kernel, self.bias[...], inputs, residual)
+
+
+class Int8Dense(Int8Conv):
+    """A fully connected layer in eight bits: `Int8Conv` of an `nnx.Linear`."""
+
+    dense = nnx.Linear
+    wanted = "an nnx.Linear (Int8Conv takes an nnx.Conv)"
+
+    def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
+        """Maps inputs (*batch, ic) to (*batch, oc), see `SparseDense`."""
+        return rules.multiply(self, self.kernel, self.bias[...], inputs, residual)

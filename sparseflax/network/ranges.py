@@ -1,0 +1,141 @@
+"""What eight bits do to a model: ranges of its layers' inputs, measured on examples, and the error that each layer makes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sparseflax.conv.int8 import Quantization
+from sparseflax.layers.int8 import Int8Conv, Int8Dense
+from sparseflax.network.fold import Folded, with_norm
+from sparseflax.network.survey import join
+
+CLIP = 1e-4  # the share of a batch's inputs that may lie beyond each end of the range
+FEW = 16  # examples below which ranges are hardly known
+BATCH = 32  # examples that run at a time
+MOST = 1 << 20  # inputs of a batch that are looked at
+ERROR = 0.1  # of a layer's outputs, relative: beyond it the layer stays float32
+PER_WORD = 2.0  # kept weights in a word of four, below which int8 gains nothing
+
+
+class Rounded(NamedTuple):
+    """A layer in eight bits.
+
+    Attributes:
+      inputs: what its uint8 inputs stand for; None where it stays float32.
+      error: root mean square error of its outputs over that of its outputs, bias corrected; None where it was not measured.
+      correction: mean error of each output channel, to be added to the bias.
+      reason: in words.
+    """
+
+    inputs: Quantization | None
+    error: float | None
+    correction: tuple[float, ...]
+    reason: str
+
+
+class _Watched(nnx.Module):
+    """A layer that shows what goes in and what comes out."""
+
+    def __init__(self, layer: Any, see: Callable[[Any, Any], None]):
+        self.layer, self.see = layer, see
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        outputs = self.layer(inputs, **kwargs)
+        self.see(inputs, outputs)
+        return outputs
+
+
+def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: Any, **call: Any) -> dict[str, Rounded]:
+    """Tries eight bits on some layers of a model, each for itself, with float32 inputs from the layers before it.
+
+    Args:
+      model: an nnx module; it stays as it is and is run eagerly, as at inference.
+      norms: {path of a layer: path of the batch norm that is folded into it, or None}.
+      examples: inputs, unlabelled, with a leading axis of examples: an array or a pytree of them.
+      **call: further keyword arguments of the call.
+
+    Raises:
+      ValueError: no examples, or values in them or between layers that are not finite.
+    """
+    count = min((len(leaf) for leaf in jax.tree.leaves(examples)), default=0)
+    if count == 0:
+        raise ValueError("examples hold none, wanted some hundred inputs like those that the model will meet")
+    if count < FEW:
+        warnings.warn(f"ranges from {count} examples are hardly those of other inputs: give a few hundred", RuntimeWarning,
+                      stacklevel=4)
+    batches = [jax.tree.map(lambda leaf, i=i: leaf[i:i + BATCH], examples) for i in range(0, count, BATCH)]
+    ranges: dict[str, list[tuple[float, float]]] = {path: [] for path in norms}
+
+    def see_range(path: str, layer: Any) -> Callable[[Any, Any], None]:
+        def see(inputs, _):
+            values = np.asarray(inputs).ravel()
+            values = values[::-(-values.size // MOST)]
+            if not np.isfinite(values).all():
+                raise ValueError(f"inputs of layer {path!r} are not finite for these examples: check them, and the weights "
+                                 "before it")
+            low, high = np.quantile(values, (CLIP, 1 - CLIP))
+            ranges[path].append((float(low), float(high)))
+        return see
+
+    _run(model, norms, see_range, batches, call)
+    totals: dict[str, tuple[Any, list[np.ndarray]]] = {}
+    rounded: dict[str, Rounded] = {}
+
+    def see_error(path: str, layer: Any) -> Callable[[Any, Any], None]:
+        try:
+            inputs = Quantization.of_range(min(low for low, _ in ranges[path]), max(high for _, high in ranges[path]))
+        except ValueError:
+            rounded[path] = Rounded(None, None, (), "float32: its inputs are 0 in all examples, or it does not run")
+            return lambda *_: None
+        int8 = (Int8Conv if isinstance(layer, nnx.Conv) else Int8Dense)(layer, inputs)
+        kept = int(np.count_nonzero(np.asarray(layer.kernel[...]))) / max(1, int8.pattern.nnz)
+        if kept < PER_WORD:
+            rounded[path] = Rounded(None, None, (), f"float32: {kept:.2g} kept weights in a block of four, prune with block=4")
+            return lambda *_: None
+        run = nnx.jit(lambda layer, x: layer(x))
+
+        def see(x, y):
+            y, error = np.asarray(y, np.float64), np.asarray(y, np.float64) - np.asarray(run(int8, x), np.float64)
+            axes = tuple(range(y.ndim - 1))
+            sums = [np.asarray(y.size // y.shape[-1], np.float64), error.sum(axes), (error**2).sum(axes), (y**2).sum(axes)]
+            before = totals.get(path, (inputs, [np.zeros(())] * 4))[1]
+            totals[path] = inputs, [a + b for a, b in zip(before, sums, strict=True)]
+        return see
+
+    _run(model, norms, see_error, batches, call)
+    for path, (inputs, (n, errors, squares, outputs)) in totals.items():
+        mean = errors / n
+        error = float(np.sqrt(max(0.0, (squares / n - mean**2).sum()) / max((outputs / n).sum(), 1e-30)))
+        if error > ERROR:
+            rounded[path] = Rounded(None, error, (), f"float32: int8 would be off by {error:.2g}")
+        else:
+            rounded[path] = Rounded(inputs, error, tuple(map(float, mean)), f"int8, off by {error:.2g}")
+    return rounded
+
+
+def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any], Callable], batches: Any, call: Any) -> None:
+    """Runs the folded model on the batches with its layers watched; shared ones once for all their places."""
+    copy = nnx.clone(model)
+    copy.eval()
+    modules = {join(path): module for path, module in nnx.iter_modules(copy)}
+    folded = set(norms.values())
+
+    def replace(path, node: Any) -> Any:
+        name = join(path)
+        if isinstance(node, nnx.BatchNorm) and name in folded:
+            return Folded()
+        if isinstance(node, (nnx.Conv, nnx.Linear)) and name in norms:
+            norm = norms[name]
+            layer = node if norm is None else with_norm(node, modules[norm])
+            return _Watched(layer, watch(name, layer))
+        return node
+
+    watched: Any = nnx.recursive_map(replace, copy)
+    for batch in batches:
+        watched(batch, **call)

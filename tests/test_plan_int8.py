@@ -1,0 +1,116 @@
+"""Plans in eight bits: which layers take them, with which ranges, and what the packed model computes then."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sparseflax
+from tests.machines import HERE
+
+
+class Net(nnx.Module):
+    """Two convolutions with batch norm, the second unstructured, and a fully connected layer."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(32, rngs=rngs)
+        self.second = nnx.Conv(32, 32, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(32, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x)))
+        return self.head(nnx.relu(self.second(x)).mean((1, 2)))
+
+
+def net():
+    model = Net(nnx.Rngs(0))
+    random = np.random.default_rng(0)
+    keep = np.repeat(random.random((3, 3, 4, 32)) < 0.1, 4, axis=2)
+    model.first.kernel.set_value(model.first.kernel[...] * keep)
+    model.second.kernel.set_value(model.second.kernel[...] * (random.random((3, 3, 32, 32)) < 0.1))
+    model.norm.mean.set_value(jnp.linspace(-0.5, 0.5, 32))
+    model.norm.var.set_value(jnp.linspace(0.5, 2, 32))
+    model.eval()
+    return model
+
+
+def inputs(n, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, 12, 12, 16)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    model = net()
+    return model, sparseflax.plan(model, inputs(2), HERE, precision="int8", examples=inputs(40))
+
+
+def test_layers_with_blocks_of_four_run_in_int8_and_the_others_say_why_not(planned):
+    _, plan = planned
+    rows = {row.path: row for row in plan.layers}
+    assert rows["first"].inputs is not None and 0 < rows["first"].error < 0.05 and len(rows["first"].correction) == 32
+    low, high = (rows["first"].inputs.scale * (q - rows["first"].inputs.zero) for q in (0, 255))
+    assert -5 < low < -3 < 3 < high < 5  # tails of 1e-4 are cut: normal inputs end near 3.7
+    assert rows["second"].inputs is None and "prune with block=4" in rows["second"].reason
+    assert "int8, off by" in str(plan)
+    json.dumps(plan.to_dict())
+
+
+def test_the_packed_model_is_close_to_the_dense_one(planned):
+    model, plan = planned
+    packed = sparseflax.pack_model(model, plan)
+    assert isinstance(packed.first, sparseflax.nnx.Int8Conv) and isinstance(packed.second, sparseflax.nnx.SparseConv)
+    x = inputs(2, seed=1)
+    y, want = jax.jit(lambda m, x: m(x))(packed, x), model(x)
+    assert np.linalg.norm(y - want) < 0.03 * np.linalg.norm(want)
+
+
+def test_biases_are_corrected():
+    """Without correction the mean of each channel is off by what rounding its few weights did."""
+    model = net()
+    plan = sparseflax.plan(model, inputs(2), HERE, precision="int8", examples=inputs(40))
+    bare = dataclasses.replace(plan, layers=tuple(
+        dataclasses.replace(row, correction=(0.0,) * len(row.correction)) for row in plan.layers))
+    x = inputs(40)
+    want = np.asarray(sparseflax.pack_model(model, plan.all_dense, fuse=False).first(x)).mean((0, 1, 2))
+    means = [np.asarray(sparseflax.pack_model(model, p, fuse=False).first(x)).mean((0, 1, 2)) for p in (plan, bare)]
+    assert np.abs(means[0] - want).max() < 1e-5 < np.abs(means[1] - want).max()
+
+
+def test_what_is_refused():
+    model, x = net(), inputs(2)
+    with pytest.raises(ValueError, match='wanted "float32" or "int8"'):
+        sparseflax.plan(model, x, HERE, precision="int4")
+    with pytest.raises(ValueError, match="examples=inputs"):
+        sparseflax.plan(model, x, HERE, precision="int8")
+    with pytest.raises(ValueError, match="examples hold none"):
+        sparseflax.plan(model, x, HERE, precision="int8", examples=x[:0])
+    bad = inputs(20)
+    bad[3] = np.nan
+    with pytest.raises(ValueError, match="inputs of layer 'first' are not finite"):
+        sparseflax.plan(model, x, HERE, precision="int8", examples=bad)
+    with pytest.warns(RuntimeWarning, match="ranges from 2 examples"):
+        plan = sparseflax.plan(model, x, HERE, precision="int8", examples=np.zeros_like(x))
+    assert "its inputs are 0 in all examples" in plan.layers[0].reason
+
+
+def test_a_layer_that_loses_too_much_stays_float32(monkeypatch):
+    monkeypatch.setattr("sparseflax.network.ranges.ERROR", 1e-6)
+    plan = sparseflax.plan(net(), inputs(2), HERE, precision="int8", examples=inputs(20))
+    assert plan.layers[0].inputs is None and "int8 would be off by" in plan.layers[0].reason
+
+
+def test_layers_are_made_of_their_own_kind():
+    q = sparseflax.Quantization(0.05, 7)
+    with pytest.raises(TypeError, match="Int8Dense takes an nnx.Linear"):
+        sparseflax.nnx.Int8Conv(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), q)
+    with pytest.raises(ValueError, match="no sparse form"):
+        sparseflax.nnx.Int8Conv(nnx.Conv(4, 3, (3,), rngs=nnx.Rngs(0)), q)
+    linear = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).uniform(0, 10, (5, 2, 6)).astype(np.float32)
+    y, want = sparseflax.nnx.Int8Dense(linear, q)(x), linear(x)
+    assert y.shape == want.shape and np.abs(y - want).max() < 0.02 * np.abs(want).max() + 0.2
