@@ -164,7 +164,8 @@ class QuantizedKernel:
 
     def unpack(self) -> jax.Array:
         """The dense float32 kernel (kh, kw, ic / groups, oc) that the int8 weights stand for."""
-        return dense_integers(self.words, self.pattern)[:, :, :self.channels].astype(jnp.float32) * self.scale.reshape(1, 1, 1, -1)
+        integers = dense_integers(self.words, self.pattern)[:, :, :self.channels]
+        return integers.astype(jnp.float32) * self.scale.reshape(1, 1, 1, -1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays that `np.savez(path, **arrays)` stores; `from_arrays` is the inverse."""
@@ -190,8 +191,8 @@ class QuantizedKernel:
         pattern = PackedKernel.from_arrays({"values": np.ones(words.shape, np.float32), "gaps": found["gaps"],
                                             "layout": np.asarray(layout, np.int64)}).pattern
         if scale.shape != (layout[3],) or not 0 < channels <= LANES * layout[2] < channels + LANES:
-            raise ValueError(f"packed scale has shape {scale.shape}, the layout is {found['layout'].tolist()}: they are no "
-                             "int8 kernel's; pack the dense kernel again")
+            raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: no int8 kernel's; "
+                             "pack the dense kernel again")
         return cls(jnp.asarray(words), jnp.asarray(scale), jnp.asarray(_sums(words, pattern)), pattern, channels,
                    Quantization(float(found["inputs"][0]), int(found["inputs"][1])))
 

@@ -115,6 +115,8 @@ def _padded(values: jax.Array, channels: int, groups: int) -> jax.Array:
     return apart.reshape(*values.shape[:3], -1)
 
 
+RESIDUAL = 5  # where the residual stands among the operands
+
 int8_conv_p = Primitive("sparse_conv_int8")
 int8_conv_p.def_impl(functools.partial(xla.apply_primitive, int8_conv_p))
 
@@ -186,7 +188,7 @@ ad.primitive_jvps[int8_conv_p] = no_derivative
 
 
 def _batch(operands, dims, **params):
-    images = [0, *([5] if len(operands) == 7 else [])]
+    images = [0, RESIDUAL] if len(operands) > RESIDUAL else [0]
     return batch_images(functools.partial(bind_int8, **params), operands, dims, images)
 
 

@@ -49,6 +49,9 @@ def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, A
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}, wanted the one that the model was packed by")
+    if int8 := [row.path for row in plan.layers if row.inputs is not None]:
+        raise ValueError(f"layers {int8} run in eight bits, which this file does not hold yet: save the network in float32, or "
+                         "export it as a program")
     if isinstance(packed, tuple):
         layers, arrays = dict(packed[0].patterns), linen_store.arrays_of(*packed)
     else:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, Literal, primitives
 
+from sparseflax.conv.int8 import quantize_p
+from sparseflax.conv.int8_primitive import RESIDUAL, int8_conv_p
 from sparseflax.conv.primitive import conv_p
 from sparseflax.network.rewrites import COMBINE
 
@@ -151,6 +153,10 @@ def _apart(equation: Any, own: Sequence[bool], n: int) -> bool:
     if primitive is conv_p:
         residual = params["has_residual"]
         return own[0] and own[-1] == residual and not any(own[1:-1])
+    if primitive is int8_conv_p:
+        return own[0] and all(is_own == (i == RESIDUAL) for i, is_own in enumerate(own) if i)
+    if primitive is quantize_p:
+        return first
     if primitive is primitives.conv_general_dilated_p:
         layout = params["dimension_numbers"]
         return first and params["batch_group_count"] == 1 and layout.lhs_spec[0] == layout.out_spec[0] == 0

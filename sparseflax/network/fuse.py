@@ -22,6 +22,8 @@ from flax import nnx
 from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
 
+from sparseflax.conv.int8 import quantize_p
+from sparseflax.conv.int8_primitive import bind_int8, int8_conv_p
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.conv.primitive import Activation, conv_p, sparse_conv
 from sparseflax.conv.window import Window
@@ -37,6 +39,8 @@ def fuse(f: Callable[..., T]) -> Callable[..., T]:
 
     - `sparse_conv` followed by a bias, by a residual of its output's shape, or by relu, relu6, max(., 0) or clip(., 0, 6)
       takes them into its epilogue, if nothing else uses what lies between, also through a reshape.
+    - `sparse_conv` in eight bits takes relu and relu6, and the rounding to uint8 by another one that alone reads it: what lies
+      between the two is uint8 then.
     - Pooling runs along one dimension after the other, grouped convolutions group by group, depthwise ones as a sum of
       shifted images, and powers of 1/4, 1/2 and 3/4 are square roots.
 
@@ -167,6 +171,27 @@ class _Waiting:
         return y.reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class _WaitingInt8:
+    """A convolution in eight bits that is not computed yet, with float32 outputs."""
+
+    operands: Sequence[Any]
+    params: dict[str, Any]
+
+    def compute(self) -> jax.Array:
+        return bind_int8(*self.operands, **self.params)
+
+    def clamped(self, low: float, high: float) -> _WaitingInt8:
+        rescale = self.params["rescale"]
+        bounds = rescale._replace(low=max(rescale.low, low), high=min(rescale.high, high))
+        return replace(self, params=self.params | {"rescale": bounds})
+
+    def quantized(self, output: Any) -> jax.Array:
+        x, words, sums, scale, *rest = self.operands
+        scale = scale * np.float32(1 / output.scale)
+        return bind_int8(x, words, sums, scale, *rest, **self.params | {"rescale": self.params["rescale"].quantized(output)})
+
+
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> Sequence[Any]:
     """The rewritten jaxpr's outputs, with the derivatives of the original."""
 
@@ -236,6 +261,8 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
             results = _evaluate(inner.jaxpr, [*inner.consts, *operands], trace)
         elif equation.primitive is conv_p:
             results = [_wait(next(trace.numbers), equation, [_now(operand) for operand in operands])]
+        elif equation.primitive is int8_conv_p and equation.params["rescale"].to_float:
+            results = [_WaitingInt8([_now(operand) for operand in operands], equation.params)]
         else:
             result = EPILOGUES[equation.primitive](equation, *operands) if equation.primitive in EPILOGUES else None
             if result is None:
@@ -281,7 +308,7 @@ def _wait(number: int, equation: Any, operands: Sequence[Any]) -> _Waiting:
 
 
 def _now(value: Any) -> Any:
-    return value.compute() if isinstance(value, _Waiting) else value
+    return value.compute() if isinstance(value, _Waiting | _WaitingInt8) else value
 
 
 def _add(_, a: Any, b: Any) -> _Waiting | None:
@@ -297,24 +324,34 @@ def _add(_, a: Any, b: Any) -> _Waiting | None:
     return None
 
 
-def _max(_, a: Any, b: Any) -> _Waiting | None:
+def _max(_, a: Any, b: Any) -> _Waiting | _WaitingInt8 | None:
     for conv, bound in ((a, b), (b, a)):
+        if isinstance(conv, _WaitingInt8) and _is_number(bound) and bound == 0:
+            return conv.clamped(0.0, np.inf)
         if isinstance(conv, _Waiting) and conv.activation is None and _is_number(bound) and bound == 0:
             return replace(conv, activation="relu")
     return None
 
 
-def _min(_, a: Any, b: Any) -> _Waiting | None:
+def _min(_, a: Any, b: Any) -> _Waiting | _WaitingInt8 | None:
     for conv, bound in ((a, b), (b, a)):
+        if isinstance(conv, _WaitingInt8) and conv.params["rescale"].low == 0 and _is_number(bound) and bound == 6:
+            return conv.clamped(0.0, 6.0)
         if isinstance(conv, _Waiting) and conv.activation == "relu" and _is_number(bound) and bound == 6:
             return replace(conv, activation="relu6")
     return None
 
 
-def _clamp(_, low: Any, x: Any, high: Any) -> _Waiting | None:
+def _clamp(_, low: Any, x: Any, high: Any) -> _Waiting | _WaitingInt8 | None:
+    if isinstance(x, _WaitingInt8) and _is_number(low) and low == 0 and _is_number(high) and high == 6:
+        return x.clamped(0.0, 6.0)
     if isinstance(x, _Waiting) and x.activation is None and _is_number(low) and low == 0 and _is_number(high) and high == 6:
         return replace(x, activation="relu6")
     return None
+
+
+def _quantize(equation: Any, x: Any) -> jax.Array | None:
+    return x.quantized(equation.params["quantization"]) if isinstance(x, _WaitingInt8) else None
 
 
 def _reshape(equation: Any, x: Any, *sizes: Any) -> _Waiting | None:
@@ -331,7 +368,7 @@ def _convert(equation: Any, x: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, _Waiting | Tracer) and np.ndim(value) == 0
+    return not isinstance(value, _Waiting | _WaitingInt8 | Tracer) and np.ndim(value) == 0
 
 
 # What XLA adds to a dense convolution.
@@ -339,4 +376,4 @@ ELEMENTWISE = {primitives.add_p, primitives.sub_p, primitives.mul_p, primitives.
 # What can join a convolution that waits.
 EPILOGUES: dict[Any, Callable[..., Any]] = {
     primitives.add_p: _add, primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
-    primitives.reshape_p: _reshape, primitives.convert_element_type_p: _convert}
+    primitives.reshape_p: _reshape, primitives.convert_element_type_p: _convert, quantize_p: _quantize}
