@@ -4,6 +4,7 @@
     python -m experiments.benchmark layers --threads 2 --batch 64 --layer 3x3 --density 0.05 0.1 0.2
     python -m experiments.benchmark layers --matrices DIR       # the pruned AlexNet's weights
     python -m experiments.benchmark threads                     # the same layers on two threads and on one, 3 minutes
+    python -m experiments.benchmark int8                        # the same layers in eight bits and in float32, 1 minute
     python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
     python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
     python -m experiments.benchmark memory                      # what they need while they run, 5 minutes
@@ -55,6 +56,14 @@ def main() -> None:
     threads.add_argument("--rounds", type=int, default=12, help="turns of every process")
     threads.add_argument("--out", type=Path, default=results.THREADS, help="JSON lines, appended")
     threads.set_defaults(run=run_threads)
+    int8 = commands.add_parser("int8", help="time our kernel in eight bits and in float32, append to the results")
+    int8.add_argument("--threads", type=int, default=1)
+    int8.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
+    int8.add_argument("--density", type=float, default=0.1, metavar="D", help="share of weights that is kept")
+    int8.add_argument("--layer", nargs="+", default=[], metavar="PART", help="only layers with one of these in their name")
+    int8.add_argument("--seconds", type=float, default=1.5, help="for each layer, both together")
+    int8.add_argument("--out", type=Path, default=results.INT8, help="JSON lines, appended")
+    int8.set_defaults(run=run_int8)
     networks = commands.add_parser("networks", help="time whole networks with pruned weights, append to the results")
     networks.add_argument("--threads", type=int, default=1)
     networks.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -132,6 +141,23 @@ def run_threads(args: argparse.Namespace) -> None:
                 line = measure(problem, args.threads, args.rounds, args.isa or ffi.isa())
                 results.append(args.out, {"set": "threads"} | line | {"drawn": args.density, "memory": "kept"} | origin)
                 show(table.threads_row(line))
+
+
+def run_int8(args: argparse.Namespace) -> None:
+    use_threads(args.threads)
+    memory = "kept" if keep_memory() else "fresh"
+    from experiments.benchmark import int8
+    from experiments.layers import BENCHMARK, choose
+
+    lines, console, origin = [], Console(), results.provenance({"jax", "jaxlib"})
+    with shown(console, int8.HEAD) as show:
+        for n in args.batch:
+            for shape in choose(BENCHMARK, args.layer):
+                lines.append(int8.measure(shape.with_batch(n), args.density, args.threads, args.seconds))
+                results.append(args.out, {"set": "int8"} | lines[-1] | {"drawn": args.density, "memory": memory} | origin)
+                show(int8.row(lines[-1]))
+    for n, mean in int8.means(lines).items():
+        console.print(f"n={n}: {mean:.2f} times float32, geometric mean of {len(lines) // len(args.batch)} layers")
 
 
 def run_networks(args: argparse.Namespace) -> None:

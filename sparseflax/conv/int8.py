@@ -191,8 +191,8 @@ class QuantizedKernel:
         pattern = PackedKernel.from_arrays({"values": np.ones(words.shape, np.float32), "gaps": found["gaps"],
                                             "layout": np.asarray(layout, np.int64)}).pattern
         if scale.shape != (layout[3],) or not 0 < channels <= LANES * layout[2] < channels + LANES:
-            raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: no int8 kernel's; "
-                             "pack the dense kernel again")
+            raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: they are "
+                             "no int8 kernel's; pack the dense kernel again")
         return cls(jnp.asarray(words), jnp.asarray(scale), jnp.asarray(_sums(words, pattern)), pattern, channels,
                    Quantization(float(found["inputs"][0]), int(found["inputs"][1])))
 
