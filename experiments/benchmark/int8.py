@@ -78,5 +78,6 @@ def row(line: Line) -> tuple[str, ...]:
 
 def means(lines: list[Line]) -> dict[int, float]:
     """{n: geometric mean of the speedups}."""
-    return {n: geometric_mean(line["times"][OURS]["seconds"] / line["times"][INT8]["seconds"] for line in lines if line["n"] == n)
+    return {n: geometric_mean(line["times"][OURS]["seconds"] / line["times"][INT8]["seconds"]
+                              for line in lines if line["n"] == n)
             for n in sorted({line["n"] for line in lines})}

@@ -68,7 +68,8 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
         raise ValueError(f"x is quantized by {x.quantization}, the kernel was packed for {packed.inputs}: give it float32, or "
                          "pack the kernel for these inputs")
     pattern, (kh, kw, channels, oc), groups = packed.pattern, packed.shape, packed.groups
-    if len(x.shape) != 4:
+    size = x.shape
+    if len(size) != 4:
         raise ValueError(f"x has shape {x.shape}, wanted 4 dimensions (n, ih, iw, ic): add a batch dimension with x[None]")
     if feature_group_count != groups:
         raise ValueError(f"feature_group_count={feature_group_count}, but the kernel was packed for {groups} groups: "
@@ -81,7 +82,7 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
     if kernel is not None and kernel not in ffi.kernels("int8"):
         raise ValueError(f"kernel={kernel!r} cannot run here, wanted one of {ffi.kernels('int8')} or None for the best")
     window = make_window(x.shape[1:3], (kh, kw), strides, padding, kernel_dilation)
-    out = (x.shape[0], *window.output(*x.shape[1:3], kh, kw), oc)
+    out = (size[0], *window.output(size[1], size[2], kh, kw), oc)
     bias = jnp.zeros(oc, jnp.float32) if bias is None else jnp.asarray(bias)
     if bias.dtype != jnp.float32 or bias.shape != (oc,):
         raise (TypeError if bias.dtype != jnp.float32 else ValueError)(
@@ -89,19 +90,18 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
     if residual is not None and residual.shape != out:
         raise ValueError(f"residual has shape {residual.shape}, wanted the output's shape {out}")
     added = residual if isinstance(residual, QuantizedArray) else None
-    later = residual is not None and added is None  # a float32 residual is added to float32 outputs
-    low, high = BOUNDS[None if later else activation]
+    later: Any = residual if added is None else None  # a float32 residual is added to float32 outputs
+    low, high = BOUNDS[activation if later is None else None]
     step = packed.scale * np.float32(packed.inputs.scale)
     rescale = Rescale(packed.inputs.zero, 0, 0 if added is None else added.quantization.zero, low, high, True)
     operands = [_padded(x.values, channels, groups), packed.words, packed.sums, step, bias / step]
     if added is not None:
         operands += [added.values, jax.lax.reduce_precision(np.float32(added.quantization.scale) / step, 8, 15)]
-    if output is not None and not later:
+    if output is not None and later is None:
         rescale, operands[3] = rescale.quantized(output), step * np.float32(1 / output.scale)
     y = bind_int8(*operands, pattern=pattern, window=window, rescale=rescale, kernel=kernel)
-    if later:
-        low, high = BOUNDS[activation]
-        y = jnp.clip(y + residual, low, high)
+    if later is not None:
+        y = jnp.clip(y + later, *BOUNDS[activation])
         return y if output is None else output.quantize(y)
     return y if output is None else QuantizedArray(y, output)
 

@@ -29,7 +29,8 @@ class Int8Conv(nnx.Module):
       TypeError, ValueError: the layer has no sparse form, or what `pack_int8` refuses.
     """
 
-    dense: type[nnx.Module] = nnx.Conv
+    dense: Any = nnx.Conv
+    feature_group_count: int
     wanted = "an nnx.Conv (Int8Dense takes an nnx.Linear)"
 
     def __init__(self, layer: Any, inputs: Quantization, correction: Any = None, activation: Activation = None):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern, pack
 from sparseflax.conv.primitive import ACTIVATIONS, sparse_conv
 from sparseflax.conv.window import explicit_padding, make_window
@@ -95,7 +96,7 @@ def gather(kernel: Any, pattern: Pattern) -> jax.Array:
     return jnp.asarray(kernel.reshape(-1)[pattern.index])
 
 
-def convolve(layer: Any, packed: PackedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
+def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
     """A sparse convolution layer's output.
 
     Args:
@@ -128,7 +129,7 @@ def convolve(layer: Any, packed: PackedKernel, bias: Any, inputs: Any, residual:
     return y.reshape(*batch, *y.shape[1:])
 
 
-def multiply(layer: Any, packed: PackedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
+def multiply(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
     """A sparse fully connected layer's output: a 1x1 convolution on images of one pixel.
 
     Args:

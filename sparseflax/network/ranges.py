@@ -123,7 +123,7 @@ def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any]
     """Runs the folded model on the batches with its layers watched; shared ones once for all their places."""
     copy = nnx.clone(model)
     copy.eval()
-    modules = {join(path): module for path, module in nnx.iter_modules(copy)}
+    modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
     folded = set(norms.values())
 
     def replace(path, node: Any) -> Any:
