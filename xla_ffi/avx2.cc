@@ -24,6 +24,7 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "steps.inc"
 
 bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 double FmaCycles() { return 0.54; }  // measured on Zen 4 in whole visits; 0.51 in a bare loop
@@ -31,7 +32,7 @@ double FmaCycles() { return 0.54; }  // measured on Zen 4 in whole visits; 0.51 
 
 extern const Isa kAvx2;
 const Isa kAvx2 = {"avx2", 8, avx2::FmaCycles, avx2::PeakFlops, avx2::RunsHere, avx2::PackPanel, avx2::StoreTile,
-    avx2::kKernels, SF_COUNT(avx2::kKernels)};
+    avx2::kKernels, SF_COUNT(avx2::kKernels), &avx2::kSteps};
 
 }  // namespace sparseflax
 #if defined(__clang__)

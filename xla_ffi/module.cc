@@ -20,7 +20,7 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
                           "bottom, left, right, dh, dw)");
   }
   Shape s{image[0], image[1], image[2], image[3], image[4], layout[0], layout[1], layout[2], layout[3], layout[4], layout[5],
-          window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
+          window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7], layout[2] * layout[4], layout[3]};
   const std::string error = s.Check();
   if (!error.empty()) throw nb::value_error(error.c_str());
   // Of a processor elsewhere: its best instruction set stands for all that it has.
@@ -62,6 +62,8 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
 namespace sparseflax {
 XLA_FFI_Error* ConvInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* ConvExecute(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* ProgramInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* ProgramExecute(XLA_FFI_CallFrame* frame);
 }  // namespace sparseflax
 
 NB_MODULE(_native, m) {
@@ -69,6 +71,8 @@ NB_MODULE(_native, m) {
   m.def("api_version", [] { return std::pair<int, int>(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def("conv_instantiate", [] { return nb::capsule(reinterpret_cast<void*>(ConvInstantiate)); });
   m.def("conv_execute", [] { return nb::capsule(reinterpret_cast<void*>(ConvExecute)); });
+  m.def("program_instantiate", [] { return nb::capsule(reinterpret_cast<void*>(ProgramInstantiate)); });
+  m.def("program_execute", [] { return nb::capsule(reinterpret_cast<void*>(ProgramExecute)); });
   m.def("kernels", [] {
     std::vector<std::string> names;
     for (const Isa* isa : Isas()) names.emplace_back(isa->name);

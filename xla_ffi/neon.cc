@@ -48,6 +48,7 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "steps.inc"
 
 bool RunsHere() { return true; }
 double FmaCycles() { return 0.5; }
@@ -55,7 +56,7 @@ double FmaCycles() { return 0.5; }
 
 extern const Isa kNeon;
 const Isa kNeon = {"neon", 4, neon::FmaCycles, neon::PeakFlops, neon::RunsHere, neon::PackPanel, neon::StoreTile,
-    neon::kKernels, SF_COUNT(neon::kKernels)};
+    neon::kKernels, SF_COUNT(neon::kKernels), &neon::kSteps};
 
 }  // namespace sparseflax
 #endif

@@ -46,6 +46,7 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "steps.inc"
 
 bool RunsHere() { return true; }
 double FmaCycles() { return 1; }
@@ -53,6 +54,6 @@ double FmaCycles() { return 1; }
 
 extern const Isa kPortable;
 const Isa kPortable = {"portable", 4, portable::FmaCycles, portable::PeakFlops, portable::RunsHere, portable::PackPanel, portable::StoreTile,
-    portable::kKernels, SF_COUNT(portable::kKernels)};
+    portable::kKernels, SF_COUNT(portable::kKernels), &portable::kSteps};
 
 }  // namespace sparseflax

@@ -105,18 +105,21 @@ def _output_shape(x, pattern: Pattern, window: Window) -> tuple[int, ...]:
 
 
 def _bind(*operands, **params):
-    """Binds after making all operands vary over the same manual mesh axes, as the output does that looks like x.
+    """Binds the primitive; empty images are left to XLA, as the kernel wants something to do."""
+    if 0 in (*operands[0].shape, *_output_shape(operands[0], params["pattern"], params["window"])):
+        return reference(*operands, **params)
+    return conv_p.bind(*alike(operands), **params)
+
+
+def alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """All operands varying over the same manual mesh axes, as the output does that looks like the first.
 
     Under shard_map a sharded weight may meet replicated images: without the cast the output would pass for replicated
-    too, and the gradient of x would lack the sum over the mesh, silently. Empty images are left to XLA: the kernel wants
-    something to do.
+    too, and the gradient of the images would lack the sum over the mesh, silently.
     """
-    if 0 in (*operands[0].shape, *_output_shape(operands[0], params["pattern"], params["window"])):
-        return _reference(*operands, **params)
     varying = [frozenset(jax.typeof(a).manual_axis_type.varying) for a in operands]
     axes = frozenset().union(*varying)
-    return conv_p.bind(*(jax.lax.pcast(a, tuple(axes - v), to="varying") if axes - v else a
-                         for a, v in zip(operands, varying, strict=True)), **params)
+    return [jax.lax.pcast(a, tuple(axes - v), to="varying") if axes - v else a for a, v in zip(operands, varying, strict=True)]
 
 
 def dense_conv(x: jax.Array, dense: jax.Array, window: Window, groups: int) -> jax.Array:
@@ -126,7 +129,8 @@ def dense_conv(x: jax.Array, dense: jax.Array, window: Window, groups: int) -> j
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
 
 
-def _reference(x, values, *rest, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+def reference(x, values, *rest, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+    """What the primitive computes, in plain JAX."""
     y = dense_conv(x, scatter(values, pattern), window, pattern.groups)
     for term in rest:  # bias (oc,) and residual (n, oh, ow, oc)
         y = y + (term.reshape(1, 1, 1, -1) if term.ndim == 1 else term)
@@ -153,7 +157,7 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, activation, 
         epilogue=np.asarray([ACTIVATIONS[activation], has_bias, has_residual], np.int64))
 
 
-_lower_to_xla = mlir.lower_fun(_reference, multiple_results=False)
+_lower_to_xla = mlir.lower_fun(reference, multiple_results=False)
 mlir.register_lowering(conv_p, _lower_to_xla)
 if ffi.available:
     mlir.register_lowering(conv_p, _lower_to_ffi, platform="cpu")
@@ -199,27 +203,37 @@ ad.primitive_transposes[conv_p] = _transpose
 
 
 def _batch(operands, dims, **params):
-    """Mapped images join the batch dimension; mapped weights or biases are looped over."""
+    images = [0, *([len(operands) - 1] if params["has_residual"] else [])]
+    (y,), (dim,) = batch_images(lambda *operands: [_bind(*operands, **params)], operands, dims, images)
+    return y, dim
+
+
+def batch_images(bind, operands, dims, images) -> tuple[list[jax.Array], list[int]]:
+    """The batching rule of what runs any number of images: mapped ones join the batch, mapped weights are looped over.
+
+    Args:
+      bind: operands to a list of arrays (n, ...).
+      operands, dims: of the rule.
+      images: which operands are images (n, ...).
+    """
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-    x, values, *rest = operands
-    residual = params["has_residual"]
-    images = [0, *([len(operands) - 1] if residual else [])]
     if any(d is not None for i, d in enumerate(dims) if i not in images):
         mapped = [jnp.moveaxis(a, d, 0) if d is not None else a for a, d in zip(operands, dims, strict=True)]
 
         def one(slices):
             rest = iter(slices)
-            return _bind(*(next(rest) if d is not None else a for a, d in zip(operands, dims, strict=True)), **params)
+            return bind(*(next(rest) if d is not None else a for a, d in zip(operands, dims, strict=True)))
 
-        return jax.lax.map(one, tuple(a for a, d in zip(mapped, dims, strict=True) if d is not None)), 0
+        outputs = jax.lax.map(one, tuple(a for a, d in zip(mapped, dims, strict=True) if d is not None))
+        return outputs, [0] * len(outputs)
     merged, n = list(operands), 0
     for i in images:
         a = operands[i]
         a = jnp.moveaxis(a, dims[i], 0) if dims[i] is not None else jnp.broadcast_to(a, (size, *a.shape))
         n = a.shape[1]
         merged[i] = a.reshape(size * n, *a.shape[2:])
-    y = _bind(*merged, **params)
-    return y.reshape(size, n, *y.shape[1:]), 0
+    outputs = [y.reshape(size, n, *y.shape[1:]) for y in bind(*merged)]
+    return outputs, [0] * len(outputs)
 
 
 batching.primitive_batchers[conv_p] = _batch

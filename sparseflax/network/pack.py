@@ -37,8 +37,8 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         as its layers are there only during a call.
       fuse: whether calls of the result run through `sparseflax.fuse`, so that activations and residuals join the sparse
         layers, and what else XLA compiles badly for the CPU takes faster forms.
-      chunk: images that a fused call runs at a time, where the model keeps them apart: a batch then goes through all layers in
-        parts that stay in the caches. None takes the plan's; one as large as the batch runs all at once.
+      chunk: images that a thread takes through a fused call's program at a time: what lies between its layers then stays in the
+        caches. None takes the plan's.
       **call: further keyword arguments of the call, e.g. `train=False`, for a Linen model or where `plan` is None.
 
     Returns:
