@@ -8,6 +8,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Most of the tests' time is LLVM's, and few wait for what it compiled. Those that ask for `optimized` get what users get.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # Equal programs of different tests compile once. A folder for each process: JAX writes its files while others could read them.
 COMPILED = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
@@ -27,6 +30,14 @@ SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "repor
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Compiles as for users: for whole networks, for programs that are looked into, and for what is timed."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from sparseflax.conv import ffi
 from tests import reference
 from tests.machines import HERE
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
+pytestmark = pytest.mark.usefixtures("strict_dtypes", "optimized")
 DRAW = np.random.default_rng(0)
 X = jnp.asarray(reference.integers(DRAW, 2, 6, 6, 8))
 KERNEL = reference.integers(DRAW, 3, 3, 8, 8) * (DRAW.random((3, 3, 8, 8)) < 0.3).astype(np.float32)

@@ -16,6 +16,8 @@ from sparseflax.conv import ffi
 from tests.machines import HERE
 from tests.networks import NARROW
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Parameters and multiplications as published: by Caffe's model zoo, by torchvision, or in the paper (MobileNet: 4.2 million).
 PUBLISHED = {
     "alexnet": (AlexNet, 227, 60_965_224, 0.724),

@@ -147,7 +147,8 @@ def test_an_update_that_is_not_finite_is_not_saved(tmp_path):
 
 
 KILLED = """
-import os, pathlib, signal, test_train
+import os, pathlib, signal
+import conftest, test_train
 digest = test_train.checkpoint._digest
 def kill(file):
     if "000004" in str(file):
