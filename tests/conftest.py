@@ -1,5 +1,6 @@
 """JAX made strict for every test, on two virtual CPU devices, before anything computes."""
 
+import gc
 import tempfile
 
 import jax
@@ -30,6 +31,7 @@ SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "repor
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+    gc.freeze()  # modules stay: no collection need look through them again
 
 
 @pytest.fixture(scope="module")
