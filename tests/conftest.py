@@ -1,16 +1,19 @@
 """JAX made strict for every test, on two virtual CPU devices, before anything computes."""
 
 import gc
+import os
 import tempfile
 
-import jax
+# Two thirds of the tests' time was compilation, and few wait for what is compiled: so without LLVM's optimizations, and with
+# XLA's first emitter of fusions. In the environment: other processes have to compute the same, to the bit.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+os.environ |= QUICK
+
+import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Most of the tests' time is LLVM's, and few wait for what it compiled. Those that ask for `optimized` get what users get.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # Equal programs of different tests compile once. A folder for each process: JAX writes its files while others could read them.
 COMPILED = tempfile.TemporaryDirectory()
@@ -36,9 +39,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Compiles as for users: for whole networks, for programs that are looked into, and for what is timed."""
+    """Whole networks and pages: compiled with LLVM's optimizations, in other processes all as for users."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name in QUICK:
+            patch.delenv(name)
+        yield
     jax.config.update("jax_disable_most_optimizations", True)
 
 
