@@ -28,8 +28,8 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 # What takes longest begins first, so that no process waits for the other at the end.
-SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "report", "prune_budget", "prune_gsl", "calibrate",
-                                       "docs", "benchmark_networks", "train", "commands")]
+SLOW = [f"test_{name}.py" for name in ("docs", "cpp", "report", "calibrate", "benchmark", "compare", "benchmark_networks",
+                                       "prune_budget", "models", "prune_guide", "fuse")]
 
 
 def pytest_collection_modifyitems(items):
