@@ -13,7 +13,9 @@ import pytest
 
 KERNEL = Path(__file__).parents[1] / "xla_ffi"
 TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
-BORDER = [KERNEL / "handler.cc", TEST.with_name("handler_test.cc")]  # what needs XLA's headers
+BORDER = KERNEL / "handler.cc"  # needs XLA's headers, and what tests it:
+HANDLER, FUZZ = TEST.with_name("handler_test.cc"), TEST.with_name("handler_fuzz.cc")
+MAINS = [TEST, HANDLER, FUZZ]
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in ("handler.cc", "module.cc"))  # what needs no XLA, no Python
 TILES = [p for p in SOURCES if "microkernel.inc" in p.read_text() and p.name != "portable.cc"]  # with vectors of their own
@@ -23,8 +25,8 @@ RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
 # name: compiler, flags, sources; a file of another architecture compiles to nothing
 BUILDS = {
     "address,undefined": (X86, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
-                                "-fno-sanitize-recover=all"], [*SOURCES, TEST, *BORDER]),
-    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST, *BORDER]),
+                                "-fno-sanitize-recover=all"], [*SOURCES, BORDER, *MAINS]),
+    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, BORDER, TEST, HANDLER]),
     "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST]),
     "x86 release": (X86, RELEASE, TILES),
     "neon release": (ARM, RELEASE, TILES),
@@ -47,23 +49,26 @@ def need(name: str, *programs: str) -> None:
         pytest.skip("x86-64 only")
 
 
+def compiled(compiler: str, flags: list[str], source: Path, folder: Path) -> Path:
+    target = folder / f"{source.stem}.o"
+    run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", target)
+    return target
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """For each build the futures of its object files: everything compiles in the background while tests run."""
     folder = tmp_path_factory.mktemp("objects")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        def build(name: str, compiler: str, flags: list[str], source: Path) -> Path:
-            target = folder / f"{name.replace(' ', '_')}_{source.stem}.o"
-            run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", target)
-            return target
-
-        yield {name: [pool.submit(build, name, compiler, flags, source) for source in sources]
+        for name in BUILDS:
+            (folder / name).mkdir()
+        yield {name: [pool.submit(compiled, compiler, flags, source, folder / name) for source in sources]
                for name, (compiler, flags, sources) in BUILDS.items() if shutil.which(compiler)}
         pool.shutdown(cancel_futures=True)
 
 
-def link(name: str, objects, folder: Path, without: list[Path] = BORDER) -> Path:
-    """The test program of a build without some of its sources; skips if its sanitizer does not link or start here."""
+def link(name: str, objects, folder: Path, main: Path = TEST) -> Path:
+    """A program of a build; skips if its sanitizer does not link or start here."""
     compiler, flags, sources = BUILDS[name]
     if "-static" not in flags:
         (folder / "empty.cc").write_text("int main() {}")
@@ -71,7 +76,8 @@ def link(name: str, objects, folder: Path, without: list[Path] = BORDER) -> Path
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"the {name} sanitizer does not work here: {done.stderr[-200:]}")
-    linked = [o.result() for o, source in zip(objects[name], sources, strict=True) if source not in without]
+    linked = [o.result() for o, source in zip(objects[name], sources, strict=True)
+              if source not in MAINS or source == main]
     run(compiler, *flags, "-pthread", *linked, "-o", folder / "test")
     return folder / "test"
 
@@ -92,7 +98,13 @@ def test_data_races(objects, tmp_path):
 def test_the_handler_with_a_runtime_of_its_own(objects, tmp_path, name):
     """What XLA calls: metadata, instantiation, and executions by four threads at once that share a pool."""
     need(name)
-    assert run(link(name, objects, tmp_path, without=[TEST])) == "ok\n"
+    assert run(link(name, objects, tmp_path, HANDLER)) == "ok\n"
+
+
+def test_the_handler_given_anything(objects, tmp_path):
+    """A few of the cases of `python -m tests.fuzz`."""
+    need("address,undefined")
+    assert '"right"' in run(link("address,undefined", objects, tmp_path, FUZZ), 1, 0, 60, 2000)
 
 
 def test_neon_under_emulation(objects, tmp_path):

@@ -38,13 +38,15 @@ const std::vector<const Isa*>& Isas() {
 }
 
 std::string Shape::Check() const {
+  constexpr int64_t kLargest = int64_t{1} << 31;
   const int64_t all[] = {kh, kw, icg, oc, groups, block, sh, sw, dh, dw};
   for (int64_t v : all) {
-    if (v < 1 || v > (int64_t{1} << 31)) return "a size of the convolution is not positive or too large";
+    if (v < 1 || v > kLargest) return "a size of the convolution is not positive or too large";
   }
   if (oc % groups != 0) return "groups do not divide the output channels";
   if (block > icg) return "the channel block is larger than the channels of a group";
   if (std::min({top, bottom, left, right}) < 0) return "padding is negative";
+  if (std::max({top, bottom, left, right}) > kLargest) return "padding is too large";
   if (kh > 65535 || kw > 65535 || taps() > 65536 * int64_t{16}) return "the kernel window is too large";
   constexpr int64_t kMostWeights = int64_t{1} << 40;  // as packing.py: no product of these sizes comes near an overflow
   if (oc > kMostWeights / (kh * kw) || icg > kMostWeights / (kh * kw * oc)) return "the kernel is too large";
