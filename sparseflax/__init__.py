@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sparseflax.cost.model import dense_seconds as dense_seconds
     from sparseflax.cost.model import speedup as speedup
     from sparseflax.cost.model import useful_range as useful_range
+    from sparseflax.cost.profile import load_machine as load_machine
+    from sparseflax.cost.profile import save_machine as save_machine
     from sparseflax.cost.shape import ConvShape as ConvShape
     from sparseflax.files.store import load as load
     from sparseflax.files.store import save as save
@@ -43,6 +45,7 @@ _NAMES = {  # the same names for Python, by module
     "cost.detect": ("detect_machine",),
     "cost.machine": ("Machine",),
     "cost.model": ("UsefulRange", "conv_seconds", "dense_seconds", "speedup", "useful_range"),
+    "cost.profile": ("load_machine", "save_machine"),
     "cost.shape": ("ConvShape",),
     "files.store": ("load", "save"),
     "network.fuse": ("fuse",),

@@ -1,6 +1,8 @@
 """What sparsity is worth on this machine, from the command line.
 
     python -m sparseflax calibrate                                  # a minute, once: what this machine's kernels take
+    python -m sparseflax machine server.json                        # this machine as a file, for a plan elsewhere
+    python -m sparseflax plan network.onnx --machine server.json    # what would run sparse there
     python -m sparseflax plan network.onnx                          # what of a network would run sparse, and why
     python -m sparseflax plan my.module:network --speedup 2.5       # which of its layers to prune, and how far, for that
     python -m sparseflax bench network.onnx --speedup 2.5           # pruned like that and timed, whatever it then computes
@@ -25,12 +27,15 @@ import numpy as np
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sparseflax", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="calibrate | plan | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="calibrate | machine | plan | bench")
     calibrate = commands.add_parser("calibrate", help="measure this machine, and store what `detect_machine` finds")
     calibrate.add_argument("--seconds", type=float, default=50.0, help="for measuring (default: %(default)g)")
     calibrate.add_argument("--isa", help="instruction set of the sparse kernel (default: the best that runs here)")
+    machine = commands.add_parser("machine", help="write what `detect_machine` finds here, for plans elsewhere")
+    machine.add_argument("file", help="to write, JSON")
     plan = commands.add_parser("plan", help="dense or sparse for every layer, and why; with --speedup, what to prune")
     plan.add_argument("--measure", action="store_true", help="time every layer both ways instead of predicting")
+    plan.add_argument("--machine", metavar="FILE", help="where it will run, written there by `machine` (default: this one)")
     bench = commands.add_parser("bench", help="time a network dense and packed")
     bench.add_argument("--density", type=float, help="prune every layer to it first, by magnitude, for the timing alone")
     bench.add_argument("--seconds", type=float, default=5.0, help="for timing (default: %(default)g)")
@@ -39,13 +44,13 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=1, help="images in the batch (default: %(default)s)")
         command.add_argument("--shape", type=_sizes, metavar="H,W,C", help="of one input, where the network leaves it open")
         command.add_argument("--speedup", type=float, help="over the dense network: prune as a guide for that would")
-    for command in (calibrate, plan, bench):
+    for command in (calibrate, machine, plan, bench):
         command.add_argument("--threads", type=int, help="of JAX's CPU client (default: as many as there are CPUs)")
     args = parser.parse_args()
     if args.threads:
         os.environ["NPROC"] = str(args.threads)  # before JAX makes its client
     try:
-        {"calibrate": _calibrate, "plan": _plan, "bench": _bench}[args.command](args)
+        {"calibrate": _calibrate, "machine": _machine, "plan": _plan, "bench": _bench}[args.command](args)
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: {error}\n")
 
@@ -59,16 +64,25 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f"stored {path(machine.name, machine.isa, machine.threads)}")
 
 
+def _machine(args: argparse.Namespace) -> None:
+    import sparseflax
+
+    machine = sparseflax.detect_machine()
+    sparseflax.save_machine(args.file, machine)
+    print(f"{machine}\nwritten to {args.file}")
+
+
 def _plan(args: argparse.Namespace) -> None:
     import sparseflax
 
+    machine = sparseflax.load_machine(args.machine) if args.machine else None
     model, x = read(args.network, args.batch, args.shape)
     if args.measure and args.speedup is not None:
         raise ValueError("--measure times the network as it is, --speedup says how to prune it, wanted one of them")
     if args.speedup is None:
-        print(sparseflax.plan(model, x, measure=args.measure))
+        print(sparseflax.plan(model, x, machine, measure=args.measure))
     else:
-        print(_guide(model, x, args.speedup))
+        print(_guide(model, x, args.speedup, machine))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -99,13 +113,15 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"{name:<26} {median:>10.3f} {f'{low:.3f} to {high:.3f}':>16} {f'{fastest / median:.2f}x':>22}")
 
 
-def _guide(model: Any, x: Any, speedup: float) -> Any:
+def _guide(model: Any, x: Any, speedup: float, machine: Any = None) -> Any:
+    """For this machine, whose whole network is timed, or the layers alone for another."""
     import sparseflax
     from sparseflax import prune
+    from sparseflax.network.plan import elsewhere
 
-    machine = sparseflax.detect_machine()
-    return prune.guided(sparseflax.conv_shapes(model, x), machine, speedup=speedup, whole=prune.measure(model, x, machine),
-                        best_effort=True)
+    machine = machine or sparseflax.detect_machine()
+    whole = None if elsewhere(machine) else prune.measure(model, x, machine)
+    return prune.guided(sparseflax.conv_shapes(model, x), machine, speedup=speedup, whole=whole, best_effort=True)
 
 
 def read(network: str, batch: int, shape: tuple[int, ...] | None = None) -> tuple[Any, Any]:
