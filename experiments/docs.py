@@ -166,6 +166,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results/networks.md": {"networks": networks},
     "docs/results/layers.md": {"layers": layers},
     "docs/results/threads.md": {"threads": threads},
+    "docs/results/soak.md": {"soak": lambda: soak.table(results.read(soak.RESULTS))},
     "docs/results/memory.md": {"memory": memory},
     "docs/results/asked.md": {"asked": asked},
     "docs/results/density.md": {"density": density},

@@ -67,7 +67,8 @@ def test_help_lists_the_commands(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, capsys, "--help")
     out = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"python -m sparseflax {name}" in out for name in ("calibrate", "machine", "plan", "bench"))
+    names = "calibrate", "machine", "plan", "bench"
+    assert stopped.value.code == 0 and all(f"python -m sparseflax {name}" in out for name in names)
 
 
 @native

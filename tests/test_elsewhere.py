@@ -1,4 +1,4 @@
-"""Pruned and packed here for a CPU that is somewhere else, which is known from a file; and run where there is no kernel at all."""
+"""Pruned and packed here for a CPU that is somewhere else, known from a file; and run where there is no kernel at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What was measured of a machine, in files: where a calibration stays, when it may be believed, and how it is taken elsewhere."""
+"""What was measured of a machine, in files: where a calibration stays, when it is believed, and how it is taken elsewhere."""
 
 from __future__ import annotations
 
