@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments import plots, report
+from experiments import plots, report, soak
 from experiments.benchmark import results
 from experiments.benchmark.asked import asked_table
 from experiments.benchmark.memory import memory_table

@@ -53,7 +53,11 @@ def main() -> None:
         sys.exit(f"there is no configuration {name!r}, wanted one of {known}")
     module = importlib.import_module(f"experiments.configs.{name}")
     program = f"python -m experiments.run {name}"
-    run(tyro.cli(Config, default=module.config, args=flags, prog=program, description=module.__doc__))
+    config = tyro.cli(Config, default=module.config, args=flags, prog=program, description=module.__doc__)
+    try:
+        run(config)
+    except OSError as error:
+        sys.exit(f"{program}: {error}")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     machine = calibrate(args.seconds, args.isa)
     print(machine)
-    print(f"stored {path(machine.name, machine.isa, machine.threads)}")
+    if (file := path(machine.name, machine.isa, machine.threads)).exists():
+        print(f"stored {file}")
 
 
 def _machine(args: argparse.Namespace) -> None:

@@ -78,12 +78,15 @@ def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tupl
 
 def _wait(child: subprocess.Popen, log: str) -> bool:
     """Waits for a worker; True if it had to be killed, since it has said nothing for too long."""
+    said, since = -1, time.monotonic()
     while True:
         try:
             child.wait(timeout=1.0)
             return False
         except subprocess.TimeoutExpired:
-            if time.time() - os.stat(log).st_mtime > HANGS:
+            if (size := os.stat(log).st_size) != said:
+                said, since = size, time.monotonic()
+            elif time.monotonic() - since > HANGS:
                 child.kill()
                 child.wait()
                 return True
