@@ -17,7 +17,7 @@ def save(folder: Path, step: int, state: Any, note: dict[str, Any]) -> None:
     """Write a state and a JSON-able note about it, atomically: a kill at any moment leaves the previous ones usable.
 
     Args:
-      folder: of this training, holds its newest checkpoints.
+      folder: of this training, holds its newest checkpoints; of many processes, one that all see.
       step: updates done so far.
       state: pytree of arrays.
       note: comes back from `restore` as it is.
@@ -25,17 +25,20 @@ def save(folder: Path, step: int, state: Any, note: dict[str, Any]) -> None:
     Raises:
       OSError: the folder cannot be written, or the disk is full; what was there before stays.
     """
-    path = folder / f"{step:06d}"
+    path, first = folder / f"{step:06d}", jax.process_index() == 0
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        with ocp.StandardCheckpointer() as checkpointer:
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+        with ocp.StandardCheckpointer() as checkpointer:  # of many processes, all call this, and wait for each other
             checkpointer.save(path.absolute(), state)
+        if not first:
+            return
         files = {str(file.relative_to(path)): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
         content = {"step": step, "note": note, "files": files, "arrays": _arrays(state)}
         write_atomically(path.with_suffix(".json"), json.dumps(content))
     except (OSError, ValueError) as error:  # tensorstore raises the latter when the disk is full
-        if folder.is_dir():
+        if first and folder.is_dir():
             _sweep(folder)
         raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}. Free space there or make it "
                       "writable, and give the same command again: it goes on from the checkpoint before") from error

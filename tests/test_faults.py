@@ -1,12 +1,8 @@
 """Disks that are full, folders that cannot be written, checkpoints of other states, clocks that go backwards, and kills."""
 
 import errno
-import itertools
 import os
-import random
 import sys
-import time
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -16,7 +12,7 @@ from sparseflax.calibration import calibrate as calibration
 from sparseflax.cost.machine import ATOM_C2750
 from sparseflax.cost.profile import save_machine
 from tests import kills
-from tests.test_train import assert_same, fit
+from tests.test_train import assert_same
 
 STATE = {"w": jnp.arange(4.0), "n": jnp.int32(3)}
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -91,33 +87,6 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
     assert_same(checkpoint.restore(tmp_path, STATE)[1], STATE)
     with pytest.raises(ValueError, match="000002 is a checkpoint of another state or version"):
         checkpoint.restore(tmp_path, {"v": jnp.zeros(4)})
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The arrays of a training that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("straight")
-    return fit(folder)[1]
-
-
-def test_a_clock_that_goes_backwards(straight, tmp_path, monkeypatch):
-    now, ticks = time.time(), itertools.count()
-    monkeypatch.setattr(time, "time", lambda: now - 100.0 * next(ticks))
-    assert_same(fit(tmp_path)[1], straight)
-
-
-TRAIN = "import pathlib, sys, test_train; test_train.fit(pathlib.Path(sys.argv[1]))"
-
-
-def test_killed_at_random_moments(straight, tmp_path):
-    """`python -m tests.kills` does it a hundred times, and with everything."""
-    here = Path(__file__).parent
-    draw, paths = random.Random(1), os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    run = tmp_path / "run"
-    for _ in range(2):
-        kills.survive([sys.executable, "-c", TRAIN, str(run)], tmp_path, {"PYTHONPATH": paths}, draw.uniform(3, 12))
-        kills.whole(run)
-    assert_same(fit(run)[1], straight)
 
 
 def test_files_that_are_not_whole_are_seen(tmp_path):
