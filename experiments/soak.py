@@ -11,6 +11,7 @@ the first minute, and latencies: p50 and p99 of each batch size.
 from __future__ import annotations
 
 import argparse
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from experiments.benchmark.timing import use_threads
 RESULTS = results.LAYERS.with_name("soak.jsonl")
 BATCHES = 1, 2, 4, 8
 SETTLE = 60.0  # seconds after which memory may not grow any more
-ENGINES = "sparseflax", "onnxruntime"
 STATUS = Path("/proc/self/status")
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8, help="that call, in each process (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=80.0, help="for each engine (default: %(default)g)")
-    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines to append to (default: %(default)s)")
     args = parser.parse_args()
     for engine in args.engine:
@@ -50,11 +50,11 @@ def soak(engine: str, processes: int, threads: int, seconds: float) -> dict[str,
     Raises:
       RuntimeError: a process ended early.
     """
-    context = get_context("spawn")
+    context, load, artefact = get_context("spawn"), os.getloadavg()[0], ENGINES[engine][0]()
     start, pipes, workers = context.Barrier(processes), [], []
     for number in range(processes):
         end, other = context.Pipe(duplex=False)
-        workers.append(context.Process(target=_work, args=(other, start, engine, number, threads, seconds)))
+        workers.append(context.Process(target=_work, args=(other, start, engine, artefact, number, threads, seconds)))
         workers[-1].start()
         other.close()  # so that a worker's death is the end of the file here
         pipes.append(end)
@@ -67,7 +67,7 @@ def soak(engine: str, processes: int, threads: int, seconds: float) -> dict[str,
     finally:
         for worker in workers:
             worker.join()
-    return line_of(engine, threads, seconds, found)
+    return line_of(engine, threads, seconds, found) | {"load": load}
 
 
 def line_of(engine: str, threads: int, seconds: float, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -102,15 +102,16 @@ def table(lines: list[dict[str, Any]]) -> str:
             for engine, line in newest.items()]
     last = lines[-1]
     return "\n".join([markdown(head, rows), "", f"{last['cpu']}, {last['processes']} processes of {last['threads']} threads, "
-                      f"{last['seconds']:.0f} s each. Measured {last['date'][:10]} at {last['commit']}."])
+                      f"{last['seconds']:.0f} s each; load average before it {last['load']:.1f}. Measured {last['date'][:10]} "
+                      f"at {last['commit']}."])
 
 
-def _work(pipe: Any, start: Any, engine: str, number: int, threads: int, seconds: float) -> None:
+def _work(pipe: Any, start: Any, engine: str, artefact: Any, number: int, threads: int, seconds: float) -> None:
     use_threads(1)  # a process serves a call on one thread, as many at once as ask
     import numpy as np
 
     images = {n: np.random.default_rng(n).standard_normal((n, 48, 48, 1), np.float32) for n in BATCHES}
-    call = _ours() if engine == "sparseflax" else _onnxruntime()
+    call = ENGINES[engine][1](artefact)
     wanted = {n: call(x) for n, x in images.items()}
     latency: list[dict[int, list[float]]] = [{n: [] for n in BATCHES} for _ in range(threads)]
     wrong, memory, began = [0] * threads, list[tuple[float, int]](), 0.0
@@ -152,32 +153,45 @@ def _network() -> Any:
     return nnx.Sequential(*layers, lambda x: x.mean((1, 2)), nnx.Linear(128, 10, rngs=rngs))
 
 
-def _ours() -> Callable[[Any], Any]:
+def _exported() -> bytes:
+    import numpy as np
+
+    import sparseflax
+
+    model, x = _network(), np.zeros((1, 48, 48, 1), np.float32)
+    return sparseflax.export(sparseflax.pack_model(model, sparseflax.plan(model, x)), x, any_batch=True)
+
+
+def _loaded(program: bytes) -> Callable[[Any], Any]:
     import jax
     import numpy as np
 
     import sparseflax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    model, x = _network(), jax.ShapeDtypeStruct((1, 48, 48, 1), np.float32)
-    packed = sparseflax.pack_model(model, sparseflax.plan(model, x))
-    run = sparseflax.load_program(sparseflax.export(packed, x, any_batch=True))
+    run = sparseflax.load_program(program)
     return lambda x: np.asarray(run(x))
 
 
-def _onnxruntime() -> Callable[[Any], Any]:
+def _onnx_files() -> dict[int, bytes]:
     import numpy as np
-    import onnxruntime
 
     from experiments.export_onnx import to_onnx
 
-    model, sessions = _network(), {}
-    for n in BATCHES:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        sessions[n] = onnxruntime.InferenceSession(to_onnx(model, np.zeros((n, 48, 48, 1), np.float32)), options,
-                                                   providers=["CPUExecutionProvider"])
+    return {n: to_onnx(_network(), np.zeros((n, 48, 48, 1), np.float32)) for n in BATCHES}
+
+
+def _sessions(files: dict[int, bytes]) -> Callable[[Any], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    sessions = {n: onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for n, file in files.items()}
     return lambda x: sessions[len(x)].run(None, {"x": x.transpose(0, 3, 1, 2)})[0]
+
+
+# {name: (makes what a process is given, makes that a function of images)}
+ENGINES = {"sparseflax": (_exported, _loaded), "onnxruntime": (_onnx_files, _sessions)}
 
 
 def _resident() -> int:

@@ -27,5 +27,5 @@ def test_nothing_is_wrong_for_a_second(monkeypatch):
 
     monkeypatch.setattr(soak, "use_threads", lambda threads: None)  # of this process they are given
     pipe = Pipe()
-    soak._work(pipe, Barrier(), "onnxruntime", 0, 3, 1.0)
+    soak._work(pipe, Barrier(), "onnxruntime", soak._onnx_files(), 0, 3, 1.0)
     assert pipe.found["wrong"] == 0 and sum(map(len, pipe.found["seconds"].values())) > 0
