@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments import plots, report, soak
+from experiments import plots, report
 from experiments.benchmark import results
 from experiments.benchmark.asked import asked_table
 from experiments.benchmark.memory import memory_table
@@ -166,7 +166,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results/networks.md": {"networks": networks},
     "docs/results/layers.md": {"layers": layers},
     "docs/results/threads.md": {"threads": threads},
-    "docs/results/soak.md": {"soak": lambda: soak.table(results.read(soak.RESULTS))},
     "docs/results/memory.md": {"memory": memory},
     "docs/results/asked.md": {"asked": asked},
     "docs/results/density.md": {"density": density},

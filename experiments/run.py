@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from flax import nnx
@@ -150,7 +149,7 @@ def member(config: Config, out: Path, mesh: Mesh) -> None:
     begun = prepare(config, out)
     batch = begun[0].train_batch(config.seed, 0, config.batch)
     parallel.agree({name: str(value) for name, value in settings(config).items()}
-                   | {"data": "".join(hashlib.sha256(np.ascontiguousarray(part)).hexdigest() for part in batch),
+                   | {"data": "".join(hashlib.sha256(part.tobytes()).hexdigest() for part in batch),
                       "machine": (out / "machine.json").read_text(), "jax": jax.__version__})
     learn(config, out, begun, mesh)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import results
-from experiments.benchmark.table import markdown
 from experiments.benchmark.timing import use_threads
 
 RESULTS = results.LAYERS.with_name("soak.jsonl")
@@ -89,21 +88,6 @@ def summary(line: dict[str, Any]) -> str:
     return (f"{line['engine']}, {line['processes']} processes of {line['threads']} threads: {line['calls']} calls, "
             f"{line['wrong']} wrong, memory grown by {line['grown'] / 1e6:.1f} of {line['resident'] / 1e6:.0f} MB after the "
             f"first minute; p50 and p99 by batch: {tail}")
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The newest line of each engine, on the CPU measured last, as Markdown."""
-    newest = {line["engine"]: line for line in lines if line["cpu"] == lines[-1]["cpu"]}
-    head = ("engine", "calls", "wrong", "MB", "grown, MB", *(f"n={n}: p50, ms" if part == "p50" else part for n in BATCHES
-                                                            for part in ("p50", "p99", "p99/p50")))
-    rows = [(engine, str(line["calls"]), str(line["wrong"]), f"{line['resident'] / 1e6:.0f}", f"{line['grown'] / 1e6:.1f}",
-             *(text for each in line["latency"].values() for text in
-               (f"{1e3 * each['p50']:.1f}", f"{1e3 * each['p99']:.1f}", f"{each['p99'] / each['p50']:.1f}x")))
-            for engine, line in newest.items()]
-    last = lines[-1]
-    return "\n".join([markdown(head, rows), "", f"{last['cpu']}, {last['processes']} processes of {last['threads']} threads, "
-                      f"{last['seconds']:.0f} s each; load average before it {last['load']:.1f}. Measured {last['date'][:10]} "
-                      f"at {last['commit']}."])
 
 
 def _work(pipe: Any, start: Any, engine: str, artefact: Any, number: int, threads: int, seconds: float) -> None:

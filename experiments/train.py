@@ -93,7 +93,7 @@ def fit(
     if mesh is not None:
         parallel.check_batch(mesh.size, batch)
         state = parallel.everywhere(mesh, state)
-        take_step = jax.jit(_step.__wrapped__, static_argnums=(0, 1), out_shardings=parallel.on_all(mesh))
+        take_step = jax.jit(_next, static_argnums=(0, 1), out_shardings=parallel.on_all(mesh))
         own = partial(jax.tree.map, np.asarray)  # a process computes with arrays of its own again
     done, losses, accuracies, densities = 0, [], [], []
     if found := checkpoint.restore(folder, state):
@@ -145,8 +145,7 @@ def _predict(model, images):
     return model(images).argmax(axis=-1)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _step(graphdef, optimizer, state, images, labels):
+def _next(graphdef, optimizer, state, images, labels):
     """(loss, norm of the parameters after the update, next state)."""
 
     def loss_of(params):
@@ -158,6 +157,9 @@ def _step(graphdef, optimizer, state, images, labels):
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     return loss, optax.tree.norm(params), TrainState(params, statistics, optimizer_state)
+
+
+_step = jax.jit(_next, static_argnums=(0, 1))
 
 
 def _diverged(title: str, step: int, loss: float, norm: float, folder: Path) -> str:

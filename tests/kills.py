@@ -21,6 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sparseflax.cost.profile import save_machine
+from tests.machines import HERE
+
 KEPT = "machine.json", "whole.json"  # measured when a run begins, and never the same twice
 SAME = "accuracy", "curves", "kept", "weights", "bytes", "settings"  # of result.json: what no clock decides
 LOG = "log"
@@ -43,6 +46,8 @@ def main() -> None:
 def kill_runs(folder: Path, times: int, draw: random.Random) -> int:
     """Runs killed so often in all; returns how many came through."""
     command = [sys.executable, "-m", "experiments.run", "smoke", "--out"]
+    (folder / "straight").mkdir()
+    save_machine(folder / "straight" / "machine.json", HERE)  # or it would be calibrated
     begun = time.monotonic()
     survive([*command, str(folder / "straight")], folder, {})
     duration, done, left = time.monotonic() - begun, 0, times
