@@ -1,0 +1,78 @@
+"""ONNX's quantized numbers: integers between, float32 where anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparseflax.onnx.ops.elementwise import dtype_of
+from sparseflax.onnx.value import Unsupported, Value, module, value
+
+
+def quantize_linear(x: Value, y_scale: Value, y_zero_point: Value | None = None, axis: int = 1, saturate: int = 1,
+                    block_size: int = 0, output_dtype: int = 0, precision: int = 0) -> Value:
+    """The nearest integer to x / y_scale + y_zero_point, even on ties, that the type holds."""
+    dtype = y_zero_point.array.dtype if y_zero_point else dtype_of(output_dtype) if output_dtype else np.dtype(np.uint8)
+    scale, zero = _along(x, y_scale, axis, block_size), 0 if y_zero_point is None else _along(x, y_zero_point, axis, block_size)
+    return Value(_rounded(x.array / scale, zero, dtype), x.order)
+
+
+def dequantize_linear(x: Value, x_scale: Value, x_zero_point: Value | None = None, axis: int = 1, block_size: int = 0,
+                      output_dtype: int = 0) -> Value:
+    """(x - x_zero_point) x_scale"""
+    zero = 0 if x_zero_point is None else _along(x, x_zero_point, axis, block_size).astype(np.float32)
+    return Value((x.array.astype(np.float32) - zero) * _along(x, x_scale, axis, block_size), x.order)
+
+
+def dynamic_quantize_linear(x: Value) -> tuple[Value, Value, Value]:
+    """x as uint8 over the range that it has, with its scale and zero point."""
+    low, high = jnp.minimum(x.array.min(), 0), jnp.maximum(x.array.max(), 0)
+    scale = (high - low) / 255
+    scale = jnp.where(scale == 0, 1, scale)
+    zero = jnp.clip(jnp.round(-low / scale), 0, 255)
+    return (Value(_rounded(x.array / scale, zero, np.dtype(np.uint8)), x.order), value(scale),
+            value(zero.astype(np.uint8)))
+
+
+def shifted(x: Value, zero_point: Value | None = None, axis: int = 1) -> Value:
+    """x - zero_point as float32."""
+    array = x.array.astype(np.float32)
+    return Value(array if zero_point is None else array - _along(x, zero_point, axis, 0).astype(np.float32), x.order)
+
+
+def rounded(x: Value) -> Value:
+    """The nearest integers."""
+    return Value(jnp.round(x.array).astype(np.int32), x.order)
+
+
+def _rounded(x: Any, zero: Any, dtype: np.dtype) -> Any:
+    if dtype.kind not in "iu" or dtype.itemsize > 2:
+        raise Unsupported(f"quantized numbers of {dtype}, wanted integers of 8 or 16 bits")
+    limits = np.iinfo(dtype)
+    xp = np if isinstance(x, np.ndarray) and isinstance(zero, np.ndarray | int) else jnp
+    zero = zero if isinstance(zero, int) else zero.astype(np.float32)
+    return xp.clip(xp.round(x) + zero, limits.min, limits.max).astype(dtype)
+
+
+def _along(x: Value, v: Value, axis: int, block: int) -> Any:
+    """A scale or zero point, of the tensor, of an axis or of blocks along one, so that it broadcasts against x.array."""
+    array = v.plain()
+    if array.size == 1:
+        return array.reshape(())
+    place, xp = x.place(axis), module(v)
+    if block:
+        array = xp.repeat(array, block, axis=axis)
+        array = array[tuple(slice(size) for size in x.shape)]
+        return value(array).arranged(x.order)
+    if array.ndim != 1 or array.size != x.array.shape[place]:
+        raise Unsupported(f"a scale or zero point of shape {array.shape} along axis {axis} of an input of shape {x.shape}")
+    return array.reshape((-1,) + (1,) * (x.rank - place - 1))
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "DequantizeLinear": dequantize_linear, "DynamicQuantizeLinear": dynamic_quantize_linear, "QuantizeLinear": quantize_linear,
+    "Rounded": rounded, "Shifted": shifted,  # of ConvInteger and MatMulInteger
+}
