@@ -29,6 +29,7 @@ class Graph(NamedTuple):
 
     Attributes:
       inputs: names of what is not constant.
+      types: of the inputs, ONNX's number of it.
       outputs: their names.
       nodes: each after those whose outputs it takes; without Constant.
       constants: by name, initializers and Constant nodes; floating point as float32.
@@ -37,6 +38,7 @@ class Graph(NamedTuple):
     """
 
     inputs: tuple[str, ...]
+    types: dict[str, int]
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     constants: dict[str, np.ndarray]

@@ -83,9 +83,10 @@ def load_onnx(path: str | PathLike[str]) -> OnnxModel:
         named.
     """
     try:
-        built = build(read(path))
+        graph = read(path)
+        built = build(graph)
         model = OnnxModel(built)
-        refused = built.refused or check(built.program, model.layers, built.constants)
+        refused = built.refused or check(graph, built.program, model.layers, built.constants)
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # whatever damage makes of names, types and sizes

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.onnx.graph import Graph, Node, Shape
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
 from sparseflax.onnx.older import QUANTIZED, newer
 from sparseflax.onnx.ops import OPERATORS, elementwise, movement, quantized, reduction
+from sparseflax.onnx.ops.elementwise import dtype_of
 from sparseflax.onnx.read import malformed
 from sparseflax.onnx.value import MOST, Unsupported, Value, value
 
@@ -118,15 +118,12 @@ class Built(NamedTuple):
 
 def build(graph: Graph) -> Built:
     """Turns nodes into steps, those with constant weights into layers; goes on after a node that it cannot turn."""
-    if refused := [f"{node}: unknown operator" for node in graph.nodes
-                   if node.domain or node.op not in OPERATORS and node.op not in QUANTIZED]:
-        refused = [message if "NonMax" not in message else f"{message}, the size of its output depends on the data"
-                   for message in refused]
+    refused = [f"{node}: unknown operator" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
     flat = _flattened(graph)
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
     for older in graph.nodes:
-        if older.domain or older.op not in OPERATORS and older.op not in QUANTIZED:
+        if not _is_known(older):
             absent.update(older.outputs)
             continue
         if reason := malformed(older, graph.opset):
@@ -161,6 +158,10 @@ def build(graph: Graph) -> Built:
     weights = {name: array for name, array in left.items() if array.dtype.kind == "f" and array.size > SIZES}
     program = replace(program, known={name: array for name, array in left.items() if name not in weights})
     return Built(program, layers, weights, refused)
+
+
+def _is_known(node: Node) -> bool:
+    return not node.domain and (node.op in OPERATORS or node.op in QUANTIZED)
 
 
 def _step(node: Node, found: Layer | None, layers: dict[str, Any], flat: Mapping[str, int]) -> Step:
@@ -202,7 +203,7 @@ def _flattened(graph: Graph) -> dict[str, int]:
     return found
 
 
-def check(program: Program, layers: Mapping[str, Any], constants: Mapping[str, Any]) -> list[str]:
+def check(graph: Graph, program: Program, layers: Mapping[str, Any], constants: Mapping[str, Any]) -> list[str]:
     """What goes wrong with an input of the shapes that the file says, found by tracing; [] if it leaves them open."""
     shapes = [shape and tuple(1 if size is None and not axis else size for axis, size in enumerate(shape))
               for shape in program.shapes]
@@ -215,5 +216,6 @@ def check(program: Program, layers: Mapping[str, Any], constants: Mapping[str, A
                   for array, image in zip(arrays, program.images, strict=False)]
         return [output and output.array for output in program.run(layers, constants, inputs, failures)]
 
-    jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    dtypes = [dtype_of(graph.types.get(name, 1), known=False) for name in graph.inputs]
+    jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
     return failures

@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.onnx.graph import Graph, Node, Shape
@@ -48,12 +47,14 @@ def read(path: str | PathLike[str]) -> Graph:
     if opset < OLDEST:
         raise ValueError(f"{path} uses operator set {opset}, wanted {OLDEST} or later: convert it by onnx.version_converter")
     constants = _initializers(onnx, model.graph)
-    nodes = list(_nodes(onnx, model.graph, constants))
+    nodes: Sequence[Node] = list(_nodes(onnx, model.graph, constants))
     inputs = tuple(entry.name for entry in model.graph.input if entry.name not in constants)
     outputs = tuple(entry.name for entry in model.graph.output)
     if not inputs:
         raise ValueError(f"{path} takes nothing, wanted an input besides the weights")
-    return Graph(inputs, outputs, _ordered(nodes, {*inputs, *constants}, outputs), constants, _shapes(onnx, model), opset)
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
+    nodes = _ordered(nodes, {*inputs, *constants}, outputs)
+    return Graph(inputs, types, outputs, nodes, constants, _shapes(onnx, model), opset)
 
 
 def malformed(node: Node, opset: int) -> str | None:
@@ -93,12 +94,9 @@ def _initializers(onnx: Any, graph: Any) -> dict[str, np.ndarray]:
 
 
 def _array(onnx: Any, tensor: Any) -> np.ndarray:
-    """A TensorProto; floating point of any width as float32, integers of fewer than 8 bits as 8."""
+    """A TensorProto; floating point of 16 bits or more as float32."""
     array = onnx.numpy_helper.to_array(tensor)
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return array.astype(np.float32, copy=False)
-    small = {"int4": np.int8, "int2": np.int8, "uint4": np.uint8, "uint2": np.uint8}.get(array.dtype.name)
-    return array if small is None else array.astype(small)
+    return array.astype(np.float32, copy=False) if array.dtype.name in ("float16", "bfloat16", "float64") else array
 
 
 def _dense(onnx: Any, tensor: Any) -> np.ndarray:
@@ -157,7 +155,7 @@ def _value(attributes: dict[str, Any]) -> np.ndarray | None:
     return None
 
 
-def _ordered(nodes: list[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+def _ordered(nodes: Sequence[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
     """The nodes, each after those that it needs."""
     maker = {output: node.name for node in nodes for output in node.outputs if output}
     missing = {name: str(node) for node in nodes for name in node.inputs if name and name not in maker and name not in known}

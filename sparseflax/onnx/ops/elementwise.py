@@ -59,21 +59,37 @@ def clip(x: Value, min: Any = None, max: Any = None) -> Value:
 
 
 def cast(x: Value, to: int, saturate: int = 1, round_mode: str = "up") -> Value:
-    """Numbers of another type; floating point is float32, and what is not known while tracing has 32 bits at most."""
-    return Value(x.array.astype(dtype_of(to, x.known)), x.order)
+    """Numbers of another type; floating point of 16 bits or more is float32, what is not known while tracing has 32 at most."""
+    return Value(converted(x.array, dtype_of(to, x.known), bool(saturate)), x.order)
 
 
 def cast_like(x: Value, target: Value, saturate: int = 1, round_mode: str = "up") -> Value:
-    return Value(x.array.astype(target.array.dtype), x.order)
+    """`cast` to the type of another tensor."""
+    return Value(converted(x.array, target.array.dtype, bool(saturate)), x.order)
+
+
+def converted(array: Any, dtype: np.dtype, saturate: bool = True) -> Any:
+    """An array as another type: small floating point takes its largest number where it overflows, small integers wrap."""
+    if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
+        most = float(jnp.finfo(dtype).max)
+        array = array.astype(np.float32)
+        return (array.clip(-most, most) if saturate else array).astype(dtype)
+    if dtype.name in SMALL:
+        return array.astype(np.int32).astype(dtype)
+    return array.astype(dtype)
 
 
 def dtype_of(code: int, known: bool = True) -> np.dtype:
     """NumPy's type of one of ONNX's."""
-    names = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float32",
-             11: "float32", 12: "uint32", 13: "uint64", 16: "float32"}
-    if code not in names:
-        raise Unsupported(f"data type {code}, wanted floating point, an integer of 8 to 64 bits or bool")
-    return np.dtype(names[code] if known else names[code].replace("int64", "int32"))
+    if code not in DTYPES:
+        raise Unsupported(f"data type {code}, wanted floating point, an integer or bool")
+    return np.dtype(DTYPES[code] if known else DTYPES[code].replace("int64", "int32"))
+
+
+SMALL = "int4", "uint4", "int2", "uint2"
+DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float32",
+          11: "float32", 12: "uint32", 13: "uint64", 16: "float32", 17: "float8_e4m3fn", 18: "float8_e4m3fnuz",
+          19: "float8_e5m2", 20: "float8_e5m2fnuz", 21: "uint4", 22: "int4", 23: "float4_e2m1fn", 25: "uint2", 26: "int2"}
 
 
 def p_relu(x: Value, slope: Value) -> Value:

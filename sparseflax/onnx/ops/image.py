@@ -265,8 +265,8 @@ def _weights(at: np.ndarray, old: int, factor: float, mode: str, nearest: str, a
             near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
             far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
             weight = np.where(distance < 1, near, np.where(distance < 2, far, 0))
-        if exclude or antialias:
-            weight = np.where((pixel >= 0) & (pixel < old), weight, 0) if exclude or mode == "linear" else weight
+        if exclude:
+            weight = np.where((pixel >= 0) & (pixel < old), weight, 0)
         np.add.at(rows, (np.arange(len(at)), np.clip(pixel, 0, old - 1)), weight)
     return rows / rows.sum(1, keepdims=True) if exclude or antialias else rows
 

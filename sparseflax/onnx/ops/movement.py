@@ -136,7 +136,8 @@ def split(x: Value, split: Any = None, axis: int = 0, num_outputs: int = 1) -> t
     place = x.place(axis)
     length = x.array.shape[place]
     part = -(-length // max(1, num_outputs))
-    sizes = integers(split, "split") or tuple(min(part, max(0, length - i * part)) for i in range(num_outputs))
+    sizes = tuple(min(part, max(0, length - i * part)) for i in range(num_outputs))
+    sizes = sizes if split is None else integers(split, "split")
     if sum(sizes) != length or min(sizes) < 0:
         raise Unsupported(f"parts of {sizes} along an axis of {length}")
     ends = np.cumsum(sizes)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseflax.onnx.ops.elementwise import dtype_of
+from sparseflax.onnx.ops.elementwise import converted, dtype_of
 from sparseflax.onnx.value import Unsupported, Value, module, value
 
 
@@ -17,7 +18,7 @@ def quantize_linear(x: Value, y_scale: Value, y_zero_point: Value | None = None,
     """The nearest integer to x / y_scale + y_zero_point, even on ties, that the type holds."""
     dtype = y_zero_point.array.dtype if y_zero_point else dtype_of(output_dtype) if output_dtype else np.dtype(np.uint8)
     scale, zero = _along(x, y_scale, axis, block_size), 0 if y_zero_point is None else _along(x, y_zero_point, axis, block_size)
-    return Value(_rounded(x.array / scale, zero, dtype), x.order)
+    return Value(_rounded(_quotient(x.array, scale), zero, dtype, bool(saturate)), x.order)
 
 
 def dequantize_linear(x: Value, x_scale: Value, x_zero_point: Value | None = None, axis: int = 1, block_size: int = 0,
@@ -30,10 +31,10 @@ def dequantize_linear(x: Value, x_scale: Value, x_zero_point: Value | None = Non
 def dynamic_quantize_linear(x: Value) -> tuple[Value, Value, Value]:
     """x as uint8 over the range that it has, with its scale and zero point."""
     low, high = jnp.minimum(x.array.min(), 0), jnp.maximum(x.array.max(), 0)
-    scale = (high - low) / 255
+    scale = _quotient(high - low, np.float32(255))
     scale = jnp.where(scale == 0, 1, scale)
-    zero = jnp.clip(jnp.round(-low / scale), 0, 255)
-    return (Value(_rounded(x.array / scale, zero, np.dtype(np.uint8)), x.order), value(scale),
+    zero = jnp.clip(jnp.round(_quotient(-low, scale)), 0, 255)
+    return (Value(_rounded(_quotient(x.array, scale), zero, np.dtype(np.uint8)), x.order), value(scale),
             value(zero.astype(np.uint8)))
 
 
@@ -48,13 +49,21 @@ def rounded(x: Value) -> Value:
     return Value(jnp.round(x.array).astype(np.int32), x.order)
 
 
-def _rounded(x: Any, zero: Any, dtype: np.dtype) -> Any:
-    if dtype.kind not in "iu" or dtype.itemsize > 2:
-        raise Unsupported(f"quantized numbers of {dtype}, wanted integers of 8 or 16 bits")
-    limits = np.iinfo(dtype)
-    xp = np if isinstance(x, np.ndarray) and isinstance(zero, np.ndarray | int) else jnp
+def _rounded(x: Any, zero: Any, dtype: np.dtype, saturate: bool = True) -> Any:
     zero = zero if isinstance(zero, int) else zero.astype(np.float32)
-    return xp.clip(xp.round(x) + zero, limits.min, limits.max).astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1:
+        return converted(x + zero, dtype, saturate)
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize > 2:
+        raise Unsupported(f"quantized numbers of {dtype}, wanted integers of 16 bits or fewer or floating point of 8")
+    limits = jnp.iinfo(dtype)
+    return converted((x.round() + zero).clip(int(limits.min), int(limits.max)), dtype)
+
+
+def _quotient(x: Any, divisor: Any) -> Any:
+    """x / divisor as IEEE has it: XLA would multiply by the reciprocal of one number, and ties would be rounded otherwise."""
+    if isinstance(x, np.ndarray) and isinstance(divisor, np.ndarray):
+        return x / divisor
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
 
 
 def _along(x: Value, v: Value, axis: int, block: int) -> Any:
