@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ class Program:
         Raises:
           ValueError: a node cannot be run.
         """
-        values: dict[str, Value | None] = {name: value(array) for name, array in (self.known | constants).items()}
+        values: dict[str, Value | None] = {name: value(array) for name, array in {**self.known, **constants}.items()}
         for name, array, image in zip(self.inputs, inputs, self.images, strict=False):
             values[name] = Value(array, (0, 2, 3, 1)) if image and array.ndim == 4 else value(array)
         for step in self.steps:
@@ -78,10 +79,11 @@ class Program:
             if any(name and operand is None for name, operand in zip(node.inputs, operands, strict=True)):
                 results: Sequence[Value | None] = [None] * len(node.outputs)
             elif step.layer is not None:
-                results = attempt(node, failures, lambda step=step, x=operands[0]: call(
-                    layers[step.layer], step.channels, step.rank, step.node.op in FEATURES, x))
+                x: Any = operands[0]
+                results = attempt(node, failures, partial(call, layers[step.layer], step.channels, step.rank,
+                                                          node.op in FEATURES, x))
             else:
-                results = attempt(node, failures, lambda node=node, operands=operands: compute(node, operands))
+                results = attempt(node, failures, partial(compute, node, operands))
             values.update((name, result) for name, result in zip(node.outputs, results, strict=True) if name)
         return [values[name] for name in self.outputs]
 
@@ -135,7 +137,7 @@ def build(graph: Graph) -> Built:
                 absent.update(node.outputs)
             elif node.op in FOLDED and all(not name or name in constants for name in node.inputs):
                 operands = [value(constants[name]) if name else None for name in node.inputs]
-                results = attempt(node, refused, lambda node=node, operands=operands: compute(node, operands))
+                results = attempt(node, refused, partial(compute, node, operands))
                 outputs = dict(zip(node.outputs, results, strict=True))
                 absent.update(name for name, result in outputs.items() if result is None)
                 folded = {name: np.asarray(result.plain()) for name, result in outputs.items() if result is not None}
@@ -192,7 +194,8 @@ def _flattened(graph: Graph) -> dict[str, int]:
         if node.op == "Flatten":
             flat = node.attributes.get("axis", 1) == 1
         else:
-            sizes = np.ravel(graph.constants.get(node.inputs[-1], node.attributes.get("shape", ()))).tolist()
+            given: Any = graph.constants.get(node.inputs[-1], node.attributes.get("shape", ()))
+            sizes = np.ravel(given).tolist()
             flat = len(sizes) == 2 and sizes[0] in (0, -1, image[0]) and (sizes[1] > 0 or sizes[0] != -1) and None not in image
         users = graph.users(result)
         if flat and users and all(not user.domain and user.op in FEATURES and user.inputs.count(result) == 1

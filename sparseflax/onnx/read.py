@@ -46,8 +46,12 @@ def read(path: str | PathLike[str]) -> Graph:
     opset = versions.get("", versions.get("ai.onnx", 0))
     if opset < OLDEST:
         raise ValueError(f"{path} uses operator set {opset}, wanted {OLDEST} or later: convert it by onnx.version_converter")
-    constants = _initializers(onnx, model.graph)
-    nodes: Sequence[Node] = list(_nodes(onnx, model.graph, constants))
+    try:
+        constants = _initializers(onnx, model.graph)
+        nodes: Sequence[Node] = list(_nodes(onnx, model.graph, constants))
+    except Exception as error:  # onnx's own, whatever they are, as it decodes
+        raise ValueError(f"{path} holds a weight or an attribute that cannot be decoded ({error}): it was damaged, export it "
+                         "again") from error
     inputs = tuple(entry.name for entry in model.graph.input if entry.name not in constants)
     outputs = tuple(entry.name for entry in model.graph.output)
     if not inputs:
@@ -121,10 +125,12 @@ def _nodes(onnx: Any, graph: Any, constants: dict[str, np.ndarray]) -> Iterable[
         taken.add(name)
         node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, _names(proto.input),
                     _names(proto.output), attributes)
-        if (node.domain, node.op, len(node.outputs)) == ("", "Constant", 1) and (value := _value(attributes)) is not None:
-            constants[node.outputs[0]] = value
-        else:
+        if (node.domain, node.op, len(node.outputs)) != ("", "Constant", 1):
             yield node
+            continue
+        if (value := _value(attributes)) is None:
+            raise ValueError(f"{node} holds no numbers")
+        constants[node.outputs[0]] = value
 
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:

@@ -74,6 +74,11 @@ def value(array: Any, order: tuple[int, ...] | None = None) -> Value:
     return Value(array, tuple(range(array.ndim)) if order is None else order)
 
 
+def along(vector: Any, rank: int, place: int = -1) -> Any:
+    """A vector along one of `rank` axes."""
+    return vector.reshape([-1 if axis == place % rank else 1 for axis in range(rank)])
+
+
 def module(*values: Value | None) -> ModuleType:
     """NumPy where all numbers are known, so that sizes stay known; else jax.numpy."""
     return np if all(v is None or v.known for v in values) else jnp

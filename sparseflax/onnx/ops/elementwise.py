@@ -92,11 +92,6 @@ DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int3
           19: "float8_e5m2", 20: "float8_e5m2fnuz", 21: "uint4", 22: "int4", 23: "float4_e2m1fn", 25: "uint2", 26: "int2"}
 
 
-def p_relu(x: Value, slope: Value) -> Value:
-    """x where it is not negative, else slope x."""
-    return elementwise(lambda xp, x, slope: xp.where(x >= 0, x, slope * x))(x, slope)
-
-
 def where(condition: Value, x: Value, y: Value) -> Value:
     return elementwise(lambda xp, condition, x, y: xp.where(condition.astype(bool), x, y))(condition, x, y)
 
@@ -186,6 +181,11 @@ def _leaky_relu(xp: ModuleType, x: Any, alpha: float = 0.01) -> Any:
     return xp.where(x >= 0, x, alpha * x)
 
 
+def _p_relu(xp: ModuleType, x: Any, slope: Any) -> Any:
+    """x where it is not negative, else slope x."""
+    return xp.where(x >= 0, x, slope * x)
+
+
 def _thresholded(xp: ModuleType, x: Any, alpha: float = 1.0) -> Any:
     return xp.where(x > alpha, x, 0).astype(x.dtype)
 
@@ -222,7 +222,8 @@ OPERATORS: dict[str, Function] = {
     "Less": _two("less"), "LessOrEqual": _two("less_equal"), "Max": folded(lambda xp, x, y: xp.maximum(x, y)), "Mean": _mean,
     "Min": folded(lambda xp, x, y: xp.minimum(x, y)), "Mish": _jax(lambda x: x * jnp.tanh(jax.nn.softplus(x))),
     "Mod": elementwise(_modulo), "Mul": elementwise(lambda xp, x, y: x * y), "Neg": elementwise(lambda xp, x: -x),
-    "Not": elementwise(lambda xp, x: xp.logical_not(x)), "Or": _two("logical_or"), "Pow": elementwise(_power), "PRelu": p_relu,
+    "Not": elementwise(lambda xp, x: xp.logical_not(x)), "Or": _two("logical_or"), "Pow": elementwise(_power),
+    "PRelu": elementwise(_p_relu),
     "Reciprocal": elementwise(lambda xp, x: 1 / x), "Relu": _jax(nnx.relu), "Round": elementwise(lambda xp, x: xp.round(x)),
     "Selu": elementwise(_selu), "Shrink": elementwise(_shrink), "Sigmoid": _jax(nnx.sigmoid),
     "Softplus": _jax(jax.nn.softplus), "Softsign": elementwise(lambda xp, x: x / (1 + abs(x))),

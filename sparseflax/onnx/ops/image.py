@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparseflax.onnx.value import Unsupported, Value, integers, known, last
+from sparseflax.onnx.value import Unsupported, Value, along, integers, known, last
 
 Sides = tuple[tuple[int, int], ...]
 
@@ -60,7 +60,7 @@ def conv(x: Value, kernel: Value, bias: Value | None = None, group: int = 1, ker
     at = window(kernel.shape[2:], **settings)
     y = _convolved(array, weights.transpose(*range(2, kernel.rank), 1, 0), at.strides, at.sides(array.shape[1:-1]),
                    at.dilations, None, group)
-    return Value(y if bias is None else y + bias.plain(), last(x.rank))
+    return Value(y if bias is None else y + along(bias.plain(), x.rank), last(x.rank))
 
 
 def conv_transpose(x: Value, kernel: Value, bias: Value | None = None, group: int = 1, kernel_shape: Any = None,
@@ -71,7 +71,7 @@ def conv_transpose(x: Value, kernel: Value, bias: Value | None = None, group: in
     if group < 1 or ic % group:
         raise Unsupported(f"group={group} with a kernel of shape {kernel.shape}, wanted a divisor of its {ic} input channels")
     y = _convolved(array, transposed_kernel(kernel.plain(), group), None, sides, at.dilations, at.strides, group)
-    return Value(y if bias is None else y + bias.plain(), last(x.rank))
+    return Value(y if bias is None else y + along(bias.plain(), x.rank), last(x.rank))
 
 
 def transposed_kernel(kernel: Any, group: int) -> Any:
@@ -212,7 +212,7 @@ def resize(x: Value, roi: Any = None, scales: Any = None, sizes: Any = None, axe
         place = x.order.index(axis)
         array = _along(array, place, matrix)
         if cropped:
-            outside.append(((at < 0) | (at > old[i] - 1)).reshape((-1,) + (1,) * (x.rank - place - 1)))
+            outside.append(along((at < 0) | (at > old[i] - 1), x.rank, place))
     if outside:
         array = jnp.where(reduce(np.logical_or, outside), extrapolation_value, array)
     return Value(array, x.order)
@@ -278,11 +278,10 @@ def _along(x: Any, place: int, matrix: np.ndarray) -> jax.Array:
         return jnp.moveaxis(jnp.tensordot(x, matrix.astype(np.float32), ((place,), (1,))), -1, place)
     chosen = np.argsort(-np.abs(matrix), axis=1, kind="stable")[:, :taps]
     weights = np.take_along_axis(matrix, chosen, axis=1)
-    shape = (-1,) + (1,) * (x.ndim - place - 1)
     terms = []
     for pixel, weight in zip(chosen.T, weights.T, strict=True):
         picked = _picked(x, place, pixel)
-        terms.append(picked if np.all(weight == 1) else picked * weight.astype(np.float32).reshape(shape))
+        terms.append(picked if np.all(weight == 1) else picked * along(weight.astype(np.float32), x.ndim, place))
     return sum(terms[1:], start=terms[0])
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.onnx.ops.elementwise import dtype_of
-from sparseflax.onnx.value import Unsupported, Value, bounded, integers, known, module, number, value
+from sparseflax.onnx.value import Unsupported, Value, along, bounded, integers, known, module, number, value
 
 
 def reshape(x: Value, shape: Any, allowzero: int = 0) -> Value:
@@ -233,7 +233,7 @@ def arange(start: Any, limit: Any, delta: Any) -> Value:
     if delta == 0 or not math.isfinite((limit - start) / delta):
         raise Unsupported(f"a range from {start} to {limit} in steps of {delta}")
     bounded((max(0, math.ceil((limit - start) / delta)),))
-    return value(np.arange(start, limit, delta, dtype))
+    return value(np.arange(start, limit, delta, dtype=dtype))
 
 
 def tile(x: Value, repeats: Any) -> Value:
@@ -268,7 +268,7 @@ def pad(x: Value, pads: Any, constant_value: Any = None, axes: Any = None, mode:
 def one_hot(indices: Value, depth: Any, values: Value, axis: int = -1) -> Value:
     count, index = int(number(depth, "depth")), indices.plain()
     bounded((index.size, count))
-    hot = jnp.expand_dims(index % count, axis) == np.arange(count).reshape((-1,) + (1,) * ((-1 - axis) % (index.ndim + 1)))
+    hot = jnp.expand_dims(index % count, axis) == along(np.arange(count), index.ndim + 1, axis)
     off, on = values.plain()
     inside = jnp.expand_dims((index >= -count) & (index < count), axis)
     return value(jnp.where(hot & inside, on, off))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.onnx.ops.elementwise import converted, dtype_of
-from sparseflax.onnx.value import Unsupported, Value, module, value
+from sparseflax.onnx.value import Unsupported, Value, along, module, value
 
 
 def quantize_linear(x: Value, y_scale: Value, y_zero_point: Value | None = None, axis: int = 1, saturate: int = 1,
@@ -78,7 +78,7 @@ def _along(x: Value, v: Value, axis: int, block: int) -> Any:
         return value(array).arranged(x.order)
     if array.ndim != 1 or array.size != x.array.shape[place]:
         raise Unsupported(f"a scale or zero point of shape {array.shape} along axis {axis} of an input of shape {x.shape}")
-    return array.reshape((-1,) + (1,) * (x.rank - place - 1))
+    return along(array, x.rank, place)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {

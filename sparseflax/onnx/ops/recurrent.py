@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseflax.onnx.value import Unsupported, Value, value
+from sparseflax.onnx.value import Unsupported, Value, along, value
 
 ACTIVATIONS = {"Relu": jax.nn.relu, "Tanh": jnp.tanh, "Sigmoid": jax.nn.sigmoid, "Softsign": jax.nn.soft_sign,
                "Softplus": jax.nn.softplus}
@@ -46,11 +46,11 @@ def recurrent(gates: int, default: Sequence[str], cell: Cell, states: int) -> Ca
             bias = jnp.zeros((2, gates * size), x.dtype) if B is None else jnp.asarray(B.plain()[d]).reshape(2, -1)
             peephole = None if P is None else jnp.asarray(P.plain()[d]).reshape(3, size)
             functions = [ACTIVATIONS[name] for name in names[d * len(default):(d + 1) * len(default)]]
-            inputs = x @ weights.T + bias[0]
+            inputs = x @ weights.T + along(bias[0], 3)
 
             def step(state, given, repeat=repeat, bias=bias, peephole=peephole, functions=functions):
                 now, t = given
-                new = cell(now, *state, repeat, bias[1], peephole, functions, linear_before_reset)
+                new = cell(now, *state, repeat, along(bias[1], 2), peephole, functions, linear_before_reset)
                 if lengths is None:
                     return new, new[0]
                 running = (t < lengths)[:, None]
@@ -73,14 +73,14 @@ def recurrent(gates: int, default: Sequence[str], cell: Cell, states: int) -> Ca
 def _lstm(x: Any, h: Any, c: Any, repeat: Any, bias: Any, peephole: Any, functions: Any, linear: int) -> tuple[Any, Any]:
     f, g, k = functions
     i, o, forget, new = jnp.split(x + h @ repeat.T + bias, 4, axis=-1)
-    pi, po, pf = (0, 0, 0) if peephole is None else peephole
+    pi, po, pf = (0, 0, 0) if peephole is None else peephole[:, None]
     c_new = f(forget + pf * c) * c + f(i + pi * c) * g(new)
     return f(o + po * c_new) * k(c_new), c_new
 
 
 def _gru(x: Any, h: Any, repeat: Any, bias: Any, peephole: Any, functions: Any, linear: int) -> tuple[Any]:
     f, g = functions
-    (xz, xr, xh), (rz, rr, rh), (bz, br, bh) = (jnp.split(v, 3, axis=axis) for v, axis in ((x, -1), (repeat, 0), (bias, 0)))
+    (xz, xr, xh), (rz, rr, rh), (bz, br, bh) = (jnp.split(v, 3, axis=axis) for v, axis in ((x, -1), (repeat, 0), (bias, -1)))
     z, r = f(xz + h @ rz.T + bz), f(xr + h @ rr.T + br)
     new = g(xh + (r * (h @ rh.T + bh) if linear else (r * h) @ rh.T + bh))
     return ((1 - z) * new + z * h,)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from sparseflax.onnx.ops.elementwise import elementwise
 from sparseflax.onnx.ops.movement import dropped
-from sparseflax.onnx.value import Unsupported, Value, bounded, integers, module, number, value
+from sparseflax.onnx.value import Unsupported, Value, along, bounded, integers, last, module, number, value
 
 
 def reduction(function: Callable[[ModuleType, Any, tuple[int, ...]], Any]) -> Callable[..., Value]:
@@ -111,8 +111,8 @@ def group_normalization(x: Value, scale: Value, bias: Value, num_groups: int, ep
     rows = array.reshape(array.shape[0], -1, num_groups, c // num_groups)
     centred = rows - rows.mean((1, 3), keepdims=True)
     y = (centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + epsilon)).reshape(array.shape)
-    scale, bias = (jnp.repeat(v.plain(), c // v.shape[0]) for v in (scale, bias))  # of groups before operator set 21
-    return Value(y * scale + bias, (0, *range(2, x.rank), 1))
+    factor, more = (jnp.repeat(v.plain(), c // v.shape[0]) for v in (scale, bias))  # of groups before operator set 21
+    return Value(y * along(factor, x.rank) + along(more, x.rank), last(x.rank))
 
 
 def batch_normalization(x: Value, scale: Value, bias: Value, mean: Value, var: Value, epsilon: float = 1e-5,
@@ -120,8 +120,9 @@ def batch_normalization(x: Value, scale: Value, bias: Value, mean: Value, var: V
     """(x - mean) / sqrt(var + epsilon) scale + bias with statistics that are computed; constants make a layer."""
     if training_mode or not spatial:
         raise Unsupported("training_mode=1 or spatial=0, wanted a norm per channel with its running statistics")
-    array = (x.channels_last() - mean.plain()) * (scale.plain() * jax.lax.rsqrt(var.plain() + epsilon)) + bias.plain()
-    return Value(array, (0, *range(2, x.rank), 1))
+    factor = along(scale.plain() * jax.lax.rsqrt(var.plain() + epsilon), x.rank)
+    array = (x.channels_last() - along(mean.plain(), x.rank)) * factor + along(bias.plain(), x.rank)
+    return Value(array, last(x.rank))
 
 
 def mean_variance_normalization(x: Value, axes: Any = (0, 2, 3)) -> Value:
@@ -146,7 +147,7 @@ def lrn(x: Value, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: floa
         y = array * jax.lax.rsqrt(scale * jnp.sqrt(scale))
     else:
         y = array * jnp.exp(-beta * jnp.log(scale))
-    return Value(y, (0, *range(2, x.rank), 1))
+    return Value(y, last(x.rank))
 
 
 def matmul(x: Value, y: Value) -> Value:
@@ -164,7 +165,7 @@ def gemm(x: Value, y: Value, bias: Value | None = None, alpha: float = 1.0, beta
     if a.ndim != 2 or b.ndim != 2:
         raise Unsupported(f"its inputs have shapes {a.shape} and {b.shape}, wanted matrices")
     product = jnp.matmul(a, b) if alpha == 1 else alpha * jnp.matmul(a, b)
-    return value(product if bias is None else product + beta * bias.plain())
+    return value(product) if bias is None else elementwise(lambda xp, x, y: x + beta * y)(value(product), bias)
 
 
 def einsum(*xs: Value, equation: str) -> Value:
