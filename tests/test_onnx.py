@@ -1,5 +1,8 @@
 """ONNX networks: every operator against ONNX Runtime, layouts, folding and packing, and what is refused."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,8 @@ from experiments import foreign
 from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
 from sparseflax.onnx import load_onnx
+from sparseflax.onnx.older import QUANTIZED
+from sparseflax.onnx.ops import OPERATORS as OPERATORS_READ
 from tests.networks import NARROW
 
 onnx = pytest.importorskip("onnx")
@@ -472,6 +477,13 @@ def test_inputs_of_the_wrong_shape(tmp_path):
     with pytest.raises(ValueError, match=r"axes \(2, 3\) of an input of shape \(2, 6, 9, 8\), wanted sizes of 1"):
         model(jnp.ones((2, 9, 8, 6)))
     refuses(save(tmp_path / "m.onnx", [node("Flatten", "x", "f"), node("Add", "x f", "y")]), "Add 'the_y': shape mismatch")
+
+
+def test_the_page_lists_the_operators():
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "onnx.md").read_text()
+    listed = re.search(r"## Operators\n\n(.*?)\.\n", page, re.DOTALL)
+    ours = {"FlattenChannelsLast", "Rounded", "Shifted"}  # words for what ONNX says otherwise
+    assert listed and set(re.split(r",\s+", listed[1])) == {*OPERATORS_READ, *QUANTIZED, "Constant"} - ours
 
 
 def test_onnx_is_optional(monkeypatch, tmp_path):
