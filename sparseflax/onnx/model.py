@@ -24,9 +24,9 @@ class OnnxModel(nnx.Module):
     def __init__(self, built: Built):
         self.program = built.program
         self.layers = nnx.Dict(built.layers)
-        self.constants = nnx.Dict({name.replace("/", "."): Constant(jnp.asarray(array))
-                                   for name, array in built.constants.items()})
-        self.names = tuple(built.constants)
+        # As in layers, a "/" is kept for paths.
+        self.keys = tuple((name, f"{name.replace('/', '.')}.{i}") for i, name in enumerate(built.constants))
+        self.constants = nnx.Dict({key: Constant(jnp.asarray(built.constants[name])) for name, key in self.keys})
 
     def __call__(self, *inputs: jax.Array) -> Any:
         """Runs the network at inference.
@@ -54,7 +54,7 @@ class OnnxModel(nnx.Module):
                 sizes = ", ".join("any" if size is None else str(size) for size in wanted)
                 raise ValueError(f"the input has shape {x.shape}, wanted (n, {sizes}): images go in as NHWC, "
                                  f"x.transpose(0, 2, 3, 1) makes them from ONNX's NCHW; it is {name!r}")
-        constants = {name: self.constants[name.replace("/", ".")][...] for name in self.names}
+        constants = {name: self.constants[key][...] for name, key in self.keys}
         values: Any = program.run(self.layers, constants, arrays)
         outputs = tuple(jnp.asarray(v.channels_last() if image and v.rank == 4 else v.plain())
                         for v, image in zip(values, program.images[len(arrays):], strict=True))

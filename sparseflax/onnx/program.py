@@ -19,6 +19,12 @@ from sparseflax.onnx.read import malformed
 from sparseflax.onnx.value import MOST, Unsupported, Value, value
 
 FOLDED = {*elementwise.OPERATORS, *movement.OPERATORS, *quantized.OPERATORS, *reduction.OPERATORS}
+UNREAD = {
+    **dict.fromkeys(("Compress", "NonMaxSuppression", "Unique"),
+                    "how much it returns depends on the data, take its inputs instead"),
+    **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "it holds a graph of its own, which is not read"),
+}
+MICROSOFT = "DynamicQuantizeLSTM",  # of ONNX Runtime's own quantization
 SIZES = 64  # numbers in a list of sizes: what is longer is a weight
 
 
@@ -120,7 +126,7 @@ class Built(NamedTuple):
 
 def build(graph: Graph) -> Built:
     """Turns nodes into steps, those with constant weights into layers; goes on after a node that it cannot turn."""
-    refused = [f"{node}: unknown operator" for node in graph.nodes if not _is_known(node)]
+    refused = [f"{node}: {UNREAD.get(node.op, 'unknown operator')}" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
     flat = _flattened(graph)
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
@@ -163,7 +169,8 @@ def build(graph: Graph) -> Built:
 
 
 def _is_known(node: Node) -> bool:
-    return not node.domain and (node.op in OPERATORS or node.op in QUANTIZED)
+    own = node.op in OPERATORS and node.op not in MICROSOFT or node.op in QUANTIZED
+    return own if not node.domain else node.domain == "com.microsoft" and node.op in MICROSOFT
 
 
 def _step(node: Node, found: Layer | None, layers: dict[str, Any], flat: Mapping[str, int]) -> Step:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseflax.onnx.ops.quantized import dequantize_linear, dynamic_quantize_linear
 from sparseflax.onnx.value import Unsupported, Value, along, value
 
 ACTIVATIONS = {"Relu": jax.nn.relu, "Tanh": jnp.tanh, "Sigmoid": jax.nn.sigmoid, "Softsign": jax.nn.soft_sign,
@@ -23,7 +24,7 @@ def recurrent(gates: int, default: Sequence[str], cell: Cell, states: int) -> Ca
             initial_h: Value | None = None, initial_c: Value | None = None, P: Value | None = None, hidden_size: int = 0,
             direction: str = "forward", activations: Any = None, activation_alpha: Any = None, activation_beta: Any = None,
             clip: float = 0.0, layout: int = 0, linear_before_reset: int = 0, input_forget: int = 0,
-            output_sequence: int = 0) -> tuple[Value, ...]:
+            output_sequence: int = 0, rounded: bool = False) -> tuple[Value, ...]:
         names = [name.title() for name in activations or [*default] * W.shape[0]]
         if unknown := [name for name in names if name not in ACTIVATIONS]:
             raise Unsupported(f"activations {unknown}, wanted some of {sorted(ACTIVATIONS)}")
@@ -46,11 +47,12 @@ def recurrent(gates: int, default: Sequence[str], cell: Cell, states: int) -> Ca
             bias = jnp.zeros((2, gates * size), x.dtype) if B is None else jnp.asarray(B.plain()[d]).reshape(2, -1)
             peephole = None if P is None else jnp.asarray(P.plain()[d]).reshape(3, size)
             functions = [ACTIVATIONS[name] for name in names[d * len(default):(d + 1) * len(default)]]
-            inputs = x @ weights.T + along(bias[0], 3)
+            inputs = (_rounded(x) if rounded else x) @ weights.T + along(bias[0], 3)
 
             def step(state, given, repeat=repeat, bias=bias, peephole=peephole, functions=functions):
                 now, t = given
-                new = cell(now, *state, repeat, along(bias[1], 2), peephole, functions, linear_before_reset)
+                h, *rest = [_rounded(state[0]) if rounded else state[0], *state[1:]]
+                new = cell(now, h, *rest, repeat, along(bias[1], 2), peephole, functions, linear_before_reset)
                 if lengths is None:
                     return new, new[0]
                 running = (t < lengths)[:, None]
@@ -90,7 +92,25 @@ def _rnn(x: Any, h: Any, repeat: Any, bias: Any, peephole: Any, functions: Any, 
     return (functions[0](x + h @ repeat.T + bias),)
 
 
+def dynamic_quantize_lstm(X: Value, W: Value, R: Value, B: Value | None, sequence_lens: Value | None, initial_h: Value | None,
+                          initial_c: Value | None, P: Value | None, W_scale: Value, W_zero_point: Value, R_scale: Value,
+                          R_zero_point: Value, **attributes: Any) -> tuple[Value, ...]:
+    """An LSTM of ONNX Runtime's: weights (directions, ic, 4 hidden) of 8 bits, and what they take rounded to 8 bits."""
+    weights = []
+    for v, scale, zero in ((W, W_scale, W_zero_point), (R, R_scale, R_zero_point)):
+        factor, shift = (u.plain().reshape(v.shape[0], 1, -1).astype(np.float32) for u in (scale, zero))
+        weights.append(value(((v.plain().astype(np.float32) - shift) * factor).swapaxes(1, 2)))
+    return OPERATORS["LSTM"](X, *weights, B, sequence_lens, initial_h, initial_c, P, rounded=True, **attributes)
+
+
+def _rounded(x: Any) -> Any:
+    """x as 8 bits hold it."""
+    integers, scale, zero = dynamic_quantize_linear(value(x))
+    return dequantize_linear(integers, scale, zero).array
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "DynamicQuantizeLSTM": dynamic_quantize_lstm,
     "GRU": recurrent(3, ("Sigmoid", "Tanh"), _gru, 1), "LSTM": recurrent(4, ("Sigmoid", "Tanh", "Tanh"), _lstm, 2),
     "RNN": recurrent(1, ("Tanh",), _rnn, 1),
 }
