@@ -178,7 +178,8 @@ def _step(node: Node, found: Layer | None, layers: dict[str, Any], flat: Mapping
         layers[node.name] = found.module
         return Step(node._replace(inputs=node.inputs[:1]), node.name, found.channels, found.rank)
     if node.outputs and node.outputs[0] in flat:
-        return Step(node._replace(op="FlattenChannelsLast", inputs=node.inputs[:1], attributes={}))
+        channels = {"channels": flat[node.outputs[0]]}
+        return Step(node._replace(op="FlattenChannelsLast", inputs=node.inputs[:1], attributes=channels))
     return Step(node)
 
 
@@ -205,12 +206,19 @@ def _flattened(graph: Graph) -> dict[str, int]:
             sizes = np.ravel(given).tolist()
             flat = len(sizes) == 2 and sizes[0] in (0, -1, image[0]) and (sizes[1] > 0 or sizes[0] != -1) and None not in image
         users = graph.users(result)
-        if flat and users and all(not user.domain and user.op in FEATURES and user.inputs.count(result) == 1
-                                  and user.inputs[0] == result and not user.attributes.get("transA")
-                                  and user.inputs[1:] and graph.constants.get(user.inputs[1], np.zeros(())).ndim == 2
-                                  for user in users):
+        if flat and users and all(_is_layer(graph, user, result) for user in users):
             found[result] = image[1]
     return found
+
+
+def _is_layer(graph: Graph, node: Node, x: str) -> bool:
+    """Whether a node is sure to become a fully connected layer of `x`."""
+    weights = [graph.constants.get(name) for name in node.inputs[1:]]
+    if node.domain or node.op not in FEATURES or node.inputs[0] != x or node.attributes.get("transA"):
+        return False
+    if not weights or any(array is None or array.dtype != np.float32 for array in weights):
+        return False
+    return [array.ndim for array in weights if array is not None] in ([2], [2, 1])
 
 
 def check(graph: Graph, program: Program, layers: Mapping[str, Any], constants: Mapping[str, Any]) -> list[str]:

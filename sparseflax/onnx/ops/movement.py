@@ -66,9 +66,11 @@ def flatten(x: Value, axis: int = 1) -> Value:
     return reshape(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])], allowzero=1)
 
 
-def flatten_channels_last(x: Value) -> Value:
+def flatten_channels_last(x: Value, channels: int) -> Value:
     """(n, features) in the order in which images lie: of a layer whose weights were put in this order."""
     array = x.channels_last()
+    if array.shape[-1] != channels:
+        raise Unsupported(f"its input has shape {x.shape}, wanted {channels} channels, as the file says")
     return value(array.reshape(array.shape[0], -1))
 
 
