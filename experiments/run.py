@@ -14,7 +14,7 @@ import json
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,10 @@ from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import CALIBRATION, METHODS, Task
 from sparseflax import prune
-from sparseflax.calibration.calibrate import calibrate
-from sparseflax.conv import ffi
-from sparseflax.cost import profile
-from sparseflax.cost.cpu import client_threads, processor
-from sparseflax.cost.detect import detect_machine
-from sparseflax.cost.machine import Machine, from_dict, to_dict
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
+from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
@@ -77,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
                          "python -m experiments.compare")
     parallel.check_batch(config.processes, config.batch)
     out = config.out or Path("runs") / f"{config.name}-seed{config.seed}"
-    claim(out, config)
+    claim(out, settings(config))
     print(f"{config.name}, seed {config.seed}, in {out}", flush=True)
     begun = prepare(config, out)
     if config.processes > 1:
@@ -234,47 +231,6 @@ def _name(function: Any) -> str:
         keywords = ", ".join(f"{key}={value}" for key, value in function.keywords.items())
         return f"{_name(function.func)}({keywords})"
     return f"{function.__module__}.{function.__qualname__}"
-
-
-def claim(out: Path, config: Config) -> None:
-    """Make the run's folder, or find it made by the same configuration.
-
-    Raises:
-      ValueError: it holds another run.
-    """
-    path, wanted = out / "config.json", settings(config)
-    if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(wanted, indent=1))
-        return
-    found = json.loads(path.read_text())
-    different = [f"{key} {found.get(key)!r} instead of {wanted.get(key)!r}"
-                 for key in found | wanted if found.get(key) != wanted.get(key)]
-    if different:
-        raise ValueError(f"{out} holds a run with {', '.join(different)}: give another --out, or delete the folder")
-
-
-def machine_of(out: Path) -> Machine:
-    """This machine, as measured when the run began: the guide has to stay the same when the run goes on.
-
-    Where nothing is stored of it that may be believed, it is calibrated.
-    """
-    path = out / "machine.json"
-    if not path.exists():
-        try:
-            machine = profile.load(processor(), ffi.isa(), client_threads())
-        except profile.Unusable as error:
-            print(f"calibrating, which takes a minute: {error.why}", flush=True)
-            machine = calibrate() if ffi.kernels() else detect_machine()
-        checkpoint.write_atomically(path, json.dumps(to_dict(machine), indent=1))
-    return from_dict(json.loads(path.read_text()))
-
-
-def whole_of(path: Path, measure: Callable[[], prune.Whole]) -> prune.Whole:
-    """What the network takes, as measured when the file was made, likewise."""
-    if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(measure()._asdict(), indent=1))
-    found = prune.Whole(**json.loads(path.read_text()))
-    return found._replace(points=tuple((seconds, other) for seconds, other in found.points)).checked()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparseflax.cost.shape import ConvShape as ConvShape
     from sparseflax.files.store import load as load
     from sparseflax.files.store import save as save
+    from sparseflax.job.faster import faster as faster
     from sparseflax.network.fuse import fuse as fuse
     from sparseflax.network.pack import pack_model as pack_model
     from sparseflax.network.plan import LayerPlan as LayerPlan
@@ -48,6 +49,7 @@ _NAMES = {  # the same names for Python, by module
     "cost.profile": ("load_machine", "save_machine"),
     "cost.shape": ("ConvShape",),
     "files.store": ("load", "save"),
+    "job.faster": ("faster",),
     "network.fuse": ("fuse",),
     "network.pack": ("pack_model",),
     "network.plan": ("LayerPlan", "Plan", "plan"),

@@ -6,6 +6,7 @@
     python -m sparseflax plan network.onnx                          # what of a network would run sparse, and why
     python -m sparseflax plan my.module:network --speedup 2.5       # which of its layers to prune, and how far, for that
     python -m sparseflax bench network.onnx --speedup 2.5           # pruned like that and timed, whatever it then computes
+    python -m sparseflax faster network.onnx --images DIR --speedup 2     # pruned for that by pictures, written, with a report
 
 A network is an ONNX file, or `module:function`: a function without arguments that returns a model, or a pair (model, x) with
 its input; a model is an nnx module or a pair (Linen module, variables).
@@ -27,7 +28,7 @@ import numpy as np
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sparseflax", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="calibrate | machine | plan | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="calibrate | machine | plan | bench | faster")
     calibrate = commands.add_parser("calibrate", help="measure this machine, and store what `detect_machine` finds")
     calibrate.add_argument("--seconds", type=float, default=50.0, help="for measuring (default: %(default)g)")
     calibrate.add_argument("--isa", help="instruction set of the sparse kernel (default: the best that runs here)")
@@ -44,13 +45,30 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=1, help="images in the batch (default: %(default)s)")
         command.add_argument("--shape", type=_sizes, metavar="H,W,C", help="of one input, where the network leaves it open")
         command.add_argument("--speedup", type=float, help="over the dense network: prune as a guide for that would")
-    for command in (calibrate, machine, plan, bench):
+    faster = commands.add_parser("faster", help="prune an ONNX network by pictures until it is as fast as asked")
+    faster.add_argument("network", help="an ONNX file")
+    faster.add_argument("--images", required=True, metavar="DIR", help="a folder of pictures of the kind that it will see")
+    faster.add_argument("--speedup", type=float, help="over the dense network")
+    faster.add_argument("--milliseconds", type=float, help="for a call, in place of a speedup")
+    faster.add_argument("--points", type=float, help="that may be lost, percent: of the same top answers, with --labels of "
+                        "accuracy, of relative error where there are no answers")
+    faster.add_argument("--labels", metavar="FILE", help="lines picture,class")
+    faster.add_argument("--finetune", type=float, default=0.0, metavar="MINUTES",
+                        help="of training against the original's outputs, for each network that is tried (default: none)")
+    faster.add_argument("--out", metavar="DIR", help="(default: the network's name and -faster)")
+    faster.add_argument("--batch", type=int, default=1, help="images in a call (default: %(default)s)")
+    faster.add_argument("--size", type=_sizes, metavar="H,W", help="of the pictures, where the network leaves it open")
+    for name, default in (("mean", (0.0,)), ("std", (1.0,))):
+        faster.add_argument(f"--{name}", type=_numbers, default=default, metavar="R,G,B",
+                            help=f"inputs are (pixel / 255 - mean) / std (default: {default[0]:g})")
+    faster.add_argument("--seconds", type=float, default=15.0, help="of measuring, before and after (default: %(default)g)")
+    for command in (calibrate, machine, plan, bench, faster):
         command.add_argument("--threads", type=int, help="of JAX's CPU client (default: as many as there are CPUs)")
     args = parser.parse_args()
     if args.threads:
         os.environ["NPROC"] = str(args.threads)  # before JAX makes its client
     try:
-        {"calibrate": _calibrate, "machine": _machine, "plan": _plan, "bench": _bench}[args.command](args)
+        {"calibrate": _calibrate, "machine": _machine, "plan": _plan, "bench": _bench, "faster": _faster}[args.command](args)
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: {error}\n")
 
@@ -112,6 +130,15 @@ def _bench(args: argparse.Namespace) -> None:
     print(f"{'measured':<26} {'median ms':>10} {'quartiles':>16} {'over the faster dense':>22}")
     for name, (low, median, high) in zip(networks, quartiles, strict=True):
         print(f"{name:<26} {median:>10.3f} {f'{low:.3f} to {high:.3f}':>16} {f'{fastest / median:.2f}x':>22}")
+
+
+def _faster(args: argparse.Namespace) -> None:
+    from sparseflax.job.faster import faster
+    from sparseflax.job.report import summary
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "network", "images", "threads")}
+    print(summary(faster(args.network, args.images, **options)))
+    print(f"report: {Path(args.out or f'{Path(args.network).stem}-faster') / 'report.html'}")
 
 
 def _guide(model: Any, x: Any, speedup: float, machine: Any = None) -> Any:
@@ -176,6 +203,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     if math.prod(sizes) < 1 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has a size below 1")
     return sizes
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
 
 
 if __name__ == "__main__":

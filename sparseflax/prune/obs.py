@@ -34,6 +34,7 @@ from jax.core import Tracer
 from scipy import linalg
 
 from sparseflax.prune.guide import Guidance
+from sparseflax.prune.watch import watched
 
 Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 CHUNK = 16  # images whose im2col is held at a time
@@ -71,14 +72,11 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
         return _linen(*model, batches, guide, rounds, damping, call)  # type: ignore[return-value]
     copy: Any = nnx.clone(model)
     copy.eval()
+    found = hessians(copy, guide.densities, batches)
     layers: dict[str, Any] = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(copy)}
-    wanted = guide.densities
-    if wrong := sorted(name for name in wanted if not isinstance(layers.get(name), (nnx.Conv, nnx.Linear))):
-        raise ValueError(f"no nnx.Conv or nnx.Linear in the model at {wrong}, wanted the paths of the guide's layers")
-    hessians = _hessians(copy, {name: layers[name] for name in wanted}, batches)
-    for name, density in wanted.items():
+    for name, density in guide.densities.items():
         kernel = layers[name].kernel
-        kernel[...] = _pruned(kernel[...], hessians[name], density, rounds, damping)
+        kernel[...] = prune_kernel(kernel[...], found[name], density, rounds, damping)
     return copy
 
 
@@ -104,12 +102,12 @@ def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Gui
                          "is there no batch, or does the model not call them?")
     for name, density in wanted.items():
         key = f"params/{name}/kernel"
-        leaves[key] = _pruned(leaves[key], found[name], density, rounds, damping)
+        leaves[key] = prune_kernel(leaves[key], found[name], density, rounds, damping)
     return module, unflatten_dict(leaves, sep="/")
 
 
-def _pruned(kernel: Any, hessian: np.ndarray, density: float, rounds: int, damping: float) -> jax.Array:
-    """A kernel (..., ic / groups, oc) at a density; hessian (groups, m, m)."""
+def prune_kernel(kernel: Any, hessian: np.ndarray, density: float, rounds: int = 4, damping: float = 0.01) -> jax.Array:
+    """A kernel (..., ic / groups, oc) with round(density * n) of its weights, hessian (groups, m, m); as `obs` does."""
     dense, groups = np.asarray(kernel, np.float64), len(hessian)
     rows = dense.reshape(-1, groups, dense.shape[-1] // groups).transpose(1, 2, 0)  # (groups, outputs, m)
     pruned = _prune(rows, hessian, round(density * dense.size), rounds, damping)
@@ -151,24 +149,31 @@ def _inverse_diagonal(factor: np.ndarray) -> np.ndarray:
     return np.square(inverse).sum(axis=0)
 
 
-def _hessians(model: Any, layers: dict[str, Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
-    """X^T X (groups, m, m) of each layer's inputs, in float64, from running the model on all batches."""
-    found: dict[str, np.ndarray] = {}
+def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any]) -> dict[str, np.ndarray]:
+    """X^T X (groups, m, m) of the inputs of each layer, in float64, from running the model on all batches.
 
-    def observe(name: str, layer: Any, x: Any) -> None:
+    Args:
+      model: in evaluation mode; stays as it is.
+      names: paths of layers.
+      batches: inputs of the model.
+
+    Raises:
+      ValueError: for a layer that does not exist, is of another class, or never ran.
+      TypeError: for a model that compiles its layers, whose inputs cannot be seen.
+    """
+    found, names = dict[str, np.ndarray](), list(names)
+    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    if wrong := sorted(name for name in names if not isinstance(modules.get(name), (nnx.Conv, nnx.Linear))):
+        raise ValueError(f"no nnx.Conv or nnx.Linear in the model at {wrong}, wanted the paths of the guide's layers")
+    layers = {name: modules[name] for name in names}
+
+    def observe(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         _note(found, name, layer, layer.kernel.shape, x)
+        return call(x, *args, **kwargs)
 
-    classes = {name: type(layer) for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer._observe = functools.partial(observe, name)
-            object.__setattr__(layer, "__class__", _observed(classes[name]))
+    with watched(layers, observe):
         for batch in batches:
-            model(batch)
-    finally:
-        for name, layer in layers.items():
-            object.__setattr__(layer, "__class__", classes[name])
-            del layer._observe
+            model(batch)  # type: ignore[operator]
     if unseen := sorted(layers.keys() - found.keys()):
         raise ValueError(f"layers {unseen} did not run: is there no batch, or does the model not call them?")
     return found
@@ -182,18 +187,6 @@ def _note(found: dict[str, np.ndarray], name: str, layer: Any, kernel: tuple[int
     for first in range(0, len(images), CHUNK):
         new = np.asarray(_gram(layer, kernel, images[first : first + CHUNK]), np.float64)
         found[name] = found[name] + new if name in found else new
-
-
-@functools.lru_cache
-def _observed(layer_type: type) -> type:
-    """A subclass that shows its input: unlike a wrapper it keeps isinstance and attributes working."""
-
-    class Observed(layer_type):
-        def __call__(self, x, *args, **kwargs):
-            self._observe(self, x)
-            return super().__call__(x, *args, **kwargs)
-
-    return Observed
 
 
 def _gram(layer: Any, kernel: tuple[int, ...], x: jax.Array) -> jax.Array:
