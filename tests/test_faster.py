@@ -1,17 +1,11 @@
 """`faster`, from an ONNX file and a folder of pictures to a report, as small as it can be, and what it says to mistakes."""
 
-import json
-import re
-import sys
 
-import jax
 import numpy as np
 import pytest
 
 import sparseflax
-from sparseflax import __main__ as commands
 from sparseflax.job import faster as job
-from sparseflax.job import layers
 from sparseflax.onnx import load_onnx
 from sparseflax.prune.whole import Whole
 from tests.machines import HERE

@@ -43,7 +43,6 @@ from sparseflax.prune.allocate import guided
 from sparseflax.prune.correct import correct
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.measure import measure
-from sparseflax.prune.recalibrate import recalibrate
 from sparseflax.prune.whole import Whole
 
 SURGERY = 256  # pictures by which layers are pruned
@@ -254,10 +253,9 @@ def _corrected(job: Job, model: Any, guide: Guidance) -> Any:
     h, w = job.x.shape[1:3]
     several = max(1, min(STATISTICS, STATISTICS_PIXELS // (h * w), len(job.seen)))
     some = [x for x, _ in batches(job.seen, several)]
-    if any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model)):
-        model = recalibrate(model, some)
-    layers: dict[str, Any] = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(model)}
-    return correct(model, job.model, some, [name for name in guide.densities if layers[name].bias is not None])
+    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    layers = [name for name, module in modules.items() if name in guide.densities or isinstance(module, nnx.BatchNorm)]
+    return correct(model, job.model, some, [name for name in layers if modules[name].bias is not None])
 
 
 def _times(job: Job, tried: list[Tried], content: bytes, seconds: float) -> dict[str, Any]:

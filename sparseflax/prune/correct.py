@@ -1,4 +1,4 @@
-"""Layers whose outputs have the mean and the spread again that they had before pruning."""
+"""Layers and batch norms whose outputs have the mean and the spread again that they had before pruning."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SPREAD = 2.0  # a channel is scaled by so much at most: what is left of one that
 def correct(model: Model, original: Model, batches: Sequence[Any], layers: Iterable[str]) -> Model:
     """A copy of a pruned model with the outputs of its layers put right, channel by channel, first layer to last.
 
-        kernel <- s kernel,   bias <- s (bias - mean) + mean of the original,   s = spread of the original / spread
+        kernel, or scale <- s kernel,   bias <- s (bias - mean) + mean of the original,   s = spread of the original / spread
 
-    Zeros stay zeros. Each layer is corrected for inputs that come from corrected layers, within one run over the batches, as
-    `prune.recalibrate` does it for batch norms; this is for layers without one, or whose norm was folded.
+    Zeros stay zeros. Each layer is corrected for inputs that come from corrected layers, within one run over the batches. A
+    model that lost nothing stays as it is, whatever its batch norms' statistics are of: `prune.recalibrate` takes them anew.
 
     Args:
       model: pruned; stays as it is.
       original: what it was before.
       batches: inputs, of equal size and not small ones; a few hundred examples in all.
-      layers: paths of nnx.Conv and nnx.Linear; those without a bias are only scaled.
+      layers: paths of nnx.Conv, nnx.Linear and nnx.BatchNorm, of those that have a bias: for others their norm makes up.
 
     Raises:
-      ValueError: for a layer that never ran, or no batches.
+      ValueError: for a layer that never ran or has no bias, or no batches.
 
     Source:
       Nagel et al., "Data-free quantization" (2019), for the means; Frantar and Alistarh, "Optimal brain compression" (NeurIPS
@@ -45,33 +45,35 @@ def correct(model: Model, original: Model, batches: Sequence[Any], layers: Itera
     if missing := sorted(set(names) - wanted.keys()):
         raise ValueError(f"layers {missing} did not run: is there no batch, or does the model not call them?")
     chosen = _layers(copy, names)
+    if lacking := sorted(name for name, layer in chosen.items() if layer.bias is None):
+        raise ValueError(f"layers {lacking} have no bias to correct: name the batch norms that follow them instead")
     seen: dict[str, list[Any]] = defaultdict(list)
 
     def run(name: str, layer: Any, call: Any, *args: Any, **kwargs: Any) -> jax.Array:
         y = call(*args, **kwargs)
         seen[name].append(_moments(y))
-        change = _change(layer, *_statistics(seen[name][-1:]), *wanted[name])
-        scale, mean, target = (part.reshape((1,) * (y.ndim - 1) + (-1,)) for part in change)
+        scale, mean, target = (part.reshape((1,) * (y.ndim - 1) + (-1,)) for part in _change(seen[name][-1:], wanted[name]))
         return ((y - mean) * scale + target).astype(y.dtype)
 
     with watched(chosen, run):
         for batch in batches:
             copy(batch)
     for name, layer in chosen.items():
-        scale, mean, target = _change(layer, *_statistics(seen[name]), *wanted[name])
-        kernel = layer.kernel[...]
-        layer.kernel.set_value((kernel * scale.reshape((1,) * (kernel.ndim - 1) + (-1,))).astype(kernel.dtype))
-        if layer.bias is not None:
-            bias = layer.bias[...]
-            layer.bias.set_value(((bias - mean) * scale + target).astype(bias.dtype))
+        scale, mean, target = _change(seen[name], wanted[name])
+        weights = getattr(layer, "scale" if isinstance(layer, nnx.BatchNorm) else "kernel")
+        if weights is not None:
+            shape = (1,) * (weights.ndim - 1) + (-1,)
+            weights.set_value((weights[...] * scale.reshape(shape)).astype(weights.dtype))
+        bias: Any = layer.bias
+        bias.set_value(((bias[...] - mean) * scale + target).astype(bias.dtype))
     return copy
 
 
-def _change(layer: Any, mean: np.ndarray, spread: np.ndarray, target: np.ndarray, wanted: np.ndarray) -> list[jax.Array]:
-    """(scale, mean, target) of y -> (y - mean) scale + target; a layer without bias can only be scaled."""
-    scale = np.clip(np.divide(wanted, spread, out=np.ones_like(spread), where=spread > 0), 1 / SPREAD, SPREAD)
-    shift = (mean, target) if layer.bias is not None else (np.zeros_like(mean),) * 2
-    return [jnp.asarray(value, jnp.float32) for value in (scale, *shift)]
+def _change(moments: Iterable[Any], wanted: tuple[np.ndarray, np.ndarray]) -> list[jax.Array]:
+    """(scale, mean, target) of y -> (y - mean) scale + target, for outputs of these moments."""
+    (mean, spread), (target, original) = _statistics(moments), wanted
+    scale = np.clip(np.divide(original, spread, out=np.ones_like(spread), where=spread > 0), 1 / SPREAD, SPREAD)
+    return [jnp.asarray(value, jnp.float32) for value in (scale, mean, target)]
 
 
 def _outputs(model: Any, names: list[str], batches: Iterable[Any]) -> dict[str, list[Any]]:

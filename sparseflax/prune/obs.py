@@ -20,7 +20,9 @@ densities come from a guide. X is what the layer saw in the network before pruni
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -32,7 +34,9 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 from scipy import linalg
+from threadpoolctl import threadpool_limits
 
+from sparseflax.cost.cpu import client_threads
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.watch import watched
 
@@ -121,20 +125,28 @@ def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, dampi
     damped = hessians + (damping * np.where(diagonal > 0, diagonal, 1.0))[:, None, None] * np.eye(m)
     costs = np.stack([_inverse_diagonal(_factor(h)) for h in damped])[:, None]  # one for all outputs, before any is pruned
     weights, score = rows, rows**2 / costs
-    for part in range(1, rounds + 1):
-        count = kept if part == rounds else round(rows.size * (kept / rows.size) ** (part / rounds))
-        mask = np.zeros(rows.size, bool)
-        mask[np.argsort(-score, axis=None, kind="stable")[:count]] = True
-        mask, weights, score = mask.reshape(rows.shape), np.zeros_like(rows), np.full(rows.shape, -1.0)
-        for g, o in np.ndindex(rows.shape[:2]):
-            keep = mask[g, o]
-            if not keep.any():
-                continue
-            factor = _factor(damped[g][np.ix_(keep, keep)])
-            weights[g, o, keep] = linalg.cho_solve((factor, True), damped[g][keep] @ rows[g, o])
-            if part < rounds:
-                score[g, o, keep] = weights[g, o, keep] ** 2 / _inverse_diagonal(factor)
+    # Thousands of small factors: a thread for each, and not all threads for one after the other.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(client_threads()) as pool:
+        for part in range(1, rounds + 1):
+            count = kept if part == rounds else round(rows.size * (kept / rows.size) ** (part / rounds))
+            mask = np.zeros(rows.size, bool)
+            mask[np.argsort(-score, axis=None, kind="stable")[:count]] = True
+            mask, every = mask.reshape(rows.shape), list(np.ndindex(rows.shape[:2]))
+            solved = pool.map(_solve, map(rows.__getitem__, every), map(mask.__getitem__, every),
+                              (damped[group] for group, _ in every), itertools.repeat(part == rounds))
+            weights, score = (np.reshape(part, rows.shape) for part in zip(*solved, strict=True))
     return weights
+
+
+def _solve(row: np.ndarray, keep: np.ndarray, hessian: np.ndarray, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (m,) of an output that do best with those to keep, and unless it is the last time what losing each costs."""
+    weights, score = np.zeros_like(row), np.full(len(row), -1.0)
+    if keep.any():
+        factor = _factor(hessian[np.ix_(keep, keep)])
+        weights[keep] = linalg.cho_solve((factor, True), hessian[keep] @ row)
+        if not last:
+            score[keep] = weights[keep] ** 2 / _inverse_diagonal(factor)
+    return weights, score
 
 
 def _factor(matrix: np.ndarray) -> np.ndarray:
