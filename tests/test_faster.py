@@ -128,7 +128,7 @@ def test_a_command_finetunes_and_keeps_to_points(given, monkeypatch, capsys, tmp
     monkeypatch.setattr(job, "CURVE", 2)
     commands.main()
     said = capsys.readouterr().out
-    assert "its accuracy went from" in said and "what can be had for what" in said
+    assert "Its accuracy went from" in said and "what can be had for what" in said
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert [one["chosen"] for one in result["curve"]] == [False, True]  # the fastest
     assert all(one["seconds"] > 0 for one in result["curve"])
