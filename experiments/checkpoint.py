@@ -17,26 +17,37 @@ def save(folder: Path, step: int, state: Any, note: dict[str, Any]) -> None:
     """Write a state and a JSON-able note about it, atomically: a kill at any moment leaves the previous ones usable.
 
     Args:
-      folder: of this training, holds its newest checkpoints.
+      folder: of this training, holds its newest checkpoints; of many processes, one that all see.
       step: updates done so far.
       state: pytree of arrays.
       note: comes back from `restore` as it is.
+
+    Raises:
+      OSError: the folder cannot be written, or the disk is full; what was there before stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step:06d}"
-    shutil.rmtree(path, ignore_errors=True)  # from a run that was killed before its note was written
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), state)
-    files = {str(file.relative_to(path)): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    write_atomically(path.with_suffix(".json"), json.dumps({"step": step, "note": note, "files": files}))
+    path, first = folder / f"{step:06d}", jax.process_index() == 0
+    try:
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+        with ocp.StandardCheckpointer() as checkpointer:  # of many processes, all call this, and wait for each other
+            checkpointer.save(path.absolute(), state)
+        if not first:
+            return
+        files = {str(file.relative_to(path)): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        content = {"step": step, "note": note, "files": files, "arrays": _arrays(state)}
+        write_atomically(path.with_suffix(".json"), json.dumps(content))
+    except (OSError, ValueError) as error:  # tensorstore raises the latter when the disk is full
+        if first and folder.is_dir():
+            _sweep(folder)
+        raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}. Free space there or make it "
+                      "writable, and give the same command again: it goes on from the checkpoint before") from error
     keep = [note.stem for note in _notes(folder)[-KEEP:]]
     for entry in folder.iterdir():
         # Notes first: a folder without a note is nothing, a note without a folder is a damaged checkpoint.
         if entry.suffix == ".json" and entry.stem not in keep:
             entry.unlink()
-    for entry in folder.iterdir():
-        if entry.is_dir() and entry.name not in keep:
-            shutil.rmtree(entry)
+    _sweep(folder)
 
 
 def restore(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
@@ -47,7 +58,7 @@ def restore(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
       like: pytree of arrays of the state's structure, shapes and dtypes.
 
     Raises:
-      ValueError: a file is missing, cut short or changed; names it and the remedy.
+      ValueError: a file is missing, cut short or changed, or the checkpoint is of another state; names it and the remedy.
     """
     notes = _notes(folder)
     if not notes:
@@ -65,20 +76,48 @@ def restore(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         found = _digest(file) if file.is_file() else "missing"
         if found != digest:
             raise ValueError(f"a file of a checkpoint, {file}, is damaged: it is {found}, wanted {digest}. {remedy}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(path.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    wanted = _arrays(like)
+    arrays = saved.get("arrays", wanted)  # older ones do not say
+    different = [f"{name} is {arrays.get(name, 'missing')}, wanted {wanted.get(name, 'nothing of that name')}"
+                 for name in arrays | wanted if arrays.get(name) != wanted.get(name)]
+    if different:
+        more = f" and {len(different) - 5} more" if different[5:] else ""
+        raise ValueError(f"{path} is a checkpoint of another network, optimizer or version: {'; '.join(different[:5])}{more}. "
+                         f"Choose another out, or delete {folder}.")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(path.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is a checkpoint of another state or version ({error}). {remedy}") from error
     return step, state, note
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by new text so that a reader, or a run after a kill, sees the old text or the new."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file by new content so that a reader, or a run after a kill, sees the old one or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what has no note: of a run that was killed, or found the disk full, before its note was written."""
+    notes = {note.stem for note in _notes(folder)}
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name not in notes:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _arrays(state: Any) -> dict[str, str]:
+    """{path: dtype and shape}"""
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _notes(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What became of a network: its bytes, its times beside the dense one's, and each layer's, predicted beside measured."""
 
 import dataclasses
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import checkpoint
 from experiments.benchmark.timing import alternate
 from sparseflax import prune
 from sparseflax.cost.cpu import client_threads
@@ -105,7 +107,9 @@ def save_weights(model: nnx.Module, path: Path) -> dict[str, int]:
             offsets += 2 * module.kernel.nnz
         arrays |= {f"{prefix}/{name}": np.asarray(variable[...]) for name, variable in vars(module).items()
                    if isinstance(variable, nnx.Variable) and name != "values"}
-    np.savez(path, **arrays)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    checkpoint.write_atomically(path, content.getvalue())
     return {"disk": path.stat().st_size, "memory": offsets + sum(array.nbytes for array in arrays.values())}
 
 

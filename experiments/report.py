@@ -7,7 +7,7 @@ import argparse
 import html
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +15,13 @@ from experiments import plots
 from experiments.benchmark.table import markdown
 from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
+from sparseflax.job.page import page as html_page
+from sparseflax.job.page import table as html_table
 
 MET = 0.1  # a measured speedup this close to the requested one, relatively, meets it
 OFF = 1.5  # a prediction this many times wrong is worth a line
 
 Result = dict[str, Any]
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 62rem; margin: 2rem auto }}
-body {{ padding: 0 1rem }}
-h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-size: .85rem; line-height: 1.3 }}
-th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; vertical-align: top }}
-th {{ border-bottom: 2px solid #111; white-space: normal }}
-th:first-child, td:first-child {{ text-align: left }}
-svg {{ max-width: 100%; height: auto }}
-p.note {{ color: #555; font-size: .9rem }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{headline}</p>
-{body}
-</body>
-</html>
-"""
 
 
 def main() -> None:
@@ -60,7 +35,7 @@ def main() -> None:
 def page(result: Result) -> str:
     """One self-contained HTML page about a run."""
     parts = [
-        "<h2>Result</h2>", _table(("", *_NETWORKS), _overview(result)),
+        "<h2>Result</h2>", html_table(("", *_NETWORKS), _overview(result)),
         f"<p class=note>{html.escape(_conditions(result))} Medians of calls of whole networks with the same weights, each one "
         "program under jax.jit, called in turn; ± is half the distance of the quartiles. Rounding error: of the logits, over "
         "the largest, against float64.</p>",
@@ -71,7 +46,7 @@ def page(result: Result) -> str:
     ]
     for n, layers in result["layers"].items():
         parts += [f"<h2>Layers at batch {n}: predicted and measured microseconds</h2>",
-                  _table(("layer", "shape", "density", "runs", "dense, predicted", "dense, measured", "sparse, predicted",
+                  html_table(("layer", "shape", "density", "runs", "dense, predicted", "dense, measured", "sparse, predicted",
                           "sparse, measured", "measured speedup"), map(_layer_row, layers))]
     parts += [
         "<h2>The performance model</h2>", plots.predictions(result),
@@ -79,8 +54,7 @@ def page(result: Result) -> str:
         "<h2>Training</h2>", plots.curves(result),
         f"<p class=note>{html.escape(', '.join(f'{key} {value}' for key, value in result['settings'].items()))}</p>",
     ]
-    return PAGE.format(title=html.escape(f"{result['name']}, seed {result['seed']}"), headline=html.escape(headline(result)),
-                       body="\n".join(parts))
+    return html_page(f"{result['name']}, seed {result['seed']}", headline(result), "\n".join(parts))
 
 
 def summary(result: Result) -> str:
@@ -206,13 +180,6 @@ def _conditions(result: Result) -> str:
     versions, threads = ", ".join(f"{name} {version}" for name, version in result["versions"].items()), result["threads"]
     return (f"Measured on {result['cpu']}, {threads} thread{'s' * (threads > 1)}, with {versions}, commit {result['commit']}, "
             f"{result['date'][:10]}.")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "\n".join(["<div class=wide><table>", line(head, "th"), *(line(row, "td") for row in rows), "</table></div>"])
 
 
 def _ms(timing: dict[str, float], images: int = 1) -> str:

@@ -8,12 +8,13 @@ stopped when it is given again, and writes result.json, report.html and the netw
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,18 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 
-from experiments import checkpoint, configs, evaluate, report, train
+from experiments import checkpoint, configs, evaluate, parallel, report, train
 from experiments.benchmark import results
 from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import CALIBRATION, METHODS, Task
 from sparseflax import prune
-from sparseflax.calibration.calibrate import calibrate
-from sparseflax.conv import ffi
-from sparseflax.cost import profile
-from sparseflax.cost.cpu import client_threads, processor
-from sparseflax.cost.detect import detect_machine
-from sparseflax.cost.machine import Machine, from_dict, to_dict
+from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
+from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
@@ -53,7 +52,11 @@ def main() -> None:
         sys.exit(f"there is no configuration {name!r}, wanted one of {known}")
     module = importlib.import_module(f"experiments.configs.{name}")
     program = f"python -m experiments.run {name}"
-    run(tyro.cli(Config, default=module.config, args=flags, prog=program, description=module.__doc__))
+    config = tyro.cli(Config, default=module.config, args=flags, prog=program, description=module.__doc__)
+    try:
+        run(config)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{program}: {error}")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,24 +72,16 @@ def run(config: Config) -> dict[str, Any]:
     if not METHODS[config.method].trains:
         raise ValueError(f"method {config.method!r} prunes without training, so there is no run of it: compare it with "
                          "python -m experiments.compare")
+    parallel.check_batch(config.processes, config.batch)
     out = config.out or Path("runs") / f"{config.name}-seed{config.seed}"
-    claim(out, config)
+    claim(out, settings(config))
     print(f"{config.name}, seed {config.seed}, in {out}", flush=True)
-    data = config.data()
-    machine = machine_of(out)
-    print(f"machine: {machine}", flush=True)
-    model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
-    shapes = conv_shapes(model, data.test_images[:1])
-    whole = whole_of(out / "whole.json", lambda: prune.measure(model, data.test_images[:1], machine,
-                                                               seconds=WHOLE * config.timing_seconds))
-    # What the machine does not grant, the run does without.
-    method = METHODS[config.method]
-    asked = dataclasses.replace(task(config, model, data, shapes, machine, whole), best_effort=True)
-    print(method.guide(asked), flush=True)
-    prune.ramp(0, config.ramp_steps, total=config.prune_steps)
-
-    dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps))
-    asked, guide, pruned, shortfall = prune_within(config, asked, data, out, dense.accuracies[-1][1])
+    begun = prepare(config, out)
+    if config.processes > 1:
+        parallel.together(functools.partial(member, config, out), config.processes)
+        begun = prepare(config, out)
+    data, machine, model, whole = begun
+    asked, guide, dense, pruned, shortfall = learn(config, out, begun)
 
     chosen = plan(model, data.test_images[:1], machine)
     print(chosen, flush=True)
@@ -122,8 +117,48 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def prune_within(config: Config, asked: Task, data: Data, out: Path, dense: float
-                 ) -> tuple[Task, prune.Guidance, train.Trained, str]:
+def prepare(config: Config, out: Path) -> tuple[Data, Machine, nnx.Module, prune.Whole]:
+    """The data, the machine and its times as measured when the run began, and the network as it begins."""
+    data = config.data()
+    machine = machine_of(out)
+    model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
+    whole = whole_of(out / "whole.json", lambda: prune.measure(model, data.test_images[:1], machine,
+                                                               seconds=WHOLE * config.timing_seconds))
+    return data, machine, model, whole
+
+
+def learn(config: Config, out: Path, begun: tuple[Data, Machine, nnx.Module, prune.Whole], mesh: Mesh | None = None
+          ) -> tuple[Task, prune.Guidance, train.Trained, train.Trained, str]:
+    """Trains the network dense and prunes it; (the task fulfilled, its guide, both trainings, what had to be given up)."""
+    data, machine, model, whole = begun
+    shapes = conv_shapes(model, data.test_images[:1])
+    # What the machine does not grant, the run does without.
+    asked = dataclasses.replace(task(config, model, data, shapes, machine, whole), best_effort=True)
+    say(f"machine: {machine}\n{METHODS[config.method].guide(asked)}")
+    prune.ramp(0, config.ramp_steps, total=config.prune_steps)
+    dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps), mesh)
+    asked, guide, pruned, shortfall = prune_within(config, asked, data, out, dense.accuracies[-1][1], mesh)
+    return asked, guide, dense, pruned, shortfall
+
+
+def member(config: Config, out: Path, mesh: Mesh) -> None:
+    """One of many processes that train together; raises ValueError where it has not what the others have."""
+    begun = prepare(config, out)
+    batch = begun[0].train_batch(config.seed, 0, config.batch)
+    parallel.agree({name: str(value) for name, value in settings(config).items()}
+                   | {"data": "".join(hashlib.sha256(part.tobytes()).hexdigest() for part in batch),
+                      "machine": (out / "machine.json").read_text(), "jax": jax.__version__})
+    learn(config, out, begun, mesh)
+
+
+def say(text: str) -> None:
+    """Prints in the first of many processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def prune_within(config: Config, asked: Task, data: Data, out: Path, dense: float,
+                 mesh: Mesh | None = None) -> tuple[Task, prune.Guidance, train.Trained, str]:
     """Prunes the task's model for its speedup, and for less from its dense weights again while that costs too much accuracy.
 
     Args:
@@ -132,6 +167,7 @@ def prune_within(config: Config, asked: Task, data: Data, out: Path, dense: floa
       data: to learn from.
       out: the run's folder.
       dense: accuracy before.
+      mesh: as `train.fit`.
 
     Returns:
       The task that was fulfilled, its guide, its training, and in words what had to be given up, or "".
@@ -143,23 +179,24 @@ def prune_within(config: Config, asked: Task, data: Data, out: Path, dense: floa
         optimizer = method.prepare(asked, guide)
         assert optimizer is not None, config.method  # it trains
         title = "pruning" if asked.speedup == config.speedup else f"pruning for {asked.speedup:.3g}x"
-        pruned = fit(config, asked.model, data, out, title, optimizer, steps)
+        pruned = fit(config, asked.model, data, out, title, optimizer, steps, mesh)
         lost = 100 * (dense - pruned.accuracies[-1][1])
         tried.append(f"{asked.speedup:.3g}x costs {max(0, lost):.2f}")
         slower = 1 + (asked.speedup - 1) * LESS
         if config.points is None or lost <= config.points or slower < LEAST:
             allowed = f"asked for {config.speedup:g}x at {config.points} points at most: {', '.join(reversed(tried))}"
             return asked, guide, pruned, allowed if len(tried) > 1 else ""
-        print(f"{tried[-1]} points, {config.points} are allowed: pruned again for {slower:.3g}x", flush=True)
+        say(f"{tried[-1]} points, {config.points} are allowed: pruned again for {slower:.3g}x")
         nnx.update(asked.model, jax.tree.map(jnp.copy, before))
         asked = dataclasses.replace(asked, speedup=slower)
 
 
 def fit(config: Config, model: nnx.Module, data: Data, out: Path, title: str, optimizer: optax.GradientTransformation,
-        steps: range) -> train.Trained:
+        steps: range, mesh: Mesh | None = None) -> train.Trained:
     """One of the two trainings, with its checkpoints in a folder of its own."""
     return train.fit(model, optimizer, data, title=title, folder=out / title.replace(" ", "-"), seed=config.seed,
-                     batch=config.batch, steps=len(steps), first_step=steps.start, save_every=config.save_every)
+                     batch=config.batch, steps=len(steps), first_step=steps.start, save_every=config.save_every,
+                     mesh=mesh)
 
 
 def dense_optimizer(config: Config) -> optax.GradientTransformation:
@@ -184,7 +221,7 @@ def task(config: Config, model: nnx.Module, data: Data, shapes: Mapping[str, Con
 def settings(config: Config) -> dict[str, Any]:
     """What decides the run's result, in plain values: all fields but where it goes and how long it is measured."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name in ("out", "results", "timing_seconds", "folder"):
+    for name in ("out", "results", "timing_seconds", "folder", "processes"):
         del fields[name]
     return json.loads(json.dumps(fields, default=_name))
 
@@ -194,47 +231,6 @@ def _name(function: Any) -> str:
         keywords = ", ".join(f"{key}={value}" for key, value in function.keywords.items())
         return f"{_name(function.func)}({keywords})"
     return f"{function.__module__}.{function.__qualname__}"
-
-
-def claim(out: Path, config: Config) -> None:
-    """Make the run's folder, or find it made by the same configuration.
-
-    Raises:
-      ValueError: it holds another run.
-    """
-    path, wanted = out / "config.json", settings(config)
-    if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(wanted, indent=1))
-        return
-    found = json.loads(path.read_text())
-    different = [f"{key} {found.get(key)!r} instead of {wanted.get(key)!r}"
-                 for key in found | wanted if found.get(key) != wanted.get(key)]
-    if different:
-        raise ValueError(f"{out} holds a run with {', '.join(different)}: give another --out, or delete the folder")
-
-
-def machine_of(out: Path) -> Machine:
-    """This machine, as measured when the run began: the guide has to stay the same when the run goes on.
-
-    Where nothing is stored of it that may be believed, it is calibrated.
-    """
-    path = out / "machine.json"
-    if not path.exists():
-        try:
-            machine = profile.load(processor(), ffi.isa(), client_threads())
-        except profile.Unusable as error:
-            print(f"calibrating, which takes a minute: {error.why}", flush=True)
-            machine = calibrate() if ffi.kernels() else detect_machine()
-        checkpoint.write_atomically(path, json.dumps(to_dict(machine), indent=1))
-    return from_dict(json.loads(path.read_text()))
-
-
-def whole_of(path: Path, measure: Callable[[], prune.Whole]) -> prune.Whole:
-    """What the network takes, as measured when the file was made, likewise."""
-    if not path.exists():
-        checkpoint.write_atomically(path, json.dumps(measure()._asdict(), indent=1))
-    found = prune.Whole(**json.loads(path.read_text()))
-    return found._replace(points=tuple((seconds, other) for seconds, other in found.points)).checked()
 
 
 if __name__ == "__main__":

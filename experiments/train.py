@@ -1,6 +1,7 @@
 """How a network learns: a loop that goes on, bit for bit, where it was killed."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from experiments import checkpoint
+from experiments import checkpoint, parallel
 from experiments.data.dataset import Data, Images
 from sparseflax import prune
 from sparseflax.cost.progress import progress
@@ -56,6 +58,7 @@ def fit(
     steps: int,
     first_step: int = 0,
     save_every: int,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Train a model, in place, for `steps` updates; a run that was killed goes on from its newest checkpoint.
 
@@ -72,11 +75,12 @@ def fit(
       steps: updates to make.
       first_step: updates made by trainings before this one; the examples go on from there.
       save_every: updates between two checkpoints.
+      mesh: of the devices that share each batch, from `parallel.mesh_of_all` in every process; None takes JAX's default device.
 
     Raises:
       FloatingPointError: the loss is not finite, or a parameter after the update; the last good checkpoint stays.
-      ValueError: no steps, fewer steps than a checkpoint in the folder has, a damaged checkpoint, or two pruning methods over
-        one layer.
+      ValueError: no steps, fewer steps than a checkpoint in the folder has, a damaged checkpoint, two pruning methods over one
+        layer, or devices that do not divide the batch.
     """
     if min(steps, save_every) < 1:
         raise ValueError(f"{title} of steps={steps} with save_every={save_every}, wanted at least 1 of both")
@@ -85,6 +89,12 @@ def fit(
     params, statistics = nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
     state = TrainState(params, statistics, optimizer.init(params))
     prune.masks(state.optimizer)  # raises where two methods prune the same layer
+    take_step, own = _step, lambda tree: tree
+    if mesh is not None:
+        parallel.check_batch(mesh.size, batch)
+        state = parallel.everywhere(mesh, state)
+        take_step = jax.jit(_next, static_argnums=(0, 1), out_shardings=parallel.on_all(mesh))
+        own = partial(jax.tree.map, np.asarray)  # a process computes with arrays of its own again
     done, losses, accuracies, densities = 0, [], [], []
     if found := checkpoint.restore(folder, state):
         done, state, note = found
@@ -92,10 +102,13 @@ def fit(
     if done > steps:
         raise ValueError(f"{folder} holds {title} of {done} steps, wanted at most {steps}: choose another out, or delete it")
     recent = []
-    with progress(title, steps, done) as advance:
+    tells = jax.process_index() == 0  # of many processes, the first
+    with progress(title, steps, done) if tells else nullcontext(lambda done, text: None) as advance:
         while done < steps:
             images, labels = data.train_batch(seed, first_step + done, batch)
-            loss, norm, state = _step(graphdef, optimizer, state, images, labels)
+            if mesh is not None:
+                images, labels = parallel.rows(mesh, images), parallel.rows(mesh, labels)
+            loss, norm, state = take_step(graphdef, optimizer, state, images, labels)
             done, loss, norm = done + 1, float(loss), float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(_diverged(title, done, loss, norm, folder))
@@ -106,13 +119,13 @@ def fit(
             if done % save_every == 0 or done == steps:
                 losses.append((done, float(np.mean(recent))))
                 recent = []
-                nnx.update(model, state.params, state.statistics)
+                nnx.update(model, own(state.params), own(state.statistics))
                 accuracies.append((done, accuracy(model, data.test_images, data.test_labels)))
                 curves = losses, accuracies, densities
                 checkpoint.save(folder, done, state, dict(zip(CURVES, curves, strict=True)))
-    nnx.update(model, state.params, state.statistics)
+    nnx.update(model, own(state.params), own(state.statistics))
     model.eval()
-    return Trained(state.optimizer, losses, accuracies, densities)
+    return Trained(own(state.optimizer), losses, accuracies, densities)
 
 
 def accuracy(model: nnx.Module, images: Images, labels: np.ndarray, batch: int = 250) -> float:
@@ -132,8 +145,7 @@ def _predict(model, images):
     return model(images).argmax(axis=-1)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _step(graphdef, optimizer, state, images, labels):
+def _next(graphdef, optimizer, state, images, labels):
     """(loss, norm of the parameters after the update, next state)."""
 
     def loss_of(params):
@@ -145,6 +157,9 @@ def _step(graphdef, optimizer, state, images, labels):
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     return loss, optax.tree.norm(params), TrainState(params, statistics, optimizer_state)
+
+
+_step = jax.jit(_next, static_argnums=(0, 1))
 
 
 def _diverged(title: str, step: int, loss: float, norm: float, folder: Path) -> str:

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from sparseflax.cost.model import dense_seconds as dense_seconds
     from sparseflax.cost.model import speedup as speedup
     from sparseflax.cost.model import useful_range as useful_range
+    from sparseflax.cost.profile import load_machine as load_machine
+    from sparseflax.cost.profile import save_machine as save_machine
     from sparseflax.cost.shape import ConvShape as ConvShape
     from sparseflax.files.store import load as load
     from sparseflax.files.store import save as save
+    from sparseflax.job.faster import faster as faster
     from sparseflax.network.fuse import fuse as fuse
     from sparseflax.network.pack import pack_model as pack_model
     from sparseflax.network.plan import LayerPlan as LayerPlan
@@ -47,8 +50,10 @@ _NAMES = {  # the same names for Python, by module
     "cost.detect": ("detect_machine",),
     "cost.machine": ("Machine",),
     "cost.model": ("UsefulRange", "conv_seconds", "dense_seconds", "speedup", "useful_range"),
+    "cost.profile": ("load_machine", "save_machine"),
     "cost.shape": ("ConvShape",),
     "files.store": ("load", "save"),
+    "job.faster": ("faster",),
     "network.fuse": ("fuse",),
     "network.pack": ("pack_model",),
     "network.plan": ("LayerPlan", "Plan", "plan"),

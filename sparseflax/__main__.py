@@ -1,9 +1,12 @@
 """What sparsity is worth on this machine, from the command line.
 
     python -m sparseflax calibrate                                  # a minute, once: what this machine's kernels take
+    python -m sparseflax machine server.json                        # this machine as a file, for a plan elsewhere
+    python -m sparseflax plan network.onnx --machine server.json    # what would run sparse there
     python -m sparseflax plan network.onnx                          # what of a network would run sparse, and why
     python -m sparseflax plan my.module:network --speedup 2.5       # which of its layers to prune, and how far, for that
     python -m sparseflax bench network.onnx --speedup 2.5           # pruned like that and timed, whatever it then computes
+    python -m sparseflax faster network.onnx --images DIR --speedup 2     # pruned for that by pictures, written, with a report
 
 A network is an ONNX file, or `module:function`: a function without arguments that returns a model, or a pair (model, x) with
 its input; a model is an nnx module or a pair (Linen module, variables).
@@ -25,12 +28,15 @@ import numpy as np
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sparseflax", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="calibrate | plan | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="calibrate | machine | plan | bench | faster")
     calibrate = commands.add_parser("calibrate", help="measure this machine, and store what `detect_machine` finds")
     calibrate.add_argument("--seconds", type=float, default=50.0, help="for measuring (default: %(default)g)")
     calibrate.add_argument("--isa", help="instruction set of the sparse kernel (default: the best that runs here)")
+    machine = commands.add_parser("machine", help="write what `detect_machine` finds here, for plans elsewhere")
+    machine.add_argument("file", help="to write, JSON")
     plan = commands.add_parser("plan", help="dense or sparse for every layer, and why; with --speedup, what to prune")
     plan.add_argument("--measure", action="store_true", help="time every layer both ways instead of predicting")
+    plan.add_argument("--machine", metavar="FILE", help="where it will run, written there by `machine` (default: this one)")
     bench = commands.add_parser("bench", help="time a network dense and packed")
     bench.add_argument("--density", type=float, help="prune every layer to it first, by magnitude, for the timing alone")
     bench.add_argument("--seconds", type=float, default=5.0, help="for timing (default: %(default)g)")
@@ -39,13 +45,30 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=1, help="images in the batch (default: %(default)s)")
         command.add_argument("--shape", type=_sizes, metavar="H,W,C", help="of one input, where the network leaves it open")
         command.add_argument("--speedup", type=float, help="over the dense network: prune as a guide for that would")
-    for command in (calibrate, plan, bench):
+    faster = commands.add_parser("faster", help="prune an ONNX network by pictures until it is as fast as asked")
+    faster.add_argument("network", help="an ONNX file")
+    faster.add_argument("--images", required=True, metavar="DIR", help="a folder of pictures of the kind that it will see")
+    faster.add_argument("--speedup", type=float, help="over the dense network")
+    faster.add_argument("--milliseconds", type=float, help="for a call, in place of a speedup")
+    faster.add_argument("--points", type=float, help="that may be lost, percent: of the same top answers, with --labels of "
+                        "accuracy, of relative error where there are no answers")
+    faster.add_argument("--labels", metavar="FILE", help="lines picture,class")
+    faster.add_argument("--finetune", type=float, default=0.0, metavar="MINUTES",
+                        help="of training against the original's outputs, for each network that is tried (default: none)")
+    faster.add_argument("--out", metavar="DIR", help="(default: the network's name and -faster)")
+    faster.add_argument("--batch", type=int, default=1, help="images in a call (default: %(default)s)")
+    faster.add_argument("--size", type=_sizes, metavar="H,W", help="of the pictures, where the network leaves it open")
+    for name, default in (("mean", (0.0,)), ("std", (1.0,))):
+        faster.add_argument(f"--{name}", type=_numbers, default=default, metavar="R,G,B",
+                            help=f"inputs are (pixel / 255 - mean) / std (default: {default[0]:g})")
+    faster.add_argument("--seconds", type=float, default=15.0, help="of measuring, before and after (default: %(default)g)")
+    for command in (calibrate, machine, plan, bench, faster):
         command.add_argument("--threads", type=int, help="of JAX's CPU client (default: as many as there are CPUs)")
     args = parser.parse_args()
     if args.threads:
         os.environ["NPROC"] = str(args.threads)  # before JAX makes its client
     try:
-        {"calibrate": _calibrate, "plan": _plan, "bench": _bench}[args.command](args)
+        {"calibrate": _calibrate, "machine": _machine, "plan": _plan, "bench": _bench, "faster": _faster}[args.command](args)
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: {error}\n")
 
@@ -56,19 +79,29 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     machine = calibrate(args.seconds, args.isa)
     print(machine)
-    print(f"stored {path(machine.name, machine.isa, machine.threads)}")
+    if (file := path(machine.name, machine.isa, machine.threads)).exists():
+        print(f"stored {file}")
+
+
+def _machine(args: argparse.Namespace) -> None:
+    import sparseflax
+
+    machine = sparseflax.detect_machine()
+    sparseflax.save_machine(args.file, machine)
+    print(f"{machine}\nwritten to {args.file}")
 
 
 def _plan(args: argparse.Namespace) -> None:
     import sparseflax
 
+    machine = sparseflax.load_machine(args.machine) if args.machine else None
     model, x = read(args.network, args.batch, args.shape)
     if args.measure and args.speedup is not None:
         raise ValueError("--measure times the network as it is, --speedup says how to prune it, wanted one of them")
     if args.speedup is None:
-        print(sparseflax.plan(model, x, measure=args.measure))
+        print(sparseflax.plan(model, x, machine, measure=args.measure))
     else:
-        print(_guide(model, x, args.speedup))
+        print(_guide(model, x, args.speedup, machine))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -99,13 +132,24 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"{name:<26} {median:>10.3f} {f'{low:.3f} to {high:.3f}':>16} {f'{fastest / median:.2f}x':>22}")
 
 
-def _guide(model: Any, x: Any, speedup: float) -> Any:
+def _faster(args: argparse.Namespace) -> None:
+    from sparseflax.job.faster import faster
+    from sparseflax.job.report import summary
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "network", "images", "threads")}
+    print(summary(faster(args.network, args.images, **options)))
+    print(f"report: {Path(args.out or f'{Path(args.network).stem}-faster') / 'report.html'}")
+
+
+def _guide(model: Any, x: Any, speedup: float, machine: Any = None) -> Any:
+    """For this machine, whose whole network is timed, or the layers alone for another."""
     import sparseflax
     from sparseflax import prune
+    from sparseflax.network.plan import elsewhere
 
-    machine = sparseflax.detect_machine()
-    return prune.guided(sparseflax.conv_shapes(model, x), machine, speedup=speedup, whole=prune.measure(model, x, machine),
-                        best_effort=True)
+    machine = machine or sparseflax.detect_machine()
+    whole = None if elsewhere(machine) else prune.measure(model, x, machine)
+    return prune.guided(sparseflax.conv_shapes(model, x), machine, speedup=speedup, whole=whole, best_effort=True)
 
 
 def read(network: str, batch: int, shape: tuple[int, ...] | None = None) -> tuple[Any, Any]:
@@ -159,6 +203,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     if math.prod(sizes) < 1 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has a size below 1")
     return sizes
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
 
 
 if __name__ == "__main__":

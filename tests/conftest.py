@@ -1,8 +1,15 @@
 """JAX made strict for every test, on two virtual CPU devices, before anything computes."""
 
+import gc
+import os
 import tempfile
 
-import jax
+# Two thirds of the tests' time was compilation, and few wait for what is compiled: so without LLVM's optimizations, and with
+# XLA's first emitter of fusions. In the environment: other processes have to compute the same, to the bit.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+os.environ |= QUICK
+
+import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -21,12 +28,24 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 # What takes longest begins first, so that no process waits for the other at the end.
-SLOW = [f"test_{name}.py" for name in ("cpp", "prune_methods", "compare", "report", "prune_budget", "prune_gsl", "calibrate",
-                                       "docs", "benchmark_networks", "train", "commands")]
+SLOW = [f"test_{name}.py" for name in ("docs", "cpp", "report", "calibrate", "benchmark", "compare", "benchmark_networks",
+                                       "prune_budget", "models", "prune_guide", "fuse")]
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+    gc.freeze()  # modules stay: no collection need look through them again
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Whole networks and pages: compiled with LLVM's optimizations, in other processes all as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in QUICK:
+            patch.delenv(name)
+        yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 
 pytest.importorskip("onnx")
+pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = Path(__file__).parents[1]
 TINY = Spec("tiny", partial(AlexNet, 10, 1 / 4, 67), 67, lambda path, shape: 0.05)
 MACHINE = sparseflax.detect_machine()

@@ -11,7 +11,8 @@ from sparseflax.calibration.samples import Sample
 from sparseflax.conv import ffi
 from sparseflax.cost import detect
 from sparseflax.cost.counts import dense_counts, tile_counts
-from sparseflax.cost.machine import TYPICAL
+from sparseflax.cost.machine import ATOM_C2750, TYPICAL
+from sparseflax.cost.profile import load_machine
 from sparseflax.prune.whole import Whole
 
 native = pytest.mark.skipif(not ffi.kernels(), reason="no native kernel")
@@ -66,7 +67,8 @@ def test_help_lists_the_commands(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, capsys, "--help")
     out = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"python -m sparseflax {name}" in out for name in ("calibrate", "plan", "bench"))
+    names = "calibrate", "machine", "plan", "bench"
+    assert stopped.value.code == 0 and all(f"python -m sparseflax {name}" in out for name in names)
 
 
 @native
@@ -85,6 +87,16 @@ def test_calibrate(monkeypatch, capsys):
     out = run(monkeypatch, capsys, "calibrate", "--seconds", "3")
     assert "calibrated 20" in out and re.search(r"stored .*\.json\n$", out)
     assert detect.detect_machine().source.startswith("calibrated")
+
+
+def test_machine_and_a_plan_for_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(detect, "detect_machine", lambda: ATOM_C2750)
+    assert run(monkeypatch, capsys, "machine", "server.json").endswith("written to server.json\n")
+    assert load_machine(tmp_path / "server.json") == ATOM_C2750
+    out = run(monkeypatch, capsys, "plan", "userland:with_input", "--machine", "server.json")
+    assert "Intel Atom C2750" in out and "n1 8x12x12 -> 64 3x3" in out
+    assert "1.50x as fast" in run(monkeypatch, capsys, "plan", "userland:with_input", "--machine", "server.json",
+                                  "--speedup", "1.5")
 
 
 def test_plan(monkeypatch, capsys):

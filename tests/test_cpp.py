@@ -5,21 +5,25 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import pytest
 
+from sparseflax.conv.ffi import runtime_api
+
 KERNEL = Path(__file__).parents[1] / "xla_ffi"
 TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
 INT8 = TEST.with_name("int8_test.cc")
-BORDER = [KERNEL / "handler.cc", TEST.with_name("handler_test.cc")]  # what needs XLA's headers
+BORDER = KERNEL / "handler.cc"  # needs XLA's headers, and what tests it:
+HANDLER, FUZZ = TEST.with_name("handler_test.cc"), TEST.with_name("handler_fuzz.cc")
+MAINS = [TEST, INT8, HANDLER, FUZZ]
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
-OUTSIDE = "handler.cc", "int8_handler.cc", "module.cc"  # what needs XLA or Python
+OUTSIDE = "handler.cc", "int8_handler.cc", "program_handler.cc", "module.cc"  # what needs XLA or Python
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in OUTSIDE)
 TILES = [p for p in SOURCES if "microkernel.inc" in p.read_text() and p.name != "portable.cc"]  # with vectors of their own
+BUILT = 0, 3  # FFI version of the headers in pyproject.toml
 SERIAL = ["tiles", "flattened", "nonfinite", "damaged", "sizes"]
 INT8_SERIAL = ["tiles", "flattened"]
 EMULATED = [p for p in SOURCES if "SF_EMULATED" in p.read_text()]  # whose instructions can be replaced, see cpp/emulated
@@ -28,8 +32,8 @@ RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
 # name: compiler, flags, sources; a file of another architecture compiles to nothing
 BUILDS = {
     "address,undefined": (X86, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
-                                "-fno-sanitize-recover=all"], [*SOURCES, TEST, INT8, *BORDER]),
-    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, TEST, *BORDER]),
+                                "-fno-sanitize-recover=all"], [*SOURCES, BORDER, *MAINS]),
+    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, BORDER, TEST, HANDLER]),
     "emulated": (X86, ["-O1", "-mavx2", "-mfma", "-DSF_EMULATED", f"-I{TEST.with_name('emulated')}"], EMULATED),
     "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST, INT8]),
     "x86 release": (X86, RELEASE, TILES),
@@ -53,23 +57,32 @@ def need(name: str, *programs: str) -> None:
         pytest.skip("x86-64 only")
 
 
+def need_headers() -> None:
+    """Skips where XLA's headers are newer than those that the module is built against: their runtime is another one."""
+    if (found := runtime_api()) != BUILT:
+        pytest.skip(f"the runtime of these tests speaks XLA FFI {BUILT}, the installed headers are of {found}")
+
+
+def compiled(compiler: str, flags: list[str], source: Path, folder: Path) -> Path:
+    target = folder / f"{source.stem}.o"
+    run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", target)
+    return target
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """For each build the futures of its object files: everything compiles in the background while tests run."""
     folder = tmp_path_factory.mktemp("objects")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        def build(name: str, compiler: str, flags: list[str], source: Path) -> Path:
-            target = folder / f"{name.replace(' ', '_')}_{source.stem}.o"
-            run(compiler, "-std=c++17", *flags, f"-I{KERNEL}", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", target)
-            return target
-
-        yield {name: [pool.submit(build, name, compiler, flags, source) for source in sources]
+        for name in BUILDS:
+            (folder / name).mkdir()
+        yield {name: [pool.submit(compiled, compiler, flags, source, folder / name) for source in sources]
                for name, (compiler, flags, sources) in BUILDS.items() if shutil.which(compiler)}
         pool.shutdown(cancel_futures=True)
 
 
-def link(name: str, objects, folder: Path, without: Sequence[Path] = (INT8, *BORDER), other: str = "") -> Path:
-    """The test program of a build, without some sources, some of another build; skips if its sanitizer does not work here."""
+def link(name: str, objects, folder: Path, main: Path = TEST, other: str = "") -> Path:
+    """A program of a build, some of its objects those of another build; skips if its sanitizer does not link or start here."""
     compiler, flags, sources = BUILDS[name]
     if "-static" not in flags:
         (folder / "empty.cc").write_text("int main() {}")
@@ -78,8 +91,8 @@ def link(name: str, objects, folder: Path, without: Sequence[Path] = (INT8, *BOR
             if done.returncode:
                 pytest.skip(f"the {name} sanitizer does not work here: {done.stderr[-200:]}")
     instead = dict(zip(BUILDS[other][2], objects[other], strict=True)) if other else {}
-    linked = [instead.get(source, o).result()
-              for o, source in zip(objects[name], sources, strict=True) if source not in without]
+    linked = [instead.get(source, o).result() for o, source in zip(objects[name], sources, strict=True)
+              if source not in MAINS or source == main]
     run(compiler, *flags, "-pthread", *linked, "-o", folder / "test")
     return folder / "test"
 
@@ -94,7 +107,7 @@ def test_address_and_undefined_behaviour(objects, tmp_path):
 def test_int8_is_exact(objects, tmp_path):
     """Every instruction set of this machine x register tile x arrangement of lanes gives the integers of the reference."""
     need("address,undefined")
-    output = run(link("address,undefined", objects, tmp_path, without=[TEST, *BORDER]), "all", *INT8_SERIAL)
+    output = run(link("address,undefined", objects, tmp_path, INT8), "all", *INT8_SERIAL)
     assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == INT8_SERIAL
 
 
@@ -104,7 +117,7 @@ def test_int8_by_emulated_instructions(objects, tmp_path, isa):
     need("address,undefined")
     if platform.system() != "Linux" or " avx2 " not in Path("/proc/cpuinfo").read_text():
         pytest.skip("no AVX2, which is not emulated")
-    program = link("address,undefined", objects, tmp_path, without=[TEST, *BORDER], other="emulated")
+    program = link("address,undefined", objects, tmp_path, INT8, other="emulated")
     assert re.findall(r"^ok (\w+)$", run(program, isa, *INT8_SERIAL), re.MULTILINE) == INT8_SERIAL
 
 
@@ -117,7 +130,15 @@ def test_data_races(objects, tmp_path):
 def test_the_handler_with_a_runtime_of_its_own(objects, tmp_path, name):
     """What XLA calls: metadata, instantiation, and executions by four threads at once that share a pool."""
     need(name)
-    assert run(link(name, objects, tmp_path, without=[TEST, INT8])) == "ok\n"
+    need_headers()
+    assert run(link(name, objects, tmp_path, HANDLER)) == "ok\n"
+
+
+def test_the_handler_given_anything(objects, tmp_path):
+    """A few of the cases of `python -m tests.fuzz`."""
+    need("address,undefined")
+    need_headers()
+    assert '"right"' in run(link("address,undefined", objects, tmp_path, FUZZ), 1, 0, 60, 2000)
 
 
 def test_neon_under_emulation(objects, tmp_path):
@@ -129,7 +150,7 @@ def test_neon_under_emulation(objects, tmp_path):
 @pytest.mark.parametrize("isa", ["neondot", "neon"])
 def test_neon_int8_under_emulation(objects, tmp_path, isa):
     need("neon", "qemu-aarch64")
-    output = run("qemu-aarch64", "-cpu", "max", link("neon", objects, tmp_path, without=[TEST, *BORDER]), isa, *INT8_SERIAL)
+    output = run("qemu-aarch64", "-cpu", "max", link("neon", objects, tmp_path, INT8), isa, *INT8_SERIAL)
     assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == INT8_SERIAL
 
 

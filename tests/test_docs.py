@@ -13,6 +13,7 @@ import pytest
 
 from experiments import docs
 
+pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "xla_ffi" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = PAGES[0].read_text()

@@ -77,7 +77,9 @@ def test_packed_networks_copy_no_images(name):
     model, x = pruned(Spec(name, make, size, lambda path, shape: 0.1)), jnp.ones((2, size, size, 3))
     planned = sparseflax.plan(model, x, HERE)
     graphdef, state = nnx.split(sparseflax.pack_model(model, planned))
-    text = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x).compile().as_text()
-    assert text.count(ffi.TARGET) >= sum(row.choice == "sparse" for row in planned.layers) > 5
+    traced = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, x)
+    text = traced.lower().compile({"xla_cpu_use_fusion_emitters": True}).as_text()  # as for users
+    assert len(re.findall(r"Step\(op='conv'", str(traced.jaxpr))) >= sum(row.choice == "sparse" for row in planned.layers) > 5
+    assert text.count(ffi.PROGRAM) == 1 and ffi.TARGET not in text
     assert re.findall(r"= \S+ fusion\(|= \S+ custom-call\(", text), "what is looked for below would be found"
     assert re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* (?:transpose|copy)\(", text) == []

@@ -228,3 +228,5 @@ def test_wrong_model_and_empty_batch():
         conv_shapes(lambda x: x, IMAGE)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'n': 0}, wanted at least 1: is the batch"):
         conv_shapes(conv(), jax.ShapeDtypeStruct((0, 12, 10, 4), jnp.float32))
+    with pytest.raises(ValueError, match=r"a convolution with {'n': 4294967296}, wanted at most 2\^31"):
+        ConvShape(2**32, 12, 10, 4, 4, 3, 3)

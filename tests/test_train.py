@@ -1,10 +1,13 @@
 """Training: goes on bit for bit after a kill, keeps its last good checkpoint, and says what is wrong with a damaged one."""
 
 import io
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,6 +23,7 @@ from experiments.data import cluttered_digits
 from experiments.models import VGG, ResNet, max_pool
 from sparseflax import prune
 from sparseflax.cost.progress import progress
+from tests import kills
 
 DATA = cluttered_digits(0, 64, 32)
 LAYERS = {"stages/1/0/conv": 0.2}
@@ -147,7 +151,8 @@ def test_an_update_that_is_not_finite_is_not_saved(tmp_path):
 
 
 KILLED = """
-import os, pathlib, signal, test_train
+import os, pathlib, signal
+import conftest, test_train
 digest = test_train.checkpoint._digest
 def kill(file):
     if "000004" in str(file):
@@ -167,6 +172,23 @@ def test_goes_on_bit_for_bit_after_the_process_was_killed(straight, tmp_path):
     model, trained = fit(tmp_path)
     assert_same(trained, straight[1])
     assert_same(nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(straight[0])))
+
+
+def test_a_clock_that_goes_backwards(straight, tmp_path, monkeypatch):
+    now, ticks = time.time(), itertools.count()
+    monkeypatch.setattr(time, "time", lambda: now - 100.0 * next(ticks))
+    assert_same(fit(tmp_path)[1], straight[1])
+
+
+def test_goes_on_after_kills_at_random_moments(straight, tmp_path):
+    """`python -m tests.kills` does it a hundred times, and with everything that a run does."""
+    here, run, draw = Path(__file__).parent, tmp_path / "run", random.Random(1)
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    code = f"import pathlib, test_train; test_train.fit(pathlib.Path({str(run)!r}))"
+    for _ in range(2):
+        kills.survive([sys.executable, "-c", code], tmp_path, {"PYTHONPATH": paths}, draw.uniform(3, 12))
+        kills.whole(run)
+    assert_same(fit(run)[1], straight[1])
 
 
 def test_accuracy_counts_the_last_partial_batch():

@@ -20,6 +20,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "float32.inc"
+#include "steps.inc"
 
 bool RunsHere() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -40,7 +41,7 @@ double FmaCycles() {
 
 extern const Isa kAvx512;
 const Isa kAvx512 = {"avx512", 16, Element::kFloat32, 0, avx512::FmaCycles, avx512::PeakFlops, avx512::RunsHere, avx512::PackPanel, avx512::StoreTile,
-    avx512::kKernels, SF_COUNT(avx512::kKernels)};
+    avx512::kKernels, SF_COUNT(avx512::kKernels), &avx512::kSteps};
 
 }  // namespace sparseflax
 #if defined(__clang__)

@@ -24,6 +24,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "float32.inc"
+#include "steps.inc"
 
 bool RunsHere() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -34,7 +35,7 @@ double FmaCycles() { return 0.54; }  // measured on Zen 4 in whole visits; 0.51 
 
 extern const Isa kAvx512vl;
 const Isa kAvx512vl = {"avx512vl", 8, Element::kFloat32, 0, avx512vl::FmaCycles, avx512vl::PeakFlops, avx512vl::RunsHere, avx512vl::PackPanel, avx512vl::StoreTile,
-    avx512vl::kKernels, SF_COUNT(avx512vl::kKernels)};
+    avx512vl::kKernels, SF_COUNT(avx512vl::kKernels), &avx512vl::kSteps};
 
 }  // namespace sparseflax
 #if defined(__clang__)

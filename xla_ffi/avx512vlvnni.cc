@@ -46,7 +46,7 @@ double FmaCycles() { return 0.5; }  // not measured: as float32
 
 extern const Isa kAvx512vlVnni;
 const Isa kAvx512vlVnni = {"avx512vlvnni", 8, Element::kInt8, 0, avx512vlvnni::FmaCycles, nullptr, avx512vlvnni::RunsHere, avx512vlvnni::PackPanel,
-    avx512vlvnni::StoreTile, avx512vlvnni::kKernels, SF_COUNT(avx512vlvnni::kKernels)};
+    avx512vlvnni::StoreTile, avx512vlvnni::kKernels, SF_COUNT(avx512vlvnni::kKernels), nullptr};
 
 }  // namespace sparseflax
 #if defined(__clang__)

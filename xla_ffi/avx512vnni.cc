@@ -67,7 +67,7 @@ double FmaCycles() { return 0.5; }  // not measured: as float32
 
 extern const Isa kAvx512Vnni;
 const Isa kAvx512Vnni = {"avx512vnni", 16, Element::kInt8, 0, avx512vnni::FmaCycles, nullptr, avx512vnni::RunsHere, avx512vnni::PackPanel,
-    avx512vnni::StoreTile, avx512vnni::kKernels, SF_COUNT(avx512vnni::kKernels)};
+    avx512vnni::StoreTile, avx512vnni::kKernels, SF_COUNT(avx512vnni::kKernels), nullptr};
 
 }  // namespace sparseflax
 #if defined(__clang__)

@@ -49,7 +49,7 @@ double FmaCycles() { return 0.5; }  // not measured: as float32
 
 extern const Isa kAvxVnni;
 const Isa kAvxVnni = {"avxvnni", 8, Element::kInt8, 0, avxvnni::FmaCycles, nullptr, avxvnni::RunsHere, avxvnni::PackPanel,
-    avxvnni::StoreTile, avxvnni::kKernels, SF_COUNT(avxvnni::kKernels)};
+    avxvnni::StoreTile, avxvnni::kKernels, SF_COUNT(avxvnni::kKernels), nullptr};
 
 }  // namespace sparseflax
 #if defined(__clang__)

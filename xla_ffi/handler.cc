@@ -19,7 +19,8 @@ struct State {
   std::unique_ptr<Conv> conv;
   int activation = 0;
   bool has_bias = false, has_residual = false;
-  std::vector<float> zeros;  // the bias of a convolution without one
+  std::once_flag once;
+  std::vector<float> zeros;  // the bias of a convolution without one: made when there is an output that vouches for its size
 };
 ffi::TypeId State::id = {};
 const auto kStateInfo = ffi::MakeTypeInfo<State>();
@@ -47,7 +48,6 @@ ffi::ErrorOr<std::unique_ptr<State>> Instantiate(ffi::Span<const uint8_t> gaps, 
   state->activation = static_cast<int>(epilogue[0]);
   state->has_bias = epilogue[1] != 0;
   state->has_residual = epilogue[2] != 0;
-  state->zeros.resize(static_cast<size_t>(s.oc));
   return state;
 }
 
@@ -63,7 +63,7 @@ ffi::Error Execute(State* state, ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x
   if (rest.size() != static_cast<size_t>(state->has_bias) + static_cast<size_t>(state->has_residual)) {
     return Invalid("wrong number of operands");
   }
-  Buffers buffers = {x.typed_data(), values.typed_data(), state->zeros.data(), nullptr, y->typed_data()};
+  Buffers buffers = {x.typed_data(), values.typed_data(), nullptr, nullptr, y->typed_data()};
   if (state->has_bias) {
     const auto bias = rest.get<ffi::BufferR1<ffi::F32>>(0);
     if (!bias.has_value()) return bias.error();
@@ -78,6 +78,10 @@ ffi::Error Execute(State* state, ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x
   }
   PoolExecutor<ffi::ThreadPool> executor(pool);
   try {
+    if (buffers.bias == nullptr) {
+      std::call_once(state->once, [&] { state->zeros.resize(static_cast<size_t>(s.oc)); });
+      buffers.bias = state->zeros.data();
+    }
     const std::string error = state->conv->Run(in[0], in[1], in[2], out[1], out[2], buffers, state->activation, executor);
     return error.empty() ? ffi::Error::Success() : Invalid(error);
   } catch (const std::exception& error) {

@@ -6,8 +6,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "sparse_conv.h"
 
 #define SF_INLINE inline __attribute__((always_inline))
+#define SF_LAMBDA __attribute__((always_inline))
 #define SF_COUNT(a) static_cast<int>(sizeof(a) / sizeof((a)[0]))

@@ -4,6 +4,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "sparse_conv.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -20,9 +23,18 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
                           "bottom, left, right, dh, dw)");
   }
   Shape s{image[0], image[1], image[2], image[3], image[4], layout[0], layout[1], layout[2], layout[3], layout[4], layout[5],
-          window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
-  const std::string error = s.Check();
+          window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7], 0, 0};
+  std::string error = s.Check();
+  const auto floats = [](std::initializer_list<int64_t> sizes) {
+    double product = 1;
+    for (const int64_t size : sizes) product *= static_cast<double>(size);
+    return product;
+  };
+  if (std::min({s.n, s.ih, s.iw, s.oh, s.ow}) < 1) error = "an image dimension is empty";
+  if (std::max(floats({s.n, s.ih, s.iw, s.ic()}), floats({s.n, s.oh, s.ow, s.oc})) > 0x1p53) error = "the images are too large";
   if (!error.empty()) throw nb::value_error(error.c_str());
+  s.x_pixel = s.ic();
+  s.y_pixel = s.oc;
   // Of a processor elsewhere: its best instruction set stands for all that it has.
   std::vector<const Isa*> isas;
   for (const Isa* each : isa.empty() ? Isas() : AllIsas()) {
@@ -64,6 +76,8 @@ XLA_FFI_Error* ConvInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* ConvExecute(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* Int8ConvInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* Int8ConvExecute(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* ProgramInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* ProgramExecute(XLA_FFI_CallFrame* frame);
 }  // namespace sparseflax
 
 NB_MODULE(_native, m) {
@@ -73,6 +87,8 @@ NB_MODULE(_native, m) {
   m.def("conv_execute", [] { return nb::capsule(reinterpret_cast<void*>(ConvExecute)); });
   m.def("int8_conv_instantiate", [] { return nb::capsule(reinterpret_cast<void*>(Int8ConvInstantiate)); });
   m.def("int8_conv_execute", [] { return nb::capsule(reinterpret_cast<void*>(Int8ConvExecute)); });
+  m.def("program_instantiate", [] { return nb::capsule(reinterpret_cast<void*>(ProgramInstantiate)); });
+  m.def("program_execute", [] { return nb::capsule(reinterpret_cast<void*>(ProgramExecute)); });
   m.def("kernels", [](bool int8) {
     std::vector<std::string> names;
     for (const Isa* isa : Isas(int8 ? Element::kInt8 : Element::kFloat32)) names.emplace_back(isa->name);

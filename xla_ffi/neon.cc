@@ -16,6 +16,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "float32.inc"
+#include "steps.inc"
 
 bool RunsHere() { return true; }
 double FmaCycles() { return 0.5; }
@@ -41,10 +42,10 @@ double FmaCycles() { return 2; }  // not measured: four instructions
 
 extern const Isa kNeon;
 const Isa kNeon = {"neon", 4, Element::kFloat32, 0, neon::FmaCycles, neon::PeakFlops, neon::RunsHere, neon::PackPanel, neon::StoreTile,
-    neon::kKernels, SF_COUNT(neon::kKernels)};
+    neon::kKernels, SF_COUNT(neon::kKernels), &neon::kSteps};
 extern const Isa kNeonInt8;
 const Isa kNeonInt8 = {"neon", 4, Element::kInt8, 128, neon_int8::FmaCycles, nullptr, neon::RunsHere, neon_int8::PackPanel,
-    neon_int8::StoreTile, neon_int8::kKernels, SF_COUNT(neon_int8::kKernels)};
+    neon_int8::StoreTile, neon_int8::kKernels, SF_COUNT(neon_int8::kKernels), nullptr};
 
 }  // namespace sparseflax
 #endif

@@ -44,7 +44,7 @@ double FmaCycles() { return 0.5; }  // not measured: as float32
 
 extern const Isa kNeonDot;
 const Isa kNeonDot = {"neondot", 4, Element::kInt8, 128, neondot::FmaCycles, nullptr, neondot::RunsHere, neondot::PackPanel,
-    neondot::StoreTile, neondot::kKernels, SF_COUNT(neondot::kKernels)};
+    neondot::StoreTile, neondot::kKernels, SF_COUNT(neondot::kKernels), nullptr};
 
 }  // namespace sparseflax
 #if defined(__clang__)

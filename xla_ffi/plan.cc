@@ -61,7 +61,7 @@ void Plan::FillTables() {
                 const int64_t y = ((ty * c.by + l / c.bx % c.by) * ky + i + column / c.wrap) * s.sh + r.phase - s.top;
                 const int64_t x = column % c.wrap * s.sw + q.phase - s.left;
                 const bool inside = y >= 0 && y < s.ih && x >= 0 && x < s.iw;
-                input.push_back(inside ? static_cast<int32_t>((y * s.iw + x) * s.ic()) : -1);
+                input.push_back(inside ? static_cast<int32_t>((y * s.iw + x) * s.x_pixel) : -1);
               }
             }
           }
@@ -72,7 +72,7 @@ void Plan::FillTables() {
           for (int64_t l = 0; l < lanes; ++l) {
             const int64_t column = (tx * c.bx + l % c.bx) * kx + j;
             const int64_t y = (ty * c.by + l / c.bx % c.by) * ky + i + column / c.wrap, x = column % c.wrap;
-            output.push_back(y < s.oh && x < s.ow ? static_cast<int32_t>((y * s.ow + x) * s.oc) : -1);
+            output.push_back(y < s.oh && x < s.ow ? static_cast<int32_t>((y * s.ow + x) * s.y_pixel) : -1);
           }
         }
       }

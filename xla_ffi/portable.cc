@@ -52,6 +52,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "float32.inc"
+#include "steps.inc"
 
 bool RunsHere() { return true; }
 double FmaCycles() { return 1; }
@@ -119,9 +120,9 @@ double FmaCycles() { return 8; }
 
 extern const Isa kPortable;
 const Isa kPortable = {"portable", 4, Element::kFloat32, 0, portable::FmaCycles, portable::PeakFlops, portable::RunsHere, portable::PackPanel, portable::StoreTile,
-    portable::kKernels, SF_COUNT(portable::kKernels)};
+    portable::kKernels, SF_COUNT(portable::kKernels), &portable::kSteps};
 extern const Isa kPortableInt8;
 const Isa kPortableInt8 = {"portable", 4, Element::kInt8, 0, portable_int8::FmaCycles, nullptr, portable::RunsHere,
-    portable_int8::PackPanel, portable_int8::StoreTile, portable_int8::kKernels, SF_COUNT(portable_int8::kKernels)};
+    portable_int8::PackPanel, portable_int8::StoreTile, portable_int8::kKernels, SF_COUNT(portable_int8::kKernels), nullptr};
 
 }  // namespace sparseflax

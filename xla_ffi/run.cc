@@ -1,39 +1,12 @@
 // Runs a plan: packs panels, visits them, stores tiles.
 #include <algorithm>
-#include <cstdlib>
 #include <iterator>
-#include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
+#include "arena.h"
 #include "plan.h"
 
 namespace sparseflax {
 namespace {
-
-// Per thread, grows, 64-byte aligned; large blocks ask for huge pages, since a panel walked by 4 KB pages misses the TLB.
-struct Arena {
-  char* data = nullptr;
-  size_t size = 0;
-  char* Get(size_t bytes) {
-    if (bytes > size) {
-      std::free(data);
-      const size_t page = bytes >= (1u << 20) ? (2u << 20) : 4096;
-      size = (bytes + page - 1) / page * page;
-      data = static_cast<char*>(std::aligned_alloc(page, size));
-      if (data == nullptr) {
-        size = 0;
-        throw std::bad_alloc();
-      }
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-      if (page > 4096) madvise(data, size, MADV_HUGEPAGE);
-#endif
-    }
-    return data;
-  }
-  ~Arena() { std::free(data); }
-};
 
 size_t Align(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -64,7 +37,7 @@ void Plan::Rows(const Buffers& b, const Place& at, const Word* rows[kMaxLanes]) 
   const Shape& s = shape;
   for (int64_t l = 0; l < schedule.isa->lanes; ++l) {
     const int64_t image = std::min(at.lane_group * schedule.bn + l / (schedule.by * schedule.bx), s.n - 1);
-    rows[l] = static_cast<const Word*>(b.x) + image * s.ih * s.iw * s.ic() + at.g * s.icg;
+    rows[l] = static_cast<const Word*>(b.x) + image * s.ih * s.iw * s.x_pixel + at.g * s.icg;
   }
 }
 
@@ -76,7 +49,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   const int64_t lanes = c.isa->lanes, accumulators = c.kernel->y * c.kernel->x;
   const size_t panel_bytes = Align(static_cast<size_t>(std::min(s.block, s.icg) * c.slots * lanes * 4));
   const size_t acc_bytes = Align(static_cast<size_t>(channels * accumulators * lanes * 4));
-  thread_local Arena arena;
+  thread_local Arena arena;  // the panel and the accumulators
   char* const panel = arena.Get(panel_bytes + acc_bytes);
   Word* const acc = reinterpret_cast<Word*>(panel + panel_bytes);
 
@@ -88,7 +61,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   Rows(b, at, rows);
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t image = at.lane_group * c.bn + l / (c.by * c.bx);
-    const int64_t offset = std::min(image, s.n - 1) * s.oh * s.ow * s.oc + at.g * s.ocg() + k0;
+    const int64_t offset = std::min(image, s.n - 1) * s.oh * s.ow * s.y_pixel + at.g * s.ocg() + k0;
     out[l] = image < s.n ? static_cast<char*>(b.y) + offset * out_bytes : nullptr;
     residual[l] = b.residual != nullptr ? static_cast<const char*>(b.residual) + offset * residual_bytes : nullptr;
   }
@@ -117,7 +90,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   }
   // Streaming pays when the output would not stay in the last cache anyway. Of a larger one others have their share.
   constexpr int64_t kOurs = int64_t{32} << 20;
-  const bool stream = b.rescale == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.oc % lanes == 0 && s.ocg() % lanes == 0 &&
+  const bool stream = b.rescale == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.y_pixel % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
   Rescale rescale{};
   if (b.rescale != nullptr) {

@@ -42,13 +42,15 @@ const std::vector<const Isa*>& Isas(Element element) {
 }
 
 std::string Shape::Check() const {
+  constexpr int64_t kLargest = int64_t{1} << 31;
   const int64_t all[] = {kh, kw, icg, oc, groups, block, sh, sw, dh, dw};
   for (int64_t v : all) {
-    if (v < 1 || v > (int64_t{1} << 31)) return "a size of the convolution is not positive or too large";
+    if (v < 1 || v > kLargest) return "a size of the convolution is not positive or too large";
   }
   if (oc % groups != 0) return "groups do not divide the output channels";
   if (block > icg) return "the channel block is larger than the channels of a group";
   if (std::min({top, bottom, left, right}) < 0) return "padding is negative";
+  if (std::max({top, bottom, left, right}) > kLargest) return "padding is too large";
   if (kh > 65535 || kw > 65535 || taps() > 65536 * int64_t{16}) return "the kernel window is too large";
   constexpr int64_t kMostWeights = int64_t{1} << 40;  // as packing.py: no product of these sizes comes near an overflow
   if (oc > kMostWeights / (kh * kw) || icg > kMostWeights / (kh * kw * oc)) return "the kernel is too large";
@@ -58,7 +60,7 @@ std::string Shape::Check() const {
 Shape Shape::Flat() const {
   const int64_t row = n * ih * iw;
   if (kh != 1 || kw != 1 || sh != 1 || sw != 1 || ih != oh || iw != ow || top != 0 || left != 0 ||
-      row * std::max(ic(), oc) > std::numeric_limits<int32_t>::max()) {
+      row * std::max(x_pixel, y_pixel) > std::numeric_limits<int32_t>::max()) {
     return *this;
   }
   Shape flat = *this;
@@ -95,13 +97,27 @@ std::shared_ptr<const Plan> Conv::GetPlan(const Shape& shape, const Schedule* fo
   if (forced != nullptr) return std::make_shared<Plan>(shape, *forced, gaps_, nnz_);
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& plan : plans_) {
-    if (plan->n == shape.n && plan->ih == shape.ih && plan->iw == shape.iw) return plan;
+    if (plan->n == shape.n && plan->ih == shape.ih && plan->iw == shape.iw && plan->shape.x_pixel == shape.x_pixel &&
+        plan->shape.y_pixel == shape.y_pixel) {
+      return plan;
+    }
   }
   const std::vector<const Isa*> forced_isa = {isa_};
   const Schedule chosen = ChooseSchedule(shape.Flat(), nnz_, isa_ != nullptr ? forced_isa : Isas(element_), Cpu());
   if (chosen.kernel == nullptr) return nullptr;
   plans_.push_back(std::make_shared<Plan>(shape, chosen, gaps_, nnz_));
   return plans_.back();
+}
+
+std::string Conv::Fits(int64_t ih, int64_t iw, int64_t oh, int64_t ow) const {
+  const Shape& s = shape_;
+  if (std::min({ih, iw, oh, ow}) < 1) return "an image dimension is empty";
+  const int64_t reach_h = (s.kh - 1) * s.dh + 1, reach_w = (s.kw - 1) * s.dw + 1;
+  if (ih + s.top + s.bottom < reach_h || (ih + s.top + s.bottom - reach_h) / s.sh + 1 != oh ||
+      iw + s.left + s.right < reach_w || (iw + s.left + s.right - reach_w) / s.sw + 1 != ow) {
+    return "the output's height and width do not follow from the input's and the window";
+  }
+  return "";
 }
 
 std::string Conv::Run(int64_t n, int64_t ih, int64_t iw, int64_t oh, int64_t ow, const Buffers& buffers, int activation,
@@ -112,13 +128,13 @@ std::string Conv::Run(int64_t n, int64_t ih, int64_t iw, int64_t oh, int64_t ow,
   s.iw = iw;
   s.oh = oh;
   s.ow = ow;
-  if (std::min({n, ih, iw, oh, ow}) < 1) return "an image dimension is empty";
-  const int64_t reach_h = (s.kh - 1) * s.dh + 1, reach_w = (s.kw - 1) * s.dw + 1;
-  if (ih + s.top + s.bottom < reach_h || (ih + s.top + s.bottom - reach_h) / s.sh + 1 != oh ||
-      iw + s.left + s.right < reach_w || (iw + s.left + s.right - reach_w) / s.sw + 1 != ow) {
-    return "the output's height and width do not follow from the input's and the window";
-  }
-  if (std::max(ih * iw * s.ic(), oh * ow * s.oc) > std::numeric_limits<int32_t>::max()) return "an image holds more than 2^31 floats";
+  s.x_pixel = buffers.x_pixel > 0 ? buffers.x_pixel : s.ic();
+  s.y_pixel = buffers.y_pixel > 0 ? buffers.y_pixel : s.oc;
+  if (s.x_pixel < s.ic() || s.y_pixel < s.oc) return "a pixel is narrower than its channels";
+  if (n < 1) return "an image dimension is empty";
+  const std::string error = Fits(ih, iw, oh, ow);
+  if (!error.empty()) return error;
+  if (std::max(ih * iw * s.x_pixel, oh * ow * s.y_pixel) > std::numeric_limits<int32_t>::max()) return "an image holds more than 2^31 floats";
   const std::shared_ptr<const Plan> plan = GetPlan(s, forced);
   if (plan == nullptr) return "the kernel window is too large for a panel";
   plan->Run(buffers, activation, executor);

@@ -23,6 +23,8 @@
 #include <string_view>
 #include <vector>
 
+#include "steps.h"
+
 namespace sparseflax {
 
 constexpr int kMaxLanes = 16;
@@ -39,6 +41,7 @@ struct Shape {
   int64_t n, ih, iw, oh, ow;                           // images
   int64_t kh, kw, icg, oc, groups, block;              // weights: icg input channels per group, `block` per channel block
   int64_t sh, sw, top, bottom, left, right, dh, dw;    // window
+  int64_t x_pixel, y_pixel;                            // floats from one pixel to the next: ic and oc, or those of a wider image
   int64_t ic() const { return icg * groups; }
   int64_t ocg() const { return oc / groups; }
   int64_t blocks() const { return (icg + block - 1) / block; }
@@ -134,6 +137,7 @@ struct Isa {
   void (*store)(const Store&);
   const Kernel* kernels;
   int kernel_count;
+  const Steps* steps;
 };
 
 // All instruction sets of this build, and those of them that run on this machine: best first; the last is "portable".
@@ -188,6 +192,7 @@ struct Buffers {
   const void* residual;  // like y, or null; uint8 for int8
   void* y;
   const Rescale* rescale = nullptr;  // for int8
+  int64_t x_pixel = 0, y_pixel = 0;  // as in Shape; 0 for ic and oc
 };
 
 struct Plan;  // the pattern expanded for one image size, batch and tile
@@ -201,7 +206,8 @@ class Conv {
                                     Element element = Element::kFloat32);
   ~Conv();
 
-  // Returns an empty string, or what does not fit.
+  // Empty strings, or what does not fit: images of these sizes, and all of a call.
+  std::string Fits(int64_t ih, int64_t iw, int64_t oh, int64_t ow) const;
   std::string Run(int64_t n, int64_t ih, int64_t iw, int64_t oh, int64_t ow, const Buffers& buffers, int activation,
                   Executor& executor, const Schedule* forced = nullptr);
   int64_t nnz() const { return nnz_; }

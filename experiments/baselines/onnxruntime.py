@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from experiments.baselines import Rival, nchw, nhwc, oihw
 from experiments.layers import Problem
+from sparseflax.job.engines import onnx_runtime
 
 needs = ("onnx", "onnxruntime")
 
 
 def rivals(problem: Problem, threads: int) -> list[Rival]:
-    run, output = _bound(conv_model(problem), problem.x, threads)
-    return [Rival("onnxruntime", run, lambda _: nhwc(output()))]
+    run, outputs = onnx_runtime(conv_model(problem), nchw(problem.x), threads)
+    return [Rival("onnxruntime", run, lambda _: nhwc(outputs()[0]))]
 
 
 def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
-    run, output = _bound(model, x, threads)
-    return [Rival("onnxruntime", run, lambda _: output())]
-
-
-def _bound(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], Any], Callable[[], np.ndarray]]:
-    """(runs x (n, h, w, c) through the model, returns what it then has in its output)."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it disturbs whoever is timed next
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type(session.get_outputs()[0].shape, "float32")
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(nchw(x)))
-    binding.bind_ortvalue_output("y", y)
-    return lambda: session.run_with_iobinding(binding), lambda: y.numpy()
+    run, outputs = onnx_runtime(model, nchw(x), threads)
+    return [Rival("onnxruntime", run, lambda _: outputs()[0])]
 
 
 def conv_model(problem: Problem) -> bytes:

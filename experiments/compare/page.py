@@ -11,6 +11,8 @@ from experiments.benchmark.table import markdown
 from experiments.compare import figures, summary
 from experiments.compare.published import PUBLISHED
 from experiments.compare.summary import EQUAL, Point
+from sparseflax.job.page import page as html_page
+from sparseflax.job.page import table as html_table
 
 SHOWN = 6  # methods in the figures of densities, which show each of them once per layer
 HEAD = ("method", "asked", "accuracy, %", "spread", "against dense", "weights kept", "packed", "compression", "batch 1, ms",
@@ -27,7 +29,7 @@ def page(lines: Sequence[Line]) -> str:
     found = _checked(lines)
     said = summary.conclusions(lines)
     parts = ["<h2>What came out</h2>", "<ul>", *(f"<li>{html.escape(sentence)}</li>" for sentence in said), "</ul>",
-             "<h2>Gains in speed and memory, beside published ones</h2>", report._table(GAINS, _gains(found)),
+             "<h2>Gains in speed and memory, beside published ones</h2>", html_table(GAINS, _gains(found)),
              "<p class=note>Rows marked published are numbers of the papers named, on ImageNet, on their machines: no two rows "
              "share a network, a machine or a rival, so they say what each method was shown to do, not which is better. "
              "Memory is compression of the file where measured, else all over kept weights. Measured rows: the fastest "
@@ -40,7 +42,7 @@ def page(lines: Sequence[Line]) -> str:
         parts += [f"<h2>{html.escape(network)}</h2>", figures.pareto(lines, network, 1), figures.pareto(lines, network, 16),
                   "<p class=note>Points of a method are its requested speedups; bars reach from the lowest to the highest "
                   "seed. Guided methods are filled and drawn through, unguided ones open and dashed.</p>",
-                  report._table(HEAD, map(_row, here)),
+                  html_table(HEAD, map(_row, here)),
                   f"<h3>Density of every layer, {requested:g}x asked</h3>",
                   figures.densities(own, network, requested, methods),
                   "<p class=note>Shaded: where pruning pays on this machine at batch 1, as the performance model says. A layer "
@@ -51,7 +53,7 @@ def page(lines: Sequence[Line]) -> str:
     parts.append(f"<p class=note>{html.escape(conditions)} Times are medians of whole networks under jax.jit, dense and packed "
                  "in turn, their outputs compared; the speedup is over the faster of two dense forms, as trained and with "
                  "batch norms folded. Accuracy and times are means over seeds.</p>")
-    return report.PAGE.format(title="Pruning methods compared", headline=html.escape(said[0]), body="\n".join(parts))
+    return html_page("Pruning methods compared", said[0], "\n".join(parts))
 
 
 def gains(lines: Sequence[Line]) -> str:

@@ -26,6 +26,7 @@ from experiments.data import Data
 from experiments.methods import METHODS
 from sparseflax import prune
 from sparseflax.cost.machine import Machine
+from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.shapes import conv_shapes
 
 REMEMBERED = 20  # runs whose compiled updates stay in memory, some 100 MB each, though no other run calls them
@@ -47,8 +48,8 @@ class Dense(NamedTuple):
 
 def measure(config: Config, out: Path) -> tuple[Machine, prune.Whole]:
     """This machine and what the network takes on it, as measured when first asked."""
-    machine = main_job.machine_of(out)
-    return machine, main_job.whole_of(out / f"{config.name}-whole.json", lambda: prune.measure(
+    machine = machine_of(out)
+    return machine, whole_of(out / f"{config.name}-whole.json", lambda: prune.measure(
         _network(config), dataset(config).test_images[:1], machine, seconds=main_job.WHOLE * config.timing_seconds))
 
 
@@ -94,7 +95,7 @@ def dataset(config: Config) -> Data:
 @lru_cache(maxsize=1)
 def _dense(config: Config, out: Path) -> Dense:
     folder = runs.network_folder(out, config.name, config.seed)
-    main_job.claim(folder, config)
+    claim(folder, main_job.settings(config))
     model, path = _network(config), folder / "dense.json"
     title = f"{config.name}, seed {config.seed}, dense training"
     _, seconds = _fit(config, model, title, folder / "dense", main_job.dense_optimizer(config), range(config.dense_steps))

@@ -60,6 +60,8 @@ class Config:
     """A name in experiments/methods.py."""
     prune_every: int = 10
     """Updates between two takings of the masks."""
+    processes: int = 1
+    """That train together on this host, each on a share of every batch; docs/how-to/cluster.md has many hosts."""
     timing_seconds: float = 2.0
     """Time spent on measuring each pair of networks or layers."""
     out: Path | None = None

@@ -45,7 +45,11 @@ def calibrate(seconds: float = 50.0, isa: str | None = None) -> Machine:
         warnings.warn(f"the machine was busy, or the model does not describe it: {' and '.join(wrong)}. Stored all the same; "
                       "calibrate again when nothing else runs", RuntimeWarning, stacklevel=2)
     machine = replace(machine, source=source)
-    profile.save(machine, {kind: vars(error) for kind, error in found.items()})
+    try:
+        profile.save(machine, {kind: vars(error) for kind, error in found.items()})
+    except OSError as error:
+        warnings.warn(f"the calibration could not be stored ({error}): it holds for whoever takes what is returned. Set "
+                      "XDG_CACHE_HOME to a folder that can be written", RuntimeWarning, stacklevel=2)
     detect.forget()
     return machine
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 
-TARGET, INT8_TARGET = "sparseflax_conv_v1", "sparseflax_conv_int8_v1"  # our compatibility promise to exported programs
+# our compatibility promise to exported programs
+TARGETS = TARGET, INT8_TARGET, PROGRAM = "sparseflax_conv_v1", "sparseflax_conv_int8_v1", "sparseflax_program_v1"
 
 
 def runtime_api() -> tuple[int, int]:
@@ -44,10 +45,10 @@ def _load():
 native, reason = _load()  # the module, or None; why the handlers are not registered, or None
 available = reason is None
 if native is not None and available:
-    jax.ffi.register_ffi_target(
-        TARGET, {"instantiate": native.conv_instantiate(), "execute": native.conv_execute()}, platform="cpu")
-    jax.ffi.register_ffi_target(
-        INT8_TARGET, {"instantiate": native.int8_conv_instantiate(), "execute": native.int8_conv_execute()}, platform="cpu")
+    for _target, _instantiate, _execute in ((TARGET, native.conv_instantiate, native.conv_execute),
+                                            (INT8_TARGET, native.int8_conv_instantiate, native.int8_conv_execute),
+                                            (PROGRAM, native.program_instantiate, native.program_execute)):
+        jax.ffi.register_ffi_target(_target, {"instantiate": _instantiate(), "execute": _execute()}, platform="cpu")
 else:
     warnings.warn(str(reason), RuntimeWarning, stacklevel=2)
 

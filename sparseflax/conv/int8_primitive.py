@@ -189,7 +189,7 @@ ad.primitive_jvps[int8_conv_p] = no_derivative
 
 def _batch(operands, dims, **params):
     images = [0, RESIDUAL] if len(operands) > RESIDUAL else [0]
-    return batch_images(functools.partial(bind_int8, **params), operands, dims, images)
+    return batch_images(functools.partial(bind_int8, **params), operands, dims, images), 0
 
 
 batching.primitive_batchers[int8_conv_p] = _batch

@@ -122,7 +122,7 @@ def _output_shape(x, pattern: Pattern, window: Window) -> tuple[int, ...]:
 def _bind(*operands, **params):
     """Binds operands that vary together; empty images are left to XLA: the kernel wants something to do."""
     if 0 in (*operands[0].shape, *_output_shape(operands[0], params["pattern"], params["window"])):
-        return _reference(*operands, **params)
+        return reference(*operands, **params)
     return conv_p.bind(*vary_together(operands), **params)
 
 
@@ -133,7 +133,8 @@ def dense_conv(x: jax.Array, dense: jax.Array, window: Window, groups: int) -> j
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
 
 
-def _reference(x, values, *rest, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+def reference(x, values, *rest, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+    """What the primitive computes, in plain JAX."""
     y = dense_conv(x, scatter(values, pattern), window, pattern.groups)
     for term in rest:  # bias (oc,) and residual (n, oh, ow, oc)
         y = y + (term.reshape(1, 1, 1, -1) if term.ndim == 1 else term)
@@ -160,7 +161,7 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, activation, 
         epilogue=np.asarray([ACTIVATIONS[activation], has_bias, has_residual], np.int64))
 
 
-_lower_to_xla = mlir.lower_fun(_reference, multiple_results=False)
+_lower_to_xla = mlir.lower_fun(reference, multiple_results=False)
 mlir.register_lowering(conv_p, _lower_to_xla)
 if ffi.available:
     mlir.register_lowering(conv_p, _lower_to_ffi, platform="cpu")
@@ -207,7 +208,7 @@ ad.primitive_transposes[conv_p] = _transpose
 
 def _batch(operands, dims, **params):
     images = [0, *([len(operands) - 1] if params["has_residual"] else [])]
-    return batch_images(functools.partial(_bind, **params), operands, dims, images)
+    return batch_images(functools.partial(_bind, **params), operands, dims, images), 0
 
 
 batching.primitive_batchers[conv_p] = _batch

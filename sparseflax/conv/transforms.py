@@ -21,12 +21,11 @@ def vary_together(operands: Sequence[Any]) -> list[Any]:
             for a, v in zip(operands, varying, strict=True)]
 
 
-def batch_images(bind: Callable[..., jax.Array], operands: Sequence[Any], dims: Sequence[int | None],
-                 images: Sequence[int]) -> tuple[jax.Array, int]:
-    """A batching rule: mapped images join the batch dimension, other mapped operands are looped over.
+def batch_images(bind: Callable[..., Any], operands: Sequence[Any], dims: Sequence[int | None], images: Sequence[int]) -> Any:
+    """The outputs of a batching rule, mapped along their first dimension: mapped images join the batch, others are looped over.
 
     Args:
-      bind: computes (n, oh, ow, oc) from the operands.
+      bind: computes images (n, ...), one array or a list of them, from the operands.
       operands, dims: what a batching rule gets.
       images: which operands are images (n, h, w, c).
     """
@@ -38,12 +37,11 @@ def batch_images(bind: Callable[..., jax.Array], operands: Sequence[Any], dims: 
             rest = iter(slices)
             return bind(*(next(rest) if d is not None else a for a, d in zip(operands, dims, strict=True)))
 
-        return jax.lax.map(one, tuple(a for a, d in zip(mapped, dims, strict=True) if d is not None)), 0
+        return jax.lax.map(one, tuple(a for a, d in zip(mapped, dims, strict=True) if d is not None))
     merged, n = list(operands), 0
     for i in images:
         a, dim = operands[i], dims[i]
         a = jnp.moveaxis(a, dim, 0) if dim is not None else jnp.broadcast_to(a, (size, *a.shape))
         n = a.shape[1]
         merged[i] = a.reshape(size * n, *a.shape[2:])
-    y = bind(*merged)
-    return y.reshape(size, n, *y.shape[1:]), 0
+    return jax.tree.map(lambda y: y.reshape(size, n, *y.shape[1:]), bind(*merged))

@@ -1,4 +1,4 @@
-"""What was measured of this machine: the file in which a calibration stays, and when it may be believed."""
+"""What was measured of a machine, in files: where a calibration stays, when it is believed, and how it is taken elsewhere."""
 
 from __future__ import annotations
 
@@ -55,17 +55,7 @@ def save(machine: Machine, errors: dict[str, Any]) -> Path:
     """
     file = path(machine.name, machine.isa, machine.threads)
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"key": key(machine.name, machine.isa, machine.threads), "errors": errors, "machine": to_dict(machine)},
-                      indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
-        try:
-            temporary.write(text)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, file)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+    _write(file, {"key": key(machine.name, machine.isa, machine.threads), "errors": errors, "machine": to_dict(machine)})
     return file
 
 
@@ -96,6 +86,50 @@ def load(name: str, isa: str, threads: int) -> Machine:
         raise Unusable(f"ignored {file}, it is no calibration ({type(error).__name__}: {error})") from None
     changes = "; ".join(f"{part} was {was}, is {now}" for part, (was, now) in other.items())
     raise Unusable(f"ignored {file}, it is of another machine or version ({changes})")
+
+
+def save_machine(path: str | os.PathLike[str], machine: Machine) -> None:
+    """Writes a machine, e.g. what `detect_machine()` found where a network will run, for `load_machine` elsewhere.
+
+    Args:
+      path: the file, JSON, which is replaced, whole or not at all.
+      machine: any.
+    """
+    _write(Path(path), to_dict(machine))
+
+
+def load_machine(path: str | os.PathLike[str]) -> Machine:
+    """The machine of a file that `save_machine` or `python -m sparseflax machine` wrote, there or here.
+
+    It need not be one that this build knows: layers whose kernel it cannot count are planned dense, with the reason.
+
+    Args:
+      path: the file; one that a calibration stored is taken too.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or holds no machine as this version describes one.
+    """
+    remedy = "write it again where the network will run, by python -m sparseflax machine FILE of this version"
+    try:
+        content = json.loads(Path(path).read_text())
+        return from_dict(content.get("machine", content))
+    except FileNotFoundError:
+        raise
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no machine ({type(error).__name__}: {error}): {remedy}") from error
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
+        try:
+            temporary.write(json.dumps(content, indent=1))
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.replace(temporary.name, file)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise
 
 
 @functools.lru_cache

@@ -11,6 +11,7 @@ import numpy as np
 from sparseflax.conv.packing import DENSE_BLOCK, PackedKernel, channel_block, pack
 
 FLOAT32 = 4  # bytes
+LARGEST = 1 << 31  # size of anything: beyond it, products would not be numbers any more
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ConvShape:
       groups: feature groups; each sees ic / groups channels.
 
     Raises:
-      ValueError: a size below 1, groups that do not divide the channels, or a kernel larger than the padded image.
+      ValueError: a size below 1 or beyond 2^31, groups that do not divide the channels, or a kernel larger than the padded
+        image.
     """
 
     n: int
@@ -49,6 +51,11 @@ class ConvShape:
         small = {name: size for name, size in sizes.items() if size < 1}
         if small:
             raise ValueError(f"a convolution with {small}, wanted at least 1: is the batch or the image empty?")
+        sizes |= {"padding": max(map(abs, (*self.padding[0], *self.padding[1]))), "strides": max(self.strides),
+                  "kernel_dilation": max(self.kernel_dilation)}
+        large = {name: size for name, size in sizes.items() if size > LARGEST}
+        if large:
+            raise ValueError(f"a convolution with {str(large)[:200]}, wanted at most 2^31")
         if self.ic % self.groups or self.oc % self.groups:
             raise ValueError(f"groups={self.groups} has to divide both ic={self.ic} and oc={self.oc}")
         if min(self.oh, self.ow) < 1:

@@ -52,12 +52,13 @@ def export(model: Callable[[Any], Any], x: Any, *, any_batch: bool = False) -> b
         consts = [a if key is None else jax.random.wrap_key_data(a, impl=key) for a, key in zip(arrays, keys, strict=True)]
         return jax.tree.unflatten(structure, jaxpr_as_fun(jaxpr.replace(consts=consts))(*jax.tree.leaves(x)))
 
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(ffi.TARGET)]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(target) for target in ffi.TARGETS]
     exported = jax.export.export(jax.jit(run), platforms=["cpu"], disabled_checks=allowed)(arrays, arguments)
     weights = {f"weight {i}": array for i, array in enumerate(arrays)}
-    sparse = ffi.TARGET in exported.mlir_module()
+    text = exported.mlir_module()
     return seal("program", {PROGRAM: np.frombuffer(exported.serialize(), np.uint8), **weights},
-                {"target": ffi.TARGET if sparse else "", "kernels": json.dumps(ffi.kernels()), "jax": jax.__version__})
+                {"target": " ".join(target for target in ffi.TARGETS if target in text), "kernels": json.dumps(ffi.kernels()),
+                 "jax": jax.__version__})
 
 
 def load_program(data: bytes, *, other_kernels: bool = False) -> Callable[[Any], Any]:
@@ -83,9 +84,9 @@ def load_program(data: bytes, *, other_kernels: bool = False) -> Callable[[Any],
             raise ValueError("it has no program, or weights of other names")
     except ValueError as error:
         raise ValueError(f"this is no program that sparseflax.export returned: {error}") from error
-    if target and target != ffi.TARGET:
-        raise ValueError(f"the program was exported for the kernel {target!r}, this sparseflax has {ffi.TARGET!r}: export the "
-                         "model again with this version")
+    if not set(target.split()) <= set(ffi.TARGETS):
+        raise ValueError(f"the program was exported for the kernel {target!r}, this sparseflax has {' '.join(ffi.TARGETS)!r}: "
+                         "export the model again with this version")
     if target and not ffi.available:
         raise RuntimeError(f"the program needs the sparse kernel: {ffi.reason}")
     here = json.dumps(ffi.kernels())

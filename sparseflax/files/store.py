@@ -209,7 +209,7 @@ def _decode(kind: Any, value: Any) -> Any:
     if origin is typing.Literal and value in arguments:
         return value
     if kind in (float, typing.Any) and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return value if kind is typing.Any else float(value)
+        return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
     raise ValueError(f"{str(value)[:100]!r} in its plan is no {getattr(kind, '__name__', kind)}")

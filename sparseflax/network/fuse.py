@@ -1,48 +1,43 @@
-"""A traced function, rewritten for the CPU: epilogues move into the sparse convolutions, the rest into faster forms.
+"""A traced function, rewritten for the CPU: what follows a sparse convolution joins its program, the rest takes faster forms.
 
-The function's jaxpr is evaluated with a few equations replaced. A sparse convolution is not computed where it stands but
-waits, as a `_Waiting`, for what is done with its result: a bias, a residual or an activation joins it, anything else makes
-it run. So a residual is always there before its convolution, whatever the order in which the function computes them.
+The function's jaxpr is evaluated with its equations replaced: by steps that wait (region.py) until something else needs their
+results, and by what compiles better (rewrites.py).
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer, eval_jaxpr
+from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
 
-from sparseflax.conv.int8 import quantize_p
-from sparseflax.conv.int8_primitive import bind_int8, int8_conv_p
-from sparseflax.conv.packing import PackedKernel
-from sparseflax.conv.primitive import Activation, conv_p, sparse_conv
-from sparseflax.conv.window import Window
-from sparseflax.network.chunks import in_chunks
+from sparseflax.network.int8 import Rounding, joined, waits
+from sparseflax.network.region import Region, is_number
 from sparseflax.network.rewrites import REWRITES, joins
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-def fuse(f: Callable[..., T]) -> Callable[..., T]:
+def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
     """The function `f`, faster on the CPU once it is compiled: `jax.jit(fuse(f))`.
 
-    - `sparse_conv` followed by a bias, by a residual of its output's shape, or by relu, relu6, max(., 0) or clip(., 0, 6)
-      takes them into its epilogue, if nothing else uses what lies between, also through a reshape.
+    - `sparse_conv` and what follows it run as one native program, as far as it knows the steps: a bias, a residual of its
+      output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else uses what lies between;
+      depthwise convolutions, pooling, reductions over an image, concatenation, padding, slices and what is done element by
+      element follow it. A batch runs some images at a time, each of them through the whole program.
     - `sparse_conv` in eight bits takes relu and relu6, and the rounding to uint8 by another one that alone reads it: what lies
       between the two is uint8 then.
-    - Pooling runs along one dimension after the other, grouped convolutions group by group, depthwise ones as a sum of
-      shifted images, and powers of 1/4, 1/2 and 3/4 are square roots.
+    - Elsewhere pooling runs along one dimension after the other, grouped convolutions group by group, depthwise ones as a sum
+      of shifted images, and powers of 1/4, 1/2 and 3/4 are square roots.
 
     Outputs are those of `f` up to rounding; nan and inf propagate alike. Left alone: what is not float32, and what stands
     inside of scan, while, cond, shard_map or a jit with shardings or compiler options. Other calls (jit, remat, custom_jvp,
@@ -50,6 +45,7 @@ def fuse(f: Callable[..., T]) -> Callable[..., T]:
 
     Args:
       f: any function that `jax.jit` can trace. Arguments that hold no arrays (flags, strings) are static.
+      chunk: images that a thread takes through a program at a time.
 
     Returns:
       A function of the same arguments. It traces `f` on every call: call it under `jax.jit`.
@@ -71,12 +67,12 @@ def fuse(f: Callable[..., T]) -> Callable[..., T]:
 
         arrays = [leaves[i] for i in traced]
         closed, shapes = jax.make_jaxpr(call, return_shape=True)(arrays)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _run(closed.jaxpr, closed.consts, arrays))
+        return jax.tree.unflatten(jax.tree.structure(shapes), _run(closed.jaxpr, closed.consts, arrays, chunk))
 
     return fused
 
 
-def fuse_call(model: Model, chunk: int | None = None) -> Model:
+def fuse_call(model: Model, chunk: int = 1) -> Model:
     """Makes calls of an nnx module fused: the same object, now of a subclass of its class with a `__call__` of its own.
 
     It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
@@ -84,7 +80,7 @@ def fuse_call(model: Model, chunk: int | None = None) -> Model:
 
     Args:
       model: what to change.
-      chunk: images that a call runs at a time, where they do not meet; None runs all at once.
+      chunk: images that a thread takes through a program at a time.
 
     Returns:
       `model`.
@@ -98,7 +94,7 @@ class _FusedType(type(nnx.Module)):
 
 
 @functools.lru_cache
-def _fused(model_type: Any, chunk: int | None) -> type:
+def _fused(model_type: Any, chunk: int) -> type:
     if getattr(model_type, "_is_fused", False):
         return model_type
 
@@ -115,12 +111,7 @@ def _fused(model_type: Any, chunk: int | None) -> type:
                 after = nnx.to_flat_state(nnx.state(model))
                 return y, nnx.from_flat_state([(path, leaf) for path, leaf in after if not _same(before.get(path), leaf)])
 
-            def run(state, batch):
-                return fuse(call)(state, *batch)
-
-            batch = args, kwargs
-            done = in_chunks(lambda state, batch: call(state, *batch), run, chunk, state, batch) if chunk else None
-            y, written = run(state, batch) if done is None else done
+            y, written = fuse(call, chunk)(state, args, kwargs)
             if written:
                 nnx.update(self, written)
             return y
@@ -135,7 +126,7 @@ def _fused(model_type: Any, chunk: int | None) -> type:
     return Fused
 
 
-def _remake(chunk: int | None, make: Callable[..., Any], args: Sequence[Any]) -> Any:
+def _remake(chunk: int, make: Callable[..., Any], args: Sequence[Any]) -> Any:
     """A fused module, unpickled or copied."""
     return fuse_call(make(*args), chunk)
 
@@ -148,55 +139,13 @@ def _same(before: list[Any] | None, leaf: Any) -> bool:
     return before is not None and list(map(id, before)) == list(map(id, jax.tree.leaves(leaf)))
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A sparse convolution that is not computed yet: act(conv(x) + bias + residual), reshaped."""
-
-    number: int  # counts up along the trace
-    x: Any
-    packed: PackedKernel
-    bias: Any
-    residual: Any
-    window: Window
-    activation: Activation
-    kernel: str | None
-    output: tuple[int, ...]  # (n, oh, ow, oc)
-    shape: tuple[int, ...]  # the same values, row-major
-
-    def compute(self) -> jax.Array:
-        strides, padding, dilation = self.window
-        y = sparse_conv(self.x, self.packed, self.bias, strides=strides, padding=padding, kernel_dilation=dilation,
-                        feature_group_count=self.packed.groups, activation=self.activation, residual=self.residual,
-                        kernel=self.kernel)
-        return y.reshape(self.shape)
-
-
-@dataclass(frozen=True)
-class _WaitingInt8:
-    """A convolution in eight bits that is not computed yet, with float32 outputs."""
-
-    operands: Sequence[Any]
-    params: dict[str, Any]
-
-    def compute(self) -> jax.Array:
-        return bind_int8(*self.operands, **self.params)
-
-    def clamped(self, low: float, high: float) -> _WaitingInt8:
-        rescale = self.params["rescale"]
-        bounds = rescale._replace(low=max(rescale.low, low), high=min(rescale.high, high))
-        return replace(self, params=self.params | {"rescale": bounds})
-
-    def quantized(self, output: Any) -> jax.Array:
-        x, words, sums, scale, *rest = self.operands
-        scale = scale * np.float32(1 / output.scale)
-        return bind_int8(x, words, sums, scale, *rest, **self.params | {"rescale": self.params["rescale"].quantized(output)})
-
-
-def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> Sequence[Any]:
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], chunk: int) -> Sequence[Any]:
     """The rewritten jaxpr's outputs, with the derivatives of the original."""
 
     def rewritten(consts, arguments):
-        return [jnp.asarray(_now(value)) for value in _evaluate(jaxpr, [*consts, *arguments], _Trace())]
+        trace = _Trace(chunk)
+        values = _evaluate(jaxpr, [*consts, *arguments], trace)
+        return [jnp.asarray(value) for value in trace.now(values)]
 
     def original(consts, arguments):
         return eval_jaxpr(jaxpr, consts, *arguments)
@@ -212,12 +161,18 @@ class _Trace:
     """What is known across the jaxprs of one function.
 
     Attributes:
-      numbers: counts the convolutions that wait.
+      region: the steps that wait.
+      frames: values that will be read, of each jaxpr that is being evaluated.
       chained: by id, values of dense convolutions and of what was done to them element by element: XLA computes these as one.
     """
 
-    def __init__(self):
-        self.numbers, self.chained = itertools.count(), dict[int, Any]()
+    def __init__(self, chunk: int):
+        self.region, self.frames, self.chained = Region(chunk), list[dict[Any, Any]](), dict[int, Any]()
+
+    def now(self, values: Sequence[Any]) -> list[Any]:
+        """Values as arrays; what else waits is computed with them."""
+        waiting = [*values, *(value for frame in self.frames for value in frame.values())]
+        return [value.compute() if isinstance(value, Rounding) else self.region.now(value, waiting) for value in values]
 
     def chain(self, equation: Any, operands: Sequence[Any], results: Sequence[Any]) -> None:
         if equation.primitive is primitives.conv_general_dilated_p or (
@@ -229,22 +184,23 @@ class _Trace:
 
 
 def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
-    """The outputs of a jaxpr, arrays or convolutions that wait.
+    """The outputs of a jaxpr: arrays, or steps that wait.
 
     Args:
       jaxpr: an open one.
-      values: of its constvars and invars; a convolution may wait here, too.
+      values: of its constvars and invars; a step may wait here, too.
       trace: what is known so far.
     """
     atoms = (atom for atoms in (*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars) for atom in atoms)
     unread = Counter(atom for atom in atoms if not isinstance(atom, Literal))
     known: dict[Any, Any] = {}
+    trace.frames.append(known)
 
     def write(variable, value):
-        if unread[variable] == 1:
-            known[variable] = value
-        elif unread[variable]:  # several consumers: the value is needed as it is
-            known[variable] = _now(value)
+        if unread[variable]:
+            several = isinstance(value, Rounding) and unread[variable] > 1  # which is needed as it is
+            known[variable] = value.compute() if several else value
+            trace.region.will_be_read(value, unread[variable])
 
     def read(atom):
         if isinstance(atom, Literal):
@@ -259,21 +215,26 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
         inner = _inlined(equation)
         if inner is not None:
             results = _evaluate(inner.jaxpr, [*inner.consts, *operands], trace)
-        elif equation.primitive is conv_p:
-            results = [_wait(next(trace.numbers), equation, [_now(operand) for operand in operands])]
-        elif equation.primitive is int8_conv_p and equation.params["rescale"].to_float:
-            results = [_WaitingInt8([_now(operand) for operand in operands], equation.params)]
+        elif waits(equation):
+            results = [Rounding(trace.now(operands), equation.params)]
         else:
-            result = EPILOGUES[equation.primitive](equation, *operands) if equation.primitive in EPILOGUES else None
+            result = _number(equation, operands)
+            if any(isinstance(operand, Rounding) for operand in operands):
+                result = joined(equation, operands)
+                operands = operands if result is not None else [
+                    operand.compute() if isinstance(operand, Rounding) else operand for operand in operands]
+            result = trace.region.step(equation, operands) if result is None else result
             if result is None:
-                operands = [_now(operand) for operand in operands]
+                operands = trace.now(operands)
                 if equation.primitive in REWRITES and not (trace.is_chained(operands[0]) and joins(equation)):
                     result = REWRITES[equation.primitive](equation, *operands)
             results = _bind(jaxpr, equation, operands) if result is None else [result]
             trace.chain(equation, operands, results)
         for variable, value in zip(equation.outvars, results, strict=True):
             write(variable, value)
-    return [read(atom) for atom in jaxpr.outvars]
+    outputs = [read(atom) for atom in jaxpr.outvars]
+    trace.frames.pop()
+    return outputs
 
 
 def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
@@ -298,82 +259,17 @@ def _inlined(equation: Any) -> Any:
     return None
 
 
-def _wait(number: int, equation: Any, operands: Sequence[Any]) -> _Waiting:
-    params, (x, values, *rest) = equation.params, operands
-    bias = rest.pop(0) if params["has_bias"] else None
-    residual = rest.pop() if params["has_residual"] else None
-    shape = equation.outvars[0].aval.shape
-    return _Waiting(number, x, PackedKernel(values, params["pattern"]), bias, residual, params["window"],
-                    params["activation"], params["kernel"], shape, shape)
-
-
-def _now(value: Any) -> Any:
-    return value.compute() if isinstance(value, _Waiting | _WaitingInt8) else value
-
-
-def _add(_, a: Any, b: Any) -> _Waiting | None:
-    """Of two convolutions that wait the later takes the sum of the earlier."""
-    waiting = [(conv, other) for conv, other in ((a, b), (b, a)) if isinstance(conv, _Waiting) and conv.activation is None]
-    for conv, other in sorted(waiting, key=lambda pair: -pair[0].number):
-        channels = conv.output[-1]
-        if conv.residual is None and np.shape(other) == conv.shape:
-            return replace(conv, residual=_now(other).reshape(conv.output))
-        per_channel = np.shape(other) == (*(1 for _ in conv.shape[1:]), channels) and conv.shape[-1] == channels
-        if conv.bias is None and per_channel:
-            return replace(conv, bias=_now(other).reshape(channels))
-    return None
-
-
-def _max(_, a: Any, b: Any) -> _Waiting | _WaitingInt8 | None:
-    for conv, bound in ((a, b), (b, a)):
-        if isinstance(conv, _WaitingInt8) and _is_number(bound) and bound == 0:
-            return conv.clamped(0.0, np.inf)
-        if isinstance(conv, _Waiting) and conv.activation is None and _is_number(bound) and bound == 0:
-            return replace(conv, activation="relu")
-    return None
-
-
-def _min(_, a: Any, b: Any) -> _Waiting | _WaitingInt8 | None:
-    for conv, bound in ((a, b), (b, a)):
-        if isinstance(conv, _WaitingInt8) and conv.params["rescale"].low == 0 and _is_number(bound) and bound == 6:
-            return conv.clamped(0.0, 6.0)
-        if isinstance(conv, _Waiting) and conv.activation == "relu" and _is_number(bound) and bound == 6:
-            return replace(conv, activation="relu6")
-    return None
-
-
-def _clamp(_, low: Any, x: Any, high: Any) -> _Waiting | _WaitingInt8 | None:
-    if isinstance(x, _WaitingInt8) and _is_number(low) and low == 0 and _is_number(high) and high == 6:
-        return x.clamped(0.0, 6.0)
-    if isinstance(x, _Waiting) and x.activation is None and _is_number(low) and low == 0 and _is_number(high) and high == 6:
-        return replace(x, activation="relu6")
-    return None
-
-
-def _quantize(equation: Any, x: Any) -> jax.Array | None:
-    return x.quantized(equation.params["quantization"]) if isinstance(x, _WaitingInt8) else None
-
-
-def _reshape(equation: Any, x: Any, *sizes: Any) -> _Waiting | None:
-    params = equation.params
-    if not isinstance(x, _Waiting) or sizes or params["dimensions"] is not None or params["sharding"] is not None:
+def _number(equation: Any, operands: Sequence[Any]) -> Any:
+    """What is made of numbers alone, known now: a bound of a clip, a factor."""
+    if len(equation.outvars) != 1 or equation.effects or not operands or not all(map(is_number, operands)):
         return None
-    return replace(x, shape=params["new_sizes"])
-
-
-def _convert(equation: Any, x: Any) -> Any:
-    """Numbers stay numbers, so that the bounds of a clip are known."""
-    strong_float32 = equation.params["new_dtype"] == jnp.float32 and not equation.params["weak_type"]
-    return np.float32(x) if _is_number(x) and strong_float32 else None
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, _Waiting | _WaitingInt8 | Tracer) and np.ndim(value) == 0
+    aval = equation.outvars[0].aval
+    if aval.shape != () or aval.dtype != jnp.float32:
+        return None
+    with jax.ensure_compile_time_eval():
+        value = equation.primitive.bind(*operands, **equation.params)
+    return float(value) if aval.weak_type else np.float32(value)
 
 
 # What XLA adds to a dense convolution.
 ELEMENTWISE = {primitives.add_p, primitives.sub_p, primitives.mul_p, primitives.max_p, primitives.min_p, primitives.clamp_p}
-# What can join a convolution that waits.
-EPILOGUES: dict[Any, Callable[..., Any]] = {
-    primitives.add_p: _add, primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
-    primitives.reshape_p: _reshape, primitives.convert_element_type_p: _convert, quantize_p: _quantize}

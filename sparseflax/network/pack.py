@@ -33,11 +33,11 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         (Linen module, its variables).
       plan: from `plan(model, x)`; None makes one, for `x` and this machine.
       x: the input that it will run on, here: a plan for another input or machine is refused then. A Linen model needs one,
-        as its layers are there only during a call.
+        as its layers are there only during a call, and may be packed for another machine all the same.
       fuse: whether calls of the result run through `sparseflax.fuse`, so that activations and residuals join the sparse
         layers, and what else XLA compiles badly for the CPU takes faster forms.
-      chunk: images that a fused call runs at a time, where the model keeps them apart: a batch then goes through all layers in
-        parts that stay in the caches. None takes the plan's; one as large as the batch runs all at once.
+      chunk: images that a thread takes through a fused call's program at a time: what lies between its layers then stays in the
+        caches. None takes the plan's.
       **call: further keyword arguments of the call, e.g. `train=False`, for a Linen model or where `plan` is None.
 
     Returns:
@@ -63,7 +63,7 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
     if plan is None:
         plan = make_plan(model, x, **call)
     away, here = elsewhere(plan.machine), None if x is None else describe(x)
-    if here and (away or plan.inputs != here):
+    if here and (away and linen is None or plan.inputs != here):
         wrong = [f"for the input {plan.inputs}, this is {here}"] if plan.inputs != here else []
         raise ValueError(f"the plan was made {'; '.join([*wrong, *filter(None, [away])])}: call sparseflax.plan(model, x) "
                          "again, or pass plan=None, which does")

@@ -26,9 +26,9 @@ from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.ranges import Rounded, round_layers
 from sparseflax.network.survey import Layer, join, survey
 
-# The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
+# The predicted gain from which a layer goes sparse unmeasured, if none else does: the model is about that far off.
 MARGIN = 1.1
-CHUNKS = 1, 2, 4, 8, 16  # images for each thread that a packed network may run at a time: layers of fewer share badly
+CHUNKS = 1, 2, 4, 8, 16  # images that a thread may take through a packed network at a time
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Plan:
 
     @functools.cached_property
     def chunk(self) -> int:
-        """Images that a packed network runs at a time: those for which its layers take the least time for each."""
+        """Images that a thread takes through a packed network at a time: those for which each takes the least time."""
         rows = [(row, row.shape) for row in self.layers if row.shape is not None]
         batch = self._batch
 
@@ -110,11 +110,10 @@ class Plan:
                     total += float(predict(Work.stack([shape for _, shape in some], self.machine), density).sum())
             return total / images
 
-        choices = [images * self.machine.threads for images in CHUNKS]
         try:
-            return min(choices, key=seconds)
+            return min(CHUNKS, key=lambda images: seconds(images * self.machine.threads))
         except ValueError:  # the counts of another architecture's kernel are not known here
-            return choices[-1]
+            return CHUNKS[0]
 
     @property
     def _batch(self) -> int:
@@ -154,7 +153,7 @@ class Plan:
             return f"{word} {ms(dense)} ms dense, {ms(planned)} ms as planned ({gain:.3g}x)"
 
         if self._batch > self.machine.threads and self.chunk < self._batch:
-            lines.append(f"a batch runs {self.chunk} image{'s' * (self.chunk > 1)} at a time, where the model keeps them apart")
+            lines.append(f"each thread takes {self.chunk} image{'s' * (self.chunk > 1)} at a time through the network")
         lines.append(f"{total('predicted', self.dense_seconds, self.seconds)} on {self.machine}")
         if timed:
             lines.append(total(f"measured in {len(timed)} layers", sum(row.dense_measured or 0 for row in timed), sum(
@@ -166,8 +165,9 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
          seconds: float = 0.25, precision: Literal["float32", "int8"] = "float32", examples: Any = None, **call: Any) -> Plan:
     """Chooses dense or sparse for every layer of a pruned model: sparse where that takes less time.
 
-    The cost model decides, if it predicts a gain of MARGIN in a layer that was pruned at all; or a measurement of both, on
-    this machine with the layer's own weights. The model is taken as at inference (`model.eval()`), and traced, not run.
+    The cost model decides: if it predicts a gain of MARGIN in a layer that was pruned at all, that layer and all convolutions
+    that the sparse kernel runs no slower than XLA run there, as one program; or a measurement of both, on this machine with
+    the layer's own weights. The model is taken as at inference (`model.eval()`), and traced, not run.
 
     Args:
       model: an nnx module, or a pair (Linen module, its variables); pruned weights are zeros.
@@ -198,6 +198,8 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     native = machine is not None or ffi.available
     machine = machine or detect_machine()
     rows = [_choose(layer, machine, native) for layer in layers.values()]
+    if any(row.choice == "sparse" for row in rows):  # what stays with XLA would cut their program
+        rows = [_choose(layer, machine, native, joining=layer.convolution) for layer in layers.values()]
     if measure and ffi.available:
         open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows if row.shape and row.sparse_seconds
                      and layers[row.path].refusal is None and not isinstance(layers[row.path].kernel, PackedKernel)}
@@ -223,7 +225,8 @@ def elsewhere(machine: Machine) -> str | None:
     return None if there == here else f"for {name(*there)}, this is {name(*here)}"
 
 
-def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
+def _choose(layer: Layer, machine: Machine, native: bool, joining: bool = False) -> LayerPlan:
+    """The row of a layer. Where it would be joining others in the sparse kernel, it need not gain much, nor be pruned."""
     kernel, shape = layer.kernel, layer.shape
     packed = isinstance(kernel, PackedKernel)
     density = kernel.density if packed else np.count_nonzero(kernel) / max(1, kernel.size)
@@ -248,12 +251,15 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
         reason = f"the native kernel is not available: {ffi.reason}"
     elif sparse >= dense:
         reason = f"denser than the break-even {float(useful_range(shape, machine).upper):.2f}"
-    elif density == 1:
+    elif density == 1 and not joining:
         reason = f"not pruned, and not measured: predicted {dense / sparse:.3g}x"
-    elif dense < MARGIN * sparse:
+    elif dense < MARGIN * sparse and not joining:
         reason = f"predicted {dense / sparse:.3g}x, less than the margin of {MARGIN:g}x"
     else:
-        choice, reason = "sparse", f"predicted {dense / sparse:.3g}x"
+        choice = "sparse"
+        reason = f"predicted {dense / sparse:.3g}x"
+        if dense < MARGIN * sparse or density == 1:
+            reason += ", in one program with the others"
     return LayerPlan(layer.path, layer.kind, tuple(kernel.shape), shape, density, choice,
                      machine.isa if choice == "sparse" else "xla", dense, sparse, layer.norm, reason)
 

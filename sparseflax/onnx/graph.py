@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+Shape = tuple[int | None, ...]
+
 
 class Node(NamedTuple):
-    """One operator. `name` is unique in the graph and can be an attribute's; `domain` is "" for ONNX's own operators."""
+    """One operator. `name` is unique in the graph and can be an attribute's; `domain` is "" for ONNX's own operators; an input
+    or output that is left out is ""."""
 
     op: str
     domain: str
@@ -25,17 +28,32 @@ class Graph(NamedTuple):
     """What a file holds.
 
     Attributes:
-      input: name of what is not constant.
+      inputs: names of what is not constant.
+      types: of the inputs, ONNX's number of it.
       outputs: their names.
-      nodes: each after those whose outputs it takes; without Constant and Identity, and without Dropout, at inference.
-      constants: by name, initializers, Constant nodes and sizes that the graph computes.
+      nodes: each after those whose outputs it takes; without Constant.
+      constants: by name, initializers and Constant nodes; floating point as float32.
       shapes: of the tensors as far as the file or onnx tell, ONNX's own NCHW order; None for an open size.
       opset: version of ONNX's operators.
     """
 
-    input: str
+    inputs: tuple[str, ...]
+    types: dict[str, int]
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     constants: dict[str, np.ndarray]
-    shapes: dict[str, tuple[int | None, ...]]
+    shapes: dict[str, Shape]
     opset: int
+
+    def users(self, name: str) -> list[Node]:
+        return [node for node in self.nodes if name in node.inputs]
+
+    def channels_last(self, name: str) -> bool:
+        """Whether an input of rank 4 is NHWC in the file already: all that takes it makes it NCHW."""
+        users = self.users(name)
+        return bool(users) and all(user.op == "Transpose" and user.attributes.get("perm") == [0, 3, 1, 2] for user in users)
+
+    def image(self, name: str) -> bool:
+        """Whether an output of rank 4 is NCHW in the file: no node makes it NHWC."""
+        return not any(name in node.outputs and node.op == "Transpose" and node.attributes.get("perm") == [0, 2, 3, 1]
+                       for node in self.nodes)

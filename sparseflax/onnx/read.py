@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparseflax.onnx.graph import Graph, Node
-from sparseflax.onnx.sizes import fold_sizes
+from sparseflax.onnx.graph import Graph, Node, Shape
+from sparseflax.onnx.value import bounded
 
 # What an attribute of a type is in Python, and whether it is a list of that.
 _ATTRIBUTES = {"INT": (int, False), "FLOAT": (float, False), "STRING": (str, False), "INTS": (int, True),
                "FLOATS": (float, True)}
-OLDEST = 7  # operator set: before it, broadcasting and batch norm were other operators
+OLDEST = 6  # operator set: before it, attributes were other ones
 
 
 def read(path: str | PathLike[str]) -> Graph:
@@ -46,21 +46,19 @@ def read(path: str | PathLike[str]) -> Graph:
     opset = versions.get("", versions.get("ai.onnx", 0))
     if opset < OLDEST:
         raise ValueError(f"{path} uses operator set {opset}, wanted {OLDEST} or later: convert it by onnx.version_converter")
-    alias: dict[str, str] = {}
     try:
         constants = _initializers(onnx, model.graph)
-        nodes = list(_nodes(onnx, model.graph, constants, alias))
-    except (ArithmeticError, IndexError, KeyError, MemoryError, TypeError, ValueError) as error:  # onnx's own, as it decodes
+        nodes: Sequence[Node] = list(_nodes(onnx, model.graph, constants))
+    except Exception as error:  # onnx's own, whatever they are, as it decodes
         raise ValueError(f"{path} holds a weight or an attribute that cannot be decoded ({error}): it was damaged, export it "
                          "again") from error
-    nodes = [node._replace(inputs=tuple(_follow(alias, name) for name in node.inputs)) for node in nodes]
-    inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
-    if len(inputs) != 1:
-        raise ValueError(f"{path} takes {inputs or 'nothing'}, wanted one input besides the weights")
-    outputs = tuple(_follow(alias, entry.name) for entry in model.graph.output)
-    shapes = _shapes(onnx, model)
-    nodes = fold_sizes(_ordered(nodes, {*inputs, *constants}, outputs), shapes, constants)
-    return Graph(inputs[0], outputs, nodes, constants, shapes, opset)
+    inputs = tuple(entry.name for entry in model.graph.input if entry.name not in constants)
+    outputs = tuple(entry.name for entry in model.graph.output)
+    if not inputs:
+        raise ValueError(f"{path} takes nothing, wanted an input besides the weights")
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
+    nodes = _ordered(nodes, {*inputs, *constants}, outputs)
+    return Graph(inputs, types, outputs, nodes, constants, _shapes(onnx, model), opset)
 
 
 def malformed(node: Node, opset: int) -> str | None:
@@ -95,14 +93,20 @@ def _package() -> Any:
 
 
 def _initializers(onnx: Any, graph: Any) -> dict[str, np.ndarray]:
-    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {tensor.name: _array(onnx, tensor) for tensor in graph.initializer}
     return found | {tensor.values.name: _dense(onnx, tensor) for tensor in graph.sparse_initializer}
+
+
+def _array(onnx: Any, tensor: Any) -> np.ndarray:
+    """A TensorProto; floating point of 16 bits or more as float32."""
+    array = onnx.numpy_helper.to_array(tensor)
+    return array.astype(np.float32, copy=False) if array.dtype.name in ("float16", "bfloat16", "float64") else array
 
 
 def _dense(onnx: Any, tensor: Any) -> np.ndarray:
     """A SparseTensorProto, its indices (nnz,) into the flattened tensor or (nnz, rank)."""
-    values, indices = onnx.numpy_helper.to_array(tensor.values), onnx.numpy_helper.to_array(tensor.indices)
-    dense = np.zeros(tuple(tensor.dims), values.dtype)
+    values, indices = _array(onnx, tensor.values), _array(onnx, tensor.indices)
+    dense = np.zeros(bounded(tuple(tensor.dims)), values.dtype)
     if indices.ndim == 2:
         indices = np.ravel_multi_index(tuple(indices.T), dense.shape)  # ValueError beyond the shape
     if indices.size and not 0 <= indices.min() <= indices.max() < dense.size:
@@ -111,32 +115,45 @@ def _dense(onnx: Any, tensor: Any) -> np.ndarray:
     return dense
 
 
-def _nodes(onnx: Any, graph: Any, constants: dict[str, np.ndarray], alias: dict[str, str]) -> Iterable[Node]:
-    """The nodes that compute; notes what the others stand for in `constants` and `alias`."""
+def _nodes(onnx: Any, graph: Any, constants: dict[str, np.ndarray]) -> Iterable[Node]:
+    """The nodes that compute; notes Constant nodes in `constants`."""
     taken: set[str] = set()
     for index, proto in enumerate(graph.node):
-        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in proto.attribute}
-        attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
+        attributes = {entry.name: _attribute(onnx, entry) for entry in proto.attribute}
         name = (proto.name or next(iter(proto.output), "")).strip("/").replace("/", ".") or f"{proto.op_type}_{index}"
         name = name if name not in taken else f"{name}_{index}"
         taken.add(name)
-        node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, tuple(proto.input),
-                    tuple(name for name in proto.output if name), attributes)
-        if (node.domain, node.op, len(node.outputs)) == ("", "Constant", 1) and (value := _value(onnx, attributes)) is not None:
-            constants[node.outputs[0]] = value
-        elif node.domain == "" and node.op in ("Identity", "Dropout") and len(proto.output) == 1 and len(node.inputs) < 3:
-            alias[proto.output[0]] = next(iter(node.inputs), "")  # a third input of Dropout may ask for training
-        else:
+        node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, _names(proto.input),
+                    _names(proto.output), attributes)
+        if (node.domain, node.op, len(node.outputs)) != ("", "Constant", 1):
             yield node
+            continue
+        if (value := _value(attributes)) is None:
+            raise ValueError(f"{node} holds no numbers")
+        constants[node.outputs[0]] = value
 
 
-def _value(onnx: Any, attributes: dict[str, Any]) -> np.ndarray | None:
+def _names(names: Sequence[str]) -> tuple[str, ...]:
+    """Without those left out at the end."""
+    length = max((i + 1 for i, name in enumerate(names) if name), default=0)
+    return tuple(names[:length])
+
+
+def _attribute(onnx: Any, entry: Any) -> Any:
+    value = onnx.helper.get_attribute_value(entry)
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [item.decode() if isinstance(item, bytes) else item for item in value]
+    kinds = {onnx.TensorProto: _array, onnx.SparseTensorProto: _dense}
+    return kinds[type(value)](onnx, value) if type(value) in kinds else value
+
+
+def _value(attributes: dict[str, Any]) -> np.ndarray | None:
     """Of a Constant node; None for strings."""
     for name, value in attributes.items():
-        if name == "value":
-            return onnx.numpy_helper.to_array(value)
-        if name == "sparse_value":
-            return _dense(onnx, value)
+        if name in ("value", "sparse_value"):
+            return value
         if name in ("value_float", "value_floats"):
             return np.asarray(value, np.float32)
         if name in ("value_int", "value_ints"):
@@ -144,19 +161,9 @@ def _value(onnx: Any, attributes: dict[str, Any]) -> np.ndarray | None:
     return None
 
 
-def _follow(alias: dict[str, str], name: str) -> str:
-    seen = {name}
-    while name in alias:
-        name = alias[name]
-        if name in seen:
-            raise ValueError(f"the graph has a cycle through {name!r}: it was damaged, export it again")
-        seen.add(name)
-    return name
-
-
-def _ordered(nodes: list[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+def _ordered(nodes: Sequence[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
     """The nodes, each after those that it needs."""
-    maker = {output: node.name for node in nodes for output in node.outputs}
+    maker = {output: node.name for node in nodes for output in node.outputs if output}
     missing = {name: str(node) for node in nodes for name in node.inputs if name and name not in maker and name not in known}
     missing |= {name: "the graph's output" for name in outputs if name not in maker and name not in known}
     if missing:
@@ -171,7 +178,7 @@ def _ordered(nodes: list[Node], known: set[str], outputs: tuple[str, ...]) -> tu
                          "again") from None
 
 
-def _shapes(onnx: Any, model: Any) -> dict[str, tuple[int | None, ...]]:
+def _shapes(onnx: Any, model: Any) -> dict[str, Shape]:
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except Exception:  # it gives up on operators that it does not know: these are refused later, all at once

@@ -20,6 +20,7 @@ little for the damage, but it was asked for.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -141,8 +142,7 @@ def guided(
     else:
         density, given_back = _least_damage(curves, dense, bearable, inputs, pruned, goal - whole.other(goal))
         dense_because |= given_back
-    at = jnp.asarray(density, jnp.float32)
-    sparse, slope = jax.jvp(lambda d: conv_seconds(work, d, machine), (at,), (jnp.ones_like(at),))
+    sparse, slope = (values[0] for values in _seconds_and_slope(work, jnp.asarray(density[None], jnp.float32), machine))
     times = np.where(density < 1, scale * np.asarray(sparse, float), dense)
     layers = {
         name: LayerGuide(
@@ -210,10 +210,16 @@ def _curves(work: Work, inputs: np.ndarray, machine: Machine, scale: float, floo
     """What each layer can choose from, (layers, 3, GRID): log density from floor to top (layers,), seconds, worth."""
     log_density = np.linspace(np.log(floor), np.log(top), GRID)
     density = jnp.asarray(np.exp(log_density), jnp.float32)
-    seconds, slope = jax.jvp(jax.vmap(lambda d: conv_seconds(work, d, machine)), (density,), (jnp.ones_like(density),))
+    seconds, slope = _seconds_and_slope(work, density, machine)
     worth = scale * np.asarray(slope, float) * np.asarray(density, float) ** 2 * inputs
     # Where the time is not convex, the densities between are never the best: skip them.
     return np.stack([log_density, scale * np.asarray(seconds, float), np.maximum.accumulate(worth)]).transpose(2, 0, 1)
+
+
+@functools.partial(jax.jit, static_argnames="machine")
+def _seconds_and_slope(work: Work, density: jax.Array, machine: Machine) -> tuple[jax.Array, jax.Array]:
+    """conv_seconds of each layer and its derivative at densities (number, layers)."""
+    return jax.jvp(jax.vmap(lambda d: conv_seconds(work, d, machine)), (density,), (jnp.ones_like(density),))
 
 
 def _settle(price: float, curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,9 @@ densities come from a guide. X is what the layer saw in the network before pruni
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -32,8 +34,11 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 from scipy import linalg
+from threadpoolctl import threadpool_limits
 
+from sparseflax.cost.cpu import client_threads
 from sparseflax.prune.guide import Guidance
+from sparseflax.prune.watch import watched
 
 Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 CHUNK = 16  # images whose im2col is held at a time
@@ -75,14 +80,11 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
         return _linen(*model, batches, guide, rounds, damping, block, call)  # type: ignore[return-value]
     copy: Any = nnx.clone(model)
     copy.eval()
+    found = hessians(copy, guide.densities, batches)
     layers: dict[str, Any] = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(copy)}
-    wanted = guide.densities
-    if wrong := sorted(name for name in wanted if not isinstance(layers.get(name), (nnx.Conv, nnx.Linear))):
-        raise ValueError(f"no nnx.Conv or nnx.Linear in the model at {wrong}, wanted the paths of the guide's layers")
-    hessians = _hessians(copy, {name: layers[name] for name in wanted}, batches)
-    for name, density in wanted.items():
+    for name, density in guide.densities.items():
         kernel = layers[name].kernel
-        kernel[...] = _pruned(kernel[...], hessians[name], density, rounds, damping, block)
+        kernel[...] = prune_kernel(kernel[...], found[name], density, rounds, damping, block)
     return copy
 
 
@@ -108,12 +110,13 @@ def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Gui
                          "is there no batch, or does the model not call them?")
     for name, density in wanted.items():
         key = f"params/{name}/kernel"
-        leaves[key] = _pruned(leaves[key], found[name], density, rounds, damping, block)
+        leaves[key] = prune_kernel(leaves[key], found[name], density, rounds, damping, block)
     return module, unflatten_dict(leaves, sep="/")
 
 
-def _pruned(kernel: Any, hessian: np.ndarray, density: float, rounds: int, damping: float, block: int) -> jax.Array:
-    """A kernel (..., ic / groups, oc) at a density; hessian (groups, m, m)."""
+def prune_kernel(kernel: Any, hessian: np.ndarray, density: float, rounds: int = 4, damping: float = 0.01,
+                 block: int = 1) -> jax.Array:
+    """A kernel (..., ic / groups, oc) with round(density * n) of its weights, hessian (groups, m, m); as `obs` does."""
     dense, groups = np.asarray(kernel, np.float64), len(hessian)
     rows = dense.reshape(-1, groups, dense.shape[-1] // groups).transpose(1, 2, 0)  # (groups, outputs, m)
     tap, channel = np.divmod(np.arange(rows.shape[-1]), dense.shape[-2])
@@ -136,25 +139,32 @@ def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, dampi
     damped = hessians + (damping * np.where(diagonal > 0, diagonal, 1.0))[:, None, None] * np.eye(m)
     costs = np.stack([_inverse_diagonal(_factor(h)) for h in damped])[:, None]  # one for all outputs, before any is pruned
     weights, score = rows, rows**2 / costs
-    for part in range(1, rounds + 1):
-        count = kept if part == rounds else round(rows.size * (kept / rows.size) ** (part / rounds))
-        first = np.flatnonzero(np.diff(unit, prepend=-1))
-        together = np.add.reduceat(score, first, axis=-1)
-        order = np.argsort(-together, axis=None, kind="stable")
-        sizes = np.broadcast_to(np.bincount(unit), together.shape).ravel()[order].cumsum()
-        chosen = np.zeros(together.size, bool)
-        chosen[order[:np.abs(np.concatenate([[0], sizes]) - count).argmin()]] = True
-        mask = chosen.reshape(together.shape)[..., unit]
-        weights, score = np.zeros_like(rows), np.full(rows.shape, -1.0)
-        for g, o in np.ndindex(rows.shape[:2]):
-            keep = mask[g, o]
-            if not keep.any():
-                continue
-            factor = _factor(damped[g][np.ix_(keep, keep)])
-            weights[g, o, keep] = linalg.cho_solve((factor, True), damped[g][keep] @ rows[g, o])
-            if part < rounds:
-                score[g, o, keep] = weights[g, o, keep] ** 2 / _inverse_diagonal(factor)
+    first = np.flatnonzero(np.diff(unit, prepend=-1))  # of each unit: what is pruned together
+    # Thousands of small factors: a thread for each, and not all threads for one after the other.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(client_threads()) as pool:
+        for part in range(1, rounds + 1):
+            count = kept if part == rounds else round(rows.size * (kept / rows.size) ** (part / rounds))
+            together = np.add.reduceat(score, first, axis=-1)
+            order = np.argsort(-together, axis=None, kind="stable")
+            sizes = np.broadcast_to(np.bincount(unit), together.shape).ravel()[order].cumsum()
+            chosen = np.zeros(together.size, bool)
+            chosen[order[:np.abs(np.concatenate([[0], sizes]) - count).argmin()]] = True
+            mask, every = chosen.reshape(together.shape)[..., unit], list(np.ndindex(rows.shape[:2]))
+            solved = pool.map(_solve, map(rows.__getitem__, every), map(mask.__getitem__, every),
+                              (damped[group] for group, _ in every), itertools.repeat(part == rounds))
+            weights, score = (np.reshape(part, rows.shape) for part in zip(*solved, strict=True))
     return weights
+
+
+def _solve(row: np.ndarray, keep: np.ndarray, hessian: np.ndarray, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (m,) of an output that do best with those to keep, and unless it is the last time what losing each costs."""
+    weights, score = np.zeros_like(row), np.full(len(row), -1.0)
+    if keep.any():
+        factor = _factor(hessian[np.ix_(keep, keep)])
+        weights[keep] = linalg.cho_solve((factor, True), hessian[keep] @ row)
+        if not last:
+            score[keep] = weights[keep] ** 2 / _inverse_diagonal(factor)
+    return weights, score
 
 
 def _factor(matrix: np.ndarray) -> np.ndarray:
@@ -169,24 +179,31 @@ def _inverse_diagonal(factor: np.ndarray) -> np.ndarray:
     return np.square(inverse).sum(axis=0)
 
 
-def _hessians(model: Any, layers: dict[str, Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
-    """X^T X (groups, m, m) of each layer's inputs, in float64, from running the model on all batches."""
-    found: dict[str, np.ndarray] = {}
+def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any]) -> dict[str, np.ndarray]:
+    """X^T X (groups, m, m) of the inputs of each layer, in float64, from running the model on all batches.
 
-    def observe(name: str, layer: Any, x: Any) -> None:
+    Args:
+      model: in evaluation mode; stays as it is.
+      names: paths of layers.
+      batches: inputs of the model.
+
+    Raises:
+      ValueError: for a layer that does not exist, is of another class, or never ran.
+      TypeError: for a model that compiles its layers, whose inputs cannot be seen.
+    """
+    found, names = dict[str, np.ndarray](), list(names)
+    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    if wrong := sorted(name for name in names if not isinstance(modules.get(name), (nnx.Conv, nnx.Linear))):
+        raise ValueError(f"no nnx.Conv or nnx.Linear in the model at {wrong}, wanted the paths of the guide's layers")
+    layers = {name: modules[name] for name in names}
+
+    def observe(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         _note(found, name, layer, layer.kernel.shape, x)
+        return call(x, *args, **kwargs)
 
-    classes = {name: type(layer) for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer._observe = functools.partial(observe, name)
-            object.__setattr__(layer, "__class__", _observed(classes[name]))
+    with watched(layers, observe):
         for batch in batches:
-            model(batch)
-    finally:
-        for name, layer in layers.items():
-            object.__setattr__(layer, "__class__", classes[name])
-            del layer._observe
+            model(batch)  # type: ignore[operator]
     if unseen := sorted(layers.keys() - found.keys()):
         raise ValueError(f"layers {unseen} did not run: is there no batch, or does the model not call them?")
     return found
@@ -200,18 +217,6 @@ def _note(found: dict[str, np.ndarray], name: str, layer: Any, kernel: tuple[int
     for first in range(0, len(images), CHUNK):
         new = np.asarray(_gram(layer, kernel, images[first : first + CHUNK]), np.float64)
         found[name] = found[name] + new if name in found else new
-
-
-@functools.lru_cache
-def _observed(layer_type: type) -> type:
-    """A subclass that shows its input: unlike a wrapper it keeps isinstance and attributes working."""
-
-    class Observed(layer_type):
-        def __call__(self, x, *args, **kwargs):
-            self._observe(self, x)
-            return super().__call__(x, *args, **kwargs)
-
-    return Observed
 
 
 def _gram(layer: Any, kernel: tuple[int, ...], x: jax.Array) -> jax.Array:

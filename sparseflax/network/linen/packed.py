@@ -16,7 +16,6 @@ from flax.core import unfreeze
 
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.layers import rules as sparse
-from sparseflax.network.chunks import in_chunks
 from sparseflax.network.fold import fold
 from sparseflax.network.fuse import fuse
 from sparseflax.network.linen.trace import at, given, trace, weight_of
@@ -46,7 +45,7 @@ class PackedModel:
       biased: paths of dense layers that have a bias only since a batch norm was folded into them.
       folded: paths of the folded batch norms.
       fused: whether `apply` runs through `sparseflax.fuse`; a call with `mutable` collections never does.
-      chunk: images that such a call runs at a time, where they do not meet.
+      chunk: images that a thread takes through such a call's program at a time.
     """
 
     module: nn.Module
@@ -54,7 +53,7 @@ class PackedModel:
     biased: frozenset[str]
     folded: frozenset[str]
     fused: bool = True
-    chunk: int | None = None
+    chunk: int = 1
 
     def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """As `flax.linen.Module.apply`."""
@@ -65,14 +64,7 @@ class PackedModel:
         if not self.fused or mutable is not False:
             return run(variables, *args, **kwargs)
 
-        def fused(variables, batch):
-            args, kwargs = batch
-            return fuse(run)(variables, *args, **kwargs)
-
-        batch = args, kwargs
-        done = in_chunks(lambda variables, batch: run(variables, *batch[0], **batch[1]), fused, self.chunk, variables,
-                         batch) if self.chunk else None
-        return fused(variables, batch) if done is None else done
+        return fuse(run, self.chunk)(variables, *args, **kwargs)
 
     @functools.cached_property
     def _pattern(self) -> dict[str, Pattern]:
@@ -140,4 +132,4 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
             *parents, last = path.split("/")
             at(tree.get(collection, {}), "/".join(parents)).pop(last, None)  # type: ignore[union-attr]
     return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused,
-                       chunk or plan.chunk if fused else None), tree
+                       chunk or plan.chunk), tree

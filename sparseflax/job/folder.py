@@ -1,0 +1,68 @@
+"""The folder of a job: what it was asked, and what it has found, so that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparseflax.calibration.calibrate import calibrate
+from sparseflax.conv import ffi
+from sparseflax.cost import profile
+from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.machine import Machine, from_dict, to_dict
+from sparseflax.files.safetensors import write
+from sparseflax.prune.whole import Whole
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a job's folder, or finds it made by the same settings.
+
+    Args:
+      out: the folder.
+      settings: what decides the result, in plain values.
+
+    Raises:
+      ValueError: it holds another job.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        write_json(path, dict(settings))
+        return
+    found, wanted = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    different = [f"{key} {found.get(key)!r} instead of {wanted.get(key)!r}"
+                 for key in found | wanted if found.get(key) != wanted.get(key)]
+    if different:
+        raise ValueError(f"{out} holds a run with {', '.join(different)}: give another --out, or delete the folder")
+
+
+def machine_of(out: Path) -> Machine:
+    """This machine, as measured when the job began: the guide has to stay the same when the job goes on.
+
+    Where nothing is stored of it that may be believed, it is calibrated.
+    """
+    path = out / "machine.json"
+    if not path.exists():
+        try:
+            machine = profile.load(processor(), ffi.isa(), client_threads())
+        except profile.Unusable as error:
+            print(f"calibrating, which takes a minute: {error.why}", flush=True)
+            machine = calibrate() if ffi.kernels() else detect_machine()
+        write_json(path, to_dict(machine))
+    return from_dict(json.loads(path.read_text()))
+
+
+def whole_of(path: Path, measure: Callable[[], Whole]) -> Whole:
+    """What the network takes, as measured when the file was made, likewise."""
+    if not path.exists():
+        write_json(path, measure()._asdict())
+    found = Whole(**json.loads(path.read_text()))
+    return found._replace(points=tuple((seconds, other) for seconds, other in found.points)).checked()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes plain values, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(value, indent=1).encode())

@@ -1,0 +1,221 @@
+"""A network, or a part of one, as a program of steps over images, and the JAX primitive that runs it in one native call.
+
+On CPUs the primitive lowers to xla_ffi/program.cc; everywhere else, and in every derivative, it is the same steps in plain JAX.
+What a program does is static, weights are operands. A step knows nothing of the batch: the same program runs any number of
+images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from sparseflax.conv import ffi
+from sparseflax.conv.packing import Pattern
+from sparseflax.conv.primitive import ACTIVATIONS, reference
+from sparseflax.conv.transforms import batch_images, vary_together
+from sparseflax.conv.window import Window
+
+VERSION = 1
+OPS = "conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape"  # as Op in program.h
+BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
+OTHERS = "same", "number", "channel", "image"
+UNARY: dict[str, Any] = {
+    "clamp": lambda x, p, q: jnp.minimum(jnp.maximum(x, p), q), "leaky": lambda x, p, _: jnp.where(x >= 0, x, p * x),
+    "logistic": lambda x, *_: jax.lax.logistic(x), "sqrt": lambda x, *_: jnp.sqrt(x), "rsqrt": lambda x, *_: jax.lax.rsqrt(x),
+    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, _: x**p}
+Size = tuple[int, int, int]  # (h, w, c) of an image
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a program.
+
+    Attributes:
+      op: one of OPS.
+      size: of each image of its result.
+      args: numbers of the values that it reads: first the program's inputs, then the results of its steps.
+      shared: numbers of the operands that it reads and that are the same for all images.
+      params: what it does, see `compute`.
+      numbers: likewise.
+      pattern: of the weights of a sparse convolution.
+    """
+
+    op: str
+    size: Size
+    args: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+    params: tuple[Any, ...] = ()
+    numbers: tuple[float, ...] = ()
+    pattern: Pattern | None = None
+
+    def compute(self, args: Sequence[jax.Array], shared: Sequence[jax.Array]) -> jax.Array:
+        """The step in plain JAX: images (n, h, w, c) and shared operands to images (n, *size)."""
+        x, params = args[0], self.params
+        if self.op == "conv":
+            window, activation, has_bias, has_residual = params
+            assert self.pattern is not None
+            return reference(x, *shared, *args[1:], pattern=self.pattern, window=window, activation=activation,
+                             has_bias=has_bias, has_residual=has_residual, kernel=None)
+        if self.op == "depthwise":
+            _, window, activation, has_bias = params
+            y = jax.lax.conv_general_dilated(x, shared[0], window.strides, window.padding, rhs_dilation=window.dilation,
+                                             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[3])
+            y = y + shared[1] if has_bias else y
+            y = y if activation is None else jnp.maximum(y, 0)
+            return jnp.minimum(y, 6) if activation == "relu6" else y
+        if self.op == "pool":
+            maximum, taps, window = params
+            dimensions, strides, dilation = ((1, *pair, 1) for pair in (taps, window.strides, window.dilation))
+            initial, combine = (-np.inf, jax.lax.max) if maximum else (0.0, jax.lax.add)
+            return jax.lax.reduce_window(x, np.float32(initial), combine, dimensions, strides,
+                                         ((0, 0), *window.padding, (0, 0)), window_dilation=dilation)
+        if self.op == "channel_sum":
+            size, low = params
+            return jax.lax.reduce_window(x, np.float32(0), jax.lax.add, (1, 1, 1, size), (1, 1, 1, 1),
+                                         ((0, 0), (0, 0), (0, 0), (low, size - 1 - low)))
+        if self.op == "combine":
+            name, kind, swapped = params
+            other = np.float32(self.numbers[0]) if kind == "number" else shared[0] if kind == "channel" else args[1]
+            return BINARY[name](other, x) if swapped else BINARY[name](x, other)
+        if self.op == "map":
+            return UNARY[params[0]](x, *map(np.float32, self.numbers))
+        if self.op == "window":
+            pads = [(-at, at + size - have, 0) for at, size, have in zip(params, self.size, x.shape[1:], strict=True)]
+            return jax.lax.pad(x, np.float32(self.numbers[0]), [(0, 0, 0), *pads])
+        if self.op == "concat":
+            return jnp.concatenate(args, 3)
+        assert self.op == "reshape"
+        return x.reshape(x.shape[0], *self.size)
+
+    def words(self) -> tuple[list[int], list[float]]:
+        """`params` and `numbers` as program.cc takes them."""
+        p = self.params
+        if self.op == "conv":
+            window, activation, has_bias, has_residual = p
+            pattern: Any = self.pattern
+            return [*pattern.shape, pattern.groups, pattern.block, *window.strides, *sum(window.padding, ()), *window.dilation,
+                    ACTIVATIONS[activation], has_bias, has_residual], []
+        if self.op == "depthwise":
+            taps, window, activation, has_bias = p
+            return [*_filter(taps, window), ACTIVATIONS[activation], has_bias], []
+        if self.op == "pool":
+            maximum, taps, window = p
+            return [maximum, *_filter(taps, window)], []
+        if self.op == "combine":
+            return [list(BINARY).index(p[0]), OTHERS.index(p[1]), p[2]], list(self.numbers)
+        if self.op == "map":
+            return [list(UNARY).index(p[0])], list(self.numbers)
+        return list(p), list(self.numbers)
+
+
+def _filter(taps: tuple[int, int], window: Window) -> list[int]:
+    (top, _), (left, _) = window.padding
+    return [*taps, *window.strides, top, left, *window.dilation]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps in the order in which they run.
+
+    Attributes:
+      inputs: sizes of the images that go in.
+      steps: each reads inputs and the results of steps before it.
+      outputs: numbers of the values that come out, none of them an input or a reshape.
+      shared: how many operands all images share.
+      chunk: images that a thread takes through all steps at a time.
+      kernel: an instruction set for all convolutions; None takes the best.
+    """
+
+    inputs: tuple[Size, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+    shared: int
+    chunk: int
+    kernel: str | None = None
+
+    def sizes(self) -> list[Size]:
+        """Of the outputs."""
+        return [self.steps[output - len(self.inputs)].size for output in self.outputs]
+
+    def compute(self, *operands: jax.Array) -> list[jax.Array]:
+        """All steps in plain JAX: (n, h, w, c) for each input, then the shared operands; to one array for each output."""
+        values, shared = list(operands[:len(self.inputs)]), operands[len(self.inputs):]
+        for step in self.steps:
+            values.append(step.compute([values[arg] for arg in step.args], [shared[index] for index in step.shared]))
+        return [values[output] for output in self.outputs]
+
+    def encode(self) -> dict[str, np.ndarray]:
+        """What program.cc decodes: `words`, and the `numbers` and `gaps` that they point into."""
+        words = [VERSION, len(self.inputs), len(self.steps), len(self.outputs), self.shared, self.chunk, *sum(self.inputs, ())]
+        numbers, gaps, end = list[float](), list[np.ndarray](), 0
+        for step in self.steps:
+            params, own = step.words()
+            gap = step.pattern.gaps if step.pattern is not None else np.zeros(0, np.uint8)
+            words += [OPS.index(step.op), *step.size]
+            for some in (step.args, step.shared, params):
+                words += [len(some), *some]
+            words += [len(numbers), len(own), end, end + len(gap)]
+            numbers += own
+            gaps.append(gap)
+            end += len(gap)
+        return {"words": np.asarray([*words, *self.outputs], np.int64), "numbers": np.asarray(numbers, np.float32),
+                "gaps": np.concatenate(gaps)}
+
+
+def run_program(program: Program, images: Sequence[jax.Array], shared: Sequence[jax.Array]) -> list[jax.Array]:
+    """The program's outputs (n, h, w, c).
+
+    Args:
+      program: what to run.
+      images: float32 (n, h, w, c) for each of its inputs.
+      shared: float32 operands that all images share: values, biases, kernels, as its steps number them.
+    """
+    operands = vary_together([*images, *shared])
+    if images[0].shape[0] == 0:
+        return program.compute(*operands)
+    return program_p.bind(*operands, program=program)
+
+
+program_p = Primitive("sparse_program")
+program_p.multiple_results = True
+program_p.def_impl(functools.partial(xla.apply_primitive, program_p))
+
+
+@program_p.def_abstract_eval
+def _abstract(x, *_, program: Program):
+    return [x.update(shape=(x.shape[0], *size), weak_type=False) for size in program.sizes()]
+
+
+def _compute(*operands, program: Program):
+    return program.compute(*operands)
+
+
+def _lower(ctx, *operands, program: Program):
+    return jax.ffi.ffi_lowering(ffi.PROGRAM)(ctx, *operands, kernel=program.kernel or "", **program.encode())
+
+
+def _batch(operands, dims, *, program: Program):
+    """Mapped images join the batch dimension; mapped weights are looped over."""
+    bind = functools.partial(program_p.bind, program=program)
+    return batch_images(bind, operands, dims, range(len(program.inputs))), [0] * len(program.outputs)
+
+
+def _jvp(primals, tangents, *, program: Program):
+    filled = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(program.compute, primals, filled)
+
+
+mlir.register_lowering(program_p, mlir.lower_fun(_compute, multiple_results=True))
+if ffi.available:
+    mlir.register_lowering(program_p, _lower, platform="cpu")
+batching.primitive_batchers[program_p] = _batch
+ad.primitive_jvps[program_p] = _jvp

@@ -1,0 +1,130 @@
+"""Fuzzing, for a nightly run:
+
+    python -m tests.fuzz                            # an hour, shared by all
+    python -m tests.fuzz --minutes 5 --only packed onnx
+    python -m tests.fuzz --only packed --first 1234 --cases 1   # a failure again
+
+Each case is a function of the seed and its number, and runs in a process of its own kind: Python for packed files, exported
+programs and ONNX files, and C++ under AddressSanitizer and UndefinedBehaviorSanitizer for what reaches the native side through
+the FFI. A case fails if it ends its process, hangs, or raises what is not documented. Ends with 1 if any did.
+"""
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+HANGS = 120.0  # seconds that one case may take
+WORKER = "import sys; from tests.fuzz.__main__ import work; work(*sys.argv[1:])"
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ASAN_OPTIONS": "allocator_may_return_null=1"}
+TARGETS = ("packed", "program", "onnx", "border")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0, help="for all together (default: %(default)g)")
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET",
+                        help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--cases", type=int, default=sys.maxsize, help="of each target, at most")
+    args = parser.parse_args()
+    failed = False
+    for target in args.only:
+        outcomes, failures = fuzz(target, args.seed, args.first, 60 * args.minutes / len(args.only), args.cases)
+        print(f"\n{target}: {sum(outcomes.values())} cases, {len(failures)} kinds of failure")
+        for outcome, count in sorted(outcomes.items(), key=lambda item: -item[1]):
+            print(f"{count:>9}  {outcome}")
+        for text in failures:
+            print(f"FAILED {text}")
+        failed |= bool(failures)
+    sys.exit(failed)
+
+
+def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tuple[dict[str, int], list[str]]:
+    """Cases of a target for a while; ({outcome: count}, one text for each kind of failure)."""
+    outcomes, failures, end = collections.Counter[str](), list[str](), time.monotonic() + seconds
+    last = first + cases
+    with tempfile.TemporaryDirectory() as folder:
+        program = border(Path(folder)) if target == "border" else [sys.executable, "-c", WORKER, target]
+        while first < last and (left := end - time.monotonic()) > 0:
+            with open(Path(folder, "log"), "w+") as log, open(Path(folder, "out"), "w+") as out:
+                child = subprocess.Popen([*program, str(seed), str(first), str(left), str(last - first)], stdout=out,
+                                         stderr=log, env=os.environ | ENVIRONMENT)
+                hung = _wait(child, log.name)
+                text = Path(log.name).read_text(errors="replace")
+                at = max((int(line.split()[1]) for line in text.splitlines() if line.startswith("at ")), default=first)
+                for line in Path(out.name).read_text().splitlines():
+                    found = json.loads(line)
+                    outcomes[found["outcome"]] += found["count"]
+                    if "failed" in found:
+                        failures.append(f"case {found['failed']}: {found['text']}")
+            if child.returncode == 0:
+                break
+            what = f"hung for {HANGS:g} s" if hung else f"ended with {child.returncode}"
+            rest = "\n".join(line for line in text.splitlines() if not line.startswith("at "))
+            failures.append(f"case {at}: {what}\n{rest[-2000:]}")
+            outcomes["crashed"] += 1
+            first = at + 1
+    return dict(outcomes), failures
+
+
+def _wait(child: subprocess.Popen, log: str) -> bool:
+    """Waits for a worker; True if it had to be killed, since it has said nothing for too long."""
+    said, since = -1, time.monotonic()
+    while True:
+        try:
+            child.wait(timeout=1.0)
+            return False
+        except subprocess.TimeoutExpired:
+            if (size := os.stat(log).st_size) != said:
+                said, since = size, time.monotonic()
+            elif time.monotonic() - since > HANGS:
+                child.kill()
+                child.wait()
+                return True
+
+
+def border(folder: Path) -> list[str]:
+    """The C++ program, built as `tests/test_cpp.py` builds its tests."""
+    from tests import test_cpp
+
+    compiler, flags, sources = test_cpp.BUILDS["address,undefined"]
+    sources = [source for source in sources if source not in test_cpp.MAINS] + [test_cpp.FUZZ]
+    objects = [test_cpp.compiled(compiler, flags, source, folder) for source in sources]
+    test_cpp.run(compiler, *flags, "-pthread", *objects, "-o", folder / "fuzz")
+    return [str(folder / "fuzz")]
+
+
+def work(target: str, seed: str, first: str, seconds: str, cases: str) -> None:
+    """A worker: says "at N" before each case, and at the end what came of all, a JSON line for each outcome."""
+    import numpy as np
+
+    from tests.fuzz.cases import CASES
+
+    outcomes, failed, end = collections.Counter[str](), dict[str, tuple[int, str]](), time.monotonic() + float(seconds)
+    for number in range(int(first), int(first) + int(cases)):
+        if time.monotonic() > end:
+            break
+        print(f"at {number}", file=sys.stderr, flush=True)
+        try:
+            outcome = CASES[target](np.random.default_rng((int(seed), number)))
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            outcome = f"FAILED {type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
+            failed.setdefault(outcome, (number, traceback.format_exc()[-3000:]))
+        outcomes[outcome] += 1
+    for outcome, count in outcomes.items():
+        more = dict(zip(("failed", "text"), failed[outcome], strict=True)) if outcome in failed else {}
+        print(json.dumps({"outcome": outcome, "count": count} | more))
+
+
+if __name__ == "__main__":
+    main()

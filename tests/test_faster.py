@@ -1,0 +1,235 @@
+"""`faster`, from an ONNX file and a folder of pictures to a report, as small as it can be, and what it says to mistakes."""
+
+import importlib.util
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import sparseflax
+from sparseflax import __main__ as commands
+from sparseflax.job import faster as job
+from sparseflax.job import layers
+from sparseflax.job.fidelity import Outputs, compare
+from sparseflax.job.pictures import read_labels, read_pictures
+from sparseflax.onnx import load_onnx
+from sparseflax.prune.whole import Whole
+from tests.machines import HERE
+
+runtime = importlib.util.find_spec("onnxruntime")
+onnx = pytest.importorskip("onnx")
+pillow = pytest.importorskip("PIL.Image")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+CHANNELS, CLASSES, SIDE, COUNT = (3, 32, 48), 5, 12, 64
+
+
+def write_network(path, *, shape=(1, 3, SIDE, SIDE), convolutions=True):
+    """Two convolutions, the first with its batch norm, and a classifier; or the classifier alone."""
+    draw = np.random.default_rng(0)
+    weights, nodes, at = {}, [], "x"
+    for i, (ic, oc) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False)) if convolutions else ():
+        weights[f"w{i}"] = draw.standard_normal((oc, ic, 3, 3)) * (2 / (9 * ic)) ** 0.5
+        weights[f"b{i}"] = draw.standard_normal(oc) / 9
+        nodes += [helper.make_node("Conv", [at, f"w{i}", *([f"b{i}"] if i else [])], [f"c{i}"], pads=[1] * 4, name=f"conv{i}")]
+        if i == 0:
+            weights |= {"scale": np.ones(oc), "mean": np.full(oc, 0.1), "var": np.full(oc, 1.5)}
+            nodes += [helper.make_node("BatchNormalization", ["c0", "scale", "b0", "mean", "var"], ["n0"], name="norm")]
+        nodes += [helper.make_node("Relu", ["n0" if i == 0 else f"c{i}"], [f"r{i}"])]
+        at = f"r{i}"
+    last = CHANNELS[-1] if convolutions else 3
+    weights |= {"w": draw.standard_normal((CLASSES, last)), "b": draw.standard_normal(CLASSES)}
+    nodes += [helper.make_node("GlobalAveragePool", [at], ["pooled"]), helper.make_node("Flatten", ["pooled"], ["flat"]),
+              helper.make_node("Gemm", ["flat", "w", "b"], ["y"], transB=1, name="head")]
+    graph = helper.make_graph(nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+                              [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in weights.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.save(model, path)
+    return path
+
+
+def write_pictures(folder, count=COUNT, side=SIDE):
+    """Blobs of colour."""
+    folder.mkdir()
+    draw = np.random.default_rng(1)
+    for i in range(count):
+        coarse = draw.integers(0, 256, (3, 3, 3), np.uint8)
+        pillow.fromarray(coarse).resize((side, side)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known():
+    """Known constants instead of a measurement: what is pruned must not depend on how busy this machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        def predicted(model, x, machine, *, seconds):
+            plan = sparseflax.plan(model, x, machine)
+            return Whole(plan.dense_seconds, dense_scale=1.0)
+
+        patch.setattr(job, "machine_of", lambda folder: HERE)
+        patch.setattr(job, "measure", predicted)
+        yield
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    network, pictures = write_network(folder / "network.onnx"), write_pictures(folder / "pictures")
+    return network, pictures
+
+
+@pytest.fixture(scope="module")
+def finished(given, tmp_path_factory):
+    out = tmp_path_factory.mktemp("job") / "out"
+    return out, sparseflax.faster(*given, speedup=2, out=out, seconds=0.1)
+
+
+def test_what_is_written_computes_the_same(given, finished):
+    network, _ = given
+    out, result = finished
+    packed, plan = sparseflax.load(out / "network.safetensors", load_onnx(network))
+    assert [row.path for row in plan.layers if row.choice == "sparse"]
+    pruned = load_onnx(out / "pruned.onnx")
+    x = np.random.default_rng(2).random((2, SIDE, SIDE, 3), np.float32)
+    y = pruned(x)
+    np.testing.assert_allclose(packed(x), y, rtol=0, atol=1e-4 * np.abs(y).max())
+    assert {row.path: row.density for row in sparseflax.plan(pruned, x, HERE).layers} == {
+        row.path: row.density for row in plan.layers}
+    assert result["kept"] < result["weights"]
+
+
+def test_the_job_goes_on_where_it_stopped(given, finished, monkeypatch):
+    out, result = finished
+    monkeypatch.setattr(layers, "hessians", None)  # nothing is pruned again
+    assert sparseflax.faster(*given, speedup=2, out=out, seconds=0.1) == json.loads(json.dumps(result))
+    (out / "result.json").unlink()
+    again = sparseflax.faster(*given, speedup=2, out=out, seconds=0.1)
+    assert again["fidelity"] == result["fidelity"] and again["layers"] == result["layers"]
+
+
+def test_the_report_needs_nothing_beside_it(finished):
+    out, result = finished
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=['\"](?!data:)", page) and "data:image/png" in page
+    assert all(said in page for said in (result["worst"]["name"], *(row["path"] for row in result["layers"])))
+    assert runtime is None or result["seconds"]["onnxruntime"] > 0
+
+
+def test_a_command_finetunes_and_keeps_to_points(given, monkeypatch, capsys, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("".join(f"{i:02}.png,{i % CLASSES}\n" for i in range(COUNT)))
+    network, pictures = map(str, given)
+    arguments = ["faster", network, "--images", pictures, "--points", "100", "--finetune", "0.001", "--labels", str(labels)]
+    monkeypatch.setattr(sys, "argv", ["sparseflax", *arguments, "--out", str(tmp_path / "out"), "--seconds", "0.1"])
+    monkeypatch.setattr(job, "CURVE", 2)
+    commands.main()
+    said = capsys.readouterr().out
+    assert "Its accuracy went from" in said and "what can be had for what" in said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [one["chosen"] for one in result["curve"]] == [False, True]  # the fastest
+    assert all(one["seconds"] > 0 for one in result["curve"])
+    assert "What can be had for what" in (tmp_path / "out" / "report.html").read_text()
+    pruned = load_onnx(tmp_path / "out" / "pruned.onnx")
+    found = {row.path: row.density for row in sparseflax.plan(pruned, np.ones((1, SIDE, SIDE, 3), np.float32), HERE).layers}
+    assert found == {row["path"]: row["density"] for row in result["layers"]}  # zeros stayed zeros
+
+
+def test_pictures_of_all_kinds(tmp_path):
+    """Other sizes and modes are converted, and it is said; an open size is that of most pictures."""
+    folder = write_pictures(tmp_path / "pictures", 9, side=70)
+    (folder / "deep").mkdir()
+    pillow.new("RGBA", (20, 10), (255, 0, 0, 128)).save(folder / "deep" / "red.png")
+    pillow.fromarray(np.full((70, 70), 65535, np.uint16)).save(folder / "white.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    found = read_pictures(folder, (None, None, 3), mean=(0.5,), std=(0.25, 0.5, 1.0))
+    assert found.pixels.shape == (11, 64, 64, 3) and found.pixels.dtype == np.uint8
+    red, white = (found.inputs(found.names.index(name)) for name in ("deep/red.png", "white.png"))
+    np.testing.assert_allclose(red[0, 0], (2, -1, -0.5), rtol=1e-6)
+    np.testing.assert_allclose(white[0, 0], (2, 1, 0.5), rtol=1e-6)
+    for said in ("11 pictures, as RGB", "11 of them resized to 64 x 64", "70 x 70 (10), 10 x 20 (1)",
+                 "2 of them converted to RGB", "1 left out, as they cannot be read: broken.png", "Only 11 pictures"):
+        assert any(said in note for note in found.notes), said
+    grey = read_pictures(folder, (8, 8, 1))
+    assert grey.pixels.shape == (11, 8, 8, 1) and grey.digest != found.digest
+    seen, unseen = grey.share()
+    assert (len(seen), len(unseen)) == (9, 2) and {*seen.names, *unseen.names} == {*found.names}
+
+
+@pytest.mark.parametrize("shape, options, message", [
+    ((4, 4, 4), {}, "with 4 channels, pictures have 1 (grey) or 3 (RGB)"),
+    ((10,), {}, "takes inputs of shape (10,) with None channels"),
+    ((4, 4, 3), {"size": (8, 8)}, "fixes its input to 4 x 4, the size asked for is 8 x 8"),
+    ((4, 4, 3), {"mean": (0.5, 0.5)}, "mean is [0.5, 0.5], wanted one number or one for each of 3 channels"),
+    ((4, 4, 3), {"std": (0.0,)}, "std is [0.0], wanted positive, one number")])
+def test_pictures_that_a_network_cannot_take(tmp_path, shape, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_pictures(write_pictures(tmp_path / "pictures", 8), shape, **options)
+
+
+def test_folders_without_enough_pictures(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        read_pictures(tmp_path / "missing", (4, 4, 3))
+    folder = write_pictures(tmp_path / "pictures", 0)
+    with pytest.raises(ValueError, match="holds no pictures .*wanted at least 8, better 50"):
+        read_pictures(folder, (4, 4, 3))
+    for i in range(8):
+        (folder / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"only 0 can be read, wanted at least 8; not \d.png \(cannot identify"):
+        read_pictures(folder, (4, 4, 3))
+
+
+def test_labels(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text("a.png,3\n\nb.png, 0\n")
+    np.testing.assert_array_equal(read_labels(file, ("b.png", "a.png")), [0, 3])
+    with pytest.raises(ValueError, match="no label for 1 of 2 pictures, the first 'c.png'"):
+        read_labels(file, ("a.png", "c.png"))
+    file.write_text("a.png,cat\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is 'a.png,cat', wanted picture,class, the class a number"):
+        read_labels(file, ("a.png",))
+
+
+def test_how_far_outputs_are_from_the_original():
+    before = Outputs((np.array([[3.0, 4], [0, 5], [5, 0], [0, 5]]),))
+    after = Outputs((np.array([[3.0, 4], [0, 5], [5, 0], [5, 0]]),))
+    found = compare(after, before, np.array([1, 1, 1, 1]))
+    np.testing.assert_allclose(found.error, 50**0.5 / 10)
+    assert (found.agreement, found.accuracy, found.original_accuracy) == (0.75, 0.5, 0.75)
+    np.testing.assert_allclose(found.errors, (0, 0, 0, 2**0.5))
+    assert (found.points, found.measure) == (25, "accuracy")
+    maps = Outputs((np.ones((2, 3, 3, 1)), np.ones((2, 4))))
+    found = compare(maps._replace(arrays=(maps.arrays[0], 1.1 * maps.arrays[1])), maps)
+    assert (found.agreement, found.measure) == (None, "relative error") and found.points == pytest.approx(10)
+    with pytest.raises(ValueError, match="labels are classes, and outputs of shape .* are none"):
+        compare(maps, maps, np.zeros(2))
+    with pytest.raises(ValueError, match="labels up to 2 for outputs of shape .* wanted one class from 0 to 1"):
+        compare(before, before, np.full(4, 2))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({}, "speedup=None, milliseconds=None, points=None: wanted one of the first two, or points, or both"),
+    ({"speedup": 2, "milliseconds": 1}, "speedup=2, milliseconds=1"),
+    ({"speedup": 0.5}, "speedup=0.5, wanted at least 1"),
+    ({"points": -1}, "wanted positive finite numbers, got {'points': -1}"),
+    ({"speedup": 2, "batch": 0}, "batch=0, finetune=0.0, wanted at least 1 image")])
+def test_wishes_that_cannot_be(given, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sparseflax.faster(*given, **options)
+
+
+def test_files_and_folders_that_will_not_do(given, finished, tmp_path):
+    network, pictures = given
+    (tmp_path / "text.onnx").write_text("no network")
+    with pytest.raises(ValueError, match="no ONNX"):
+        sparseflax.faster(tmp_path / "text.onnx", pictures, speedup=2)
+    with pytest.raises(ValueError, match="has no 2-D convolution"):
+        sparseflax.faster(write_network(tmp_path / "flat.onnx", convolutions=False), pictures, speedup=2)
+    with pytest.raises(ValueError, match="holds a run with speedup 2 instead of 3: give another --out, or delete the folder"):
+        sparseflax.faster(network, pictures, speedup=3, out=finished[0])
+    with pytest.raises(ValueError, match="holds files, and none that says of which job: give another --out"):
+        sparseflax.faster(network, pictures, speedup=2, out=tmp_path)
