@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "program.h"
 #include "sparse_conv.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -99,6 +100,11 @@ NB_MODULE(_native, m) {
     for (const Isa* isa : AllIsas()) tables.emplace_back(isa->name, isa->fma_cycles());
     return tables;
   }, "Instruction sets of this build, best first, whether they run here or not, and cycles of their FMAs.");
+  m.def("trace", [](bool on) {
+    nb::list traced;
+    for (const Program::Traced& each : Program::Trace(on)) traced.append(nb::make_tuple(each.words, each.nanoseconds));
+    return traced;
+  }, nb::arg("on"), "Starts or ends counting the time of each step of all programs: (words, nanoseconds of each step) of each.");
   m.def("schedule", DescribeSchedule, nb::arg("image"), nb::arg("layout"), nb::arg("window"), nb::arg("nnz"), nb::arg("isa") = "", nb::arg("threads") = 1,
         nb::arg("caches") = std::pair<int64_t, int64_t>(0, 0), nb::arg("fma_cycles") = 0.0,
         "What the kernel would do for a convolution of nnz kept weights: tile, lanes and the counts a performance model needs.");

@@ -2,9 +2,11 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <set>
 
 namespace sparseflax {
 namespace {
@@ -68,7 +70,33 @@ void CopyWindow(const Image& x, const Image& y, const std::vector<int64_t>& shif
   }
 }
 
+// All programs that are there, and whether they are traced.
+std::mutex all_mutex;
+std::set<Program*>* const all = new std::set<Program*>;  // never destroyed: a program may outlive it
+std::atomic<bool> tracing{false};
+
 }  // namespace
+
+Program::Program() {
+  std::lock_guard<std::mutex> lock(all_mutex);
+  all->insert(this);
+}
+
+Program::~Program() {
+  std::lock_guard<std::mutex> lock(all_mutex);
+  all->erase(this);
+}
+
+std::vector<Program::Traced> Program::Trace(bool on) {
+  std::lock_guard<std::mutex> lock(all_mutex);
+  tracing = on;
+  std::vector<Traced> traced;
+  for (Program* each : *all) {
+    if (!on) traced.push_back({each->words_, {each->nanoseconds_.begin(), each->nanoseconds_.end()}});
+    for (std::atomic<int64_t>& count : each->nanoseconds_) count = 0;
+  }
+  return traced;
+}
 
 struct Program::Call {
   int64_t n, begin, count;  // images of the batch and of this unit
@@ -84,11 +112,16 @@ std::unique_ptr<Program> Program::Make(const int64_t* words, int64_t count, cons
                                        const uint8_t* gaps, int64_t gap_count, const Isa* isa, std::string* error) {
   std::unique_ptr<Program> program(new Program);
   program->isa_ = isa;
+  program->words_.assign(words, words + count);
   *error = program->Decode(words, count, numbers, number_count, gaps, gap_count);
   if (!error->empty()) return nullptr;
   program->Join();
   program->Cut();
   program->Lay();
+  {
+    std::lock_guard<std::mutex> lock(all_mutex);
+    program->nanoseconds_ = std::vector<std::atomic<int64_t>>(program->steps_.size());
+  }
   return program;
 }
 
@@ -404,8 +437,10 @@ std::function<void(int64_t, int64_t)> Program::Elementwise(size_t i, const Call&
 
 std::string Program::RunSteps(const Segment& segment, const Call& call) const {
   const Steps& loops = *(isa_ != nullptr ? isa_ : Isas()[0])->steps;
+  const bool traced = tracing.load(std::memory_order_relaxed);
   for (size_t i = segment.begin; i < segment.end; ++i) {
     const Step& step = steps_[i];
+    const auto start = traced ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
     const std::vector<int64_t>& p = step.params;
     const Image y = At(call, static_cast<int64_t>(i) + inputs_);
     const Image x = At(call, step.args[0]);
@@ -469,6 +504,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
       case Op::kReshape:
       case Op::kEnd: break;
     }
+    if (traced) nanoseconds_[step.begin] += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
   }
   return "";
 }

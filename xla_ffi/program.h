@@ -6,6 +6,7 @@
 // so does every batch through layers that meet each weight once per image (`together`), as these wait for their weights.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -38,6 +39,14 @@ class Program {
   // Floats of each input and output for one image, and of each operand that all images share.
   std::vector<int64_t> input_sizes, output_sizes, shared_sizes;
 
+  // Between trace(true) and trace(false) all programs count the time of their steps. The latter returns, for each that is there, its
+  // words and nanoseconds of each step, of all threads; steps that run row by row count as the first of them.
+  struct Traced {
+    std::vector<int64_t> words, nanoseconds;
+  };
+  static std::vector<Traced> Trace(bool on);
+  ~Program();
+
   // Thread-safe; each call has memory of its own, which is kept for the next.
   // Returns an empty string, or what does not fit. Throws std::bad_alloc.
   std::string Run(int64_t n, const std::vector<const float*>& inputs, const std::vector<const float*>& shared,
@@ -59,7 +68,7 @@ class Program {
   };
   struct Call;  // what one call runs on
 
-  Program() = default;
+  Program();
   std::string Decode(const int64_t* words, int64_t count, const float* numbers, int64_t number_count, const uint8_t* gaps,
                      int64_t gap_count);
   std::string CheckStep(const Step& step, const Value& y);
@@ -73,6 +82,7 @@ class Program {
   std::function<void(int64_t, int64_t)> Elementwise(size_t step, const Call& call, const Steps& loops) const;
   std::string RunSteps(const Segment& segment, const Call& call) const;
 
+  std::vector<int64_t> words_;
   std::vector<Value> values_;
   std::vector<Step> steps_;
   std::vector<int64_t> outputs_;
@@ -81,6 +91,7 @@ class Program {
   const Isa* isa_ = nullptr;
   int64_t inputs_ = 0, chunk_ = 1;
   int64_t whole_bytes_ = 0, unit_bytes_ = 0;  // per image
+  mutable std::vector<std::atomic<int64_t>> nanoseconds_;  // of each step, where it is traced
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> arenas_;  // that no call uses now
 };
