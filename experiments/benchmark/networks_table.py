@@ -99,7 +99,7 @@ def _where(lines: Sequence[Line]) -> list[str]:
         inside, outside = sum(layer["measured"] for layer in line["layers"]), sum(line["rest"].values())
         name = f"{line['layer']}, n={line['n']}, {line['threads']} thread{'s' * (line['threads'] > 1)}"
         if not inside:
-            text.append(f"- {name}: runs some images at a time, in a loop of which the profiler does not tell the layers")
+            text.append(f"- {name}: ran some images at a time, in a loop of which the profiler does not tell the layers")
             continue
         most = ", ".join(f"{operation} {_ms(seconds)} ms" for operation, seconds in list(line["rest"].items())[:3])
         text.append(f"- {name}: {inside / (inside + outside):.0%} of the time in layers, which takes "

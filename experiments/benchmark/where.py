@@ -68,7 +68,7 @@ def _steps(closed: Any, state: Any, call: Callable[[], Any]) -> Iterator[tuple[s
     ffi.native.trace(True)
     for _ in range(CALLS):
         call()
-    traced = {tuple(words): times for words, times in ffi.native.trace(False)}
+    traced = {tuple(words): times for words, times in ffi.native.trace(False) if any(times)}  # others of the same did not run
     names = dict(zip(closed.jaxpr.invars, map(_kernels(state).get, range(len(closed.jaxpr.invars))), strict=True))
     for program, paths in _programs(closed.jaxpr, names):
         for step, nanoseconds in zip(program.steps, traced[tuple(program.encode()["words"].tolist())], strict=True):
