@@ -79,7 +79,7 @@ def openvino_request(network: Any, x: np.ndarray, threads: int) -> Any:
 
 def openvino_package() -> Any:  # its stubs lack what it exports
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing openvino would report it home
-    import openvino
-    import openvino.opset13
+    import openvino  # pyright: ignore[reportMissingImports]
+    import openvino.opset13  # pyright: ignore[reportMissingImports]
 
     return openvino

@@ -69,7 +69,7 @@ class Step:
             _, window, activation, has_bias = params
             y = jax.lax.conv_general_dilated(x, shared[0], window.strides, window.padding, rhs_dilation=window.dilation,
                                              dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[3])
-            y = y + shared[1] if has_bias else y
+            y = y + shared[1].reshape(1, 1, 1, -1) if has_bias else y
             y = y if activation is None else jnp.maximum(y, 0)
             return jnp.minimum(y, 6) if activation == "relu6" else y
         if self.op == "pool":
@@ -84,7 +84,8 @@ class Step:
                                          ((0, 0), (0, 0), (0, 0), (low, size - 1 - low)))
         if self.op == "combine":
             name, kind, swapped = params
-            other = np.float32(self.numbers[0]) if kind == "number" else shared[0] if kind == "channel" else args[1]
+            other: Any = np.float32(self.numbers[0]) if kind == "number" else args[-1]
+            other = shared[0].reshape(1, 1, 1, -1) if kind == "channel" else other
             return BINARY[name](other, x) if swapped else BINARY[name](x, other)
         if self.op == "map":
             return UNARY[params[0]](x, *map(np.float32, self.numbers))
@@ -210,8 +211,7 @@ def _batch(operands, dims, *, program: Program):
 
 
 def _jvp(primals, tangents, *, program: Program):
-    filled = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    return jax.jvp(program.compute, primals, filled)
+    return jax.jvp(program.compute, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
 mlir.register_lowering(program_p, mlir.lower_fun(_compute, multiple_results=True))

@@ -1,0 +1,216 @@
+"""Programs of steps: the native ones against plain JAX, which shares no code with them, and what C++ refuses.
+
+Values are small integers wherever equality is asked for: float32 sums of them are exact in any order.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparseflax
+from sparseflax.conv import ffi
+from sparseflax.conv.window import Window
+from sparseflax.network.program import BINARY, Program, Step, run_program
+from tests import reference
+
+pytestmark = pytest.mark.skipif(not ffi.available, reason="the native kernel is not available")
+SAME = Window((1, 1), ((1, 1), (1, 1)), (1, 1))
+SHAPES = [(1, 1, 1), (4, 5, 3), (3, 2, 17), (6, 6, 16)]  # odd, below and above the vectors of all instruction sets
+
+
+def images(seed, n, size):
+    return jnp.asarray(reference.integers(np.random.default_rng(seed), n, *size))
+
+
+def check(program, inputs, shared=(), rtol=0.0):
+    got = jax.jit(lambda inputs, shared: run_program(program, inputs, shared))(inputs, list(shared))
+    for y, want in zip(got, program.compute(*inputs, *shared), strict=True):
+        np.testing.assert_allclose(y, want, rtol=rtol, atol=0)
+
+
+def one(step, *sizes, chunk=1):
+    return Program(sizes, (step,), (len(sizes),), len(step.shared), chunk)
+
+
+STEPS = {
+    **{f"{name} same": lambda h, w, c, name=name: (Step("combine", (h, w, c), (0, 1), (), (name, "same", False)), 2, ())
+       for name in BINARY if name != "div"},
+    "number": lambda h, w, c: (Step("combine", (h, w, c), (0,), (), ("sub", "number", True), (3.0,)), 1, ()),
+    "channel": lambda h, w, c: (Step("combine", (h, w, c), (0,), (0,), ("mul", "channel", False)), 1, ((c,),)),
+    "clamp": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("clamp",), (-1.0, 2.0)), 1, ()),
+    "leaky": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("leaky",), (0.25, 0.0)), 1, ()),
+    "square": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("square",), (0.0, 0.0)), 1, ()),
+    "neg": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("neg",), (0.0, 0.0)), 1, ()),
+    "abs": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("abs",), (0.0, 0.0)), 1, ()),
+    "channel sum": lambda h, w, c: (Step("channel_sum", (h, w, c), (0,), (), (5, 2)), 1, ()),
+    "mean over the image": lambda h, w, c: (
+        Step("pool", (1, 1, c), (0,), (), (False, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))), 1, ()),
+    "depthwise": lambda h, w, c: (Step("depthwise", (h, w, c), (0,), (0, 1), ((3, 3), SAME, "relu6", True)), 1,
+                                  ((3, 3, 1, c), (c,))),
+    "concat": lambda h, w, c: (Step("concat", (h, w, 2 * c), (0, 1)), 2, ()),
+    "padded": lambda h, w, c: (Step("window", (h + 3, w + 1, c + 2), (0,), (), (-1, 0, -2), (7.0,)), 1, ()),
+    "cropped": lambda h, w, c: (Step("window", (h, 1, 1), (0,), (), (0, w - 1, c - 1), (0.0,)), 1, ()),
+}
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
+def test_each_step(make, size):
+    step, count, shared = make(*size)
+    program = one(step, *[size] * count)
+    for n in (1, 5):
+        check(program, [images(i, n, size) for i in range(count)],
+              [jnp.asarray(reference.integers(np.random.default_rng(9), *shape)) for shape in shared])
+
+
+@pytest.mark.parametrize("name, ulps", [("logistic", 8), ("sqrt", 0), ("rsqrt", 4), ("power", 8)])
+def test_functions_of_any_numbers(name, ulps):
+    x = jnp.abs(jnp.linspace(-30.0, 30.0, 5 * 1000).reshape(5, 10, 10, 10)) + (0 if name == "logistic" else 2.0**-20)
+    x = x * (jnp.arange(5).reshape(5, 1, 1, 1) % 2 * 2 - 1) if name == "logistic" else x
+    check(one(Step("map", (10, 10, 10), (0,), (), (name,), (-0.75, 0.0)), (10, 10, 10)), [x], rtol=ulps * 2.0**-24)
+
+
+@pytest.mark.parametrize("name", ["max", "min", "add", "mul"])
+def test_what_is_not_finite(name):
+    odd = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0, -0.0, 1.0])
+    a, b = (jnp.asarray(array).reshape(1, 1, 6, 6) for array in np.meshgrid(odd, odd))
+    check(one(Step("combine", (1, 6, 6), (0, 1), (), (name, "same", False)), (1, 6, 6), (1, 6, 6)), [a, b])
+    window = Window((1, 1), ((0, 0), (1, 1)), (1, 1))
+    check(one(Step("pool", (1, 6, 6), (0,), (), (name == "max", (1, 3), window)), (1, 6, 6)), [a])
+    for function in ("clamp", "leaky", "power"):
+        check(one(Step("map", (1, 6, 6), (0,), (), (function,), (0.5, 6.0)), (1, 6, 6)), [a])
+    y = run_program(one(Step("map", (1, 6, 6), (0,), (), ("logistic",), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
+    np.testing.assert_allclose(y, jax.nn.sigmoid(a), atol=2.0**-24)
+
+
+PADDING = st.tuples(st.integers(0, 2), st.integers(0, 2))
+PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@given(taps=PAIR, strides=PAIR, dilation=PAIR, padding=st.tuples(PADDING, PADDING),
+       op=st.sampled_from(["max", "sum", "depthwise"]),
+       size=st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 5, 8, 33])))
+def test_windows(taps, strides, dilation, padding, op, size):
+    window = Window(strides, padding, dilation)
+    oh, ow = window.output(*size[:2], *taps)
+    if 0 in (oh, ow):
+        return
+    params = (taps, window, None, False) if op == "depthwise" else (op == "max", taps, window)
+    kind, shared = ("depthwise", (0,)) if op == "depthwise" else ("pool", ())
+    step = Step(kind, (oh, ow, size[2]), (0,), shared, params)
+    shared = [jnp.asarray(reference.integers(np.random.default_rng(1), *taps, 1, size[2]))] if op == "depthwise" else []
+    check(one(step, size), [images(0, 2, size)], shared)
+
+
+@st.composite
+def programs(draw):
+    """Steps over images of a few sizes, that read whatever was there before: values that share, hold and outlive each other."""
+    inputs = [(3, 4, 5)] * draw(st.integers(1, 2))
+    sizes, steps = list(inputs), []
+    for _ in range(draw(st.integers(1, 12))):
+        x = draw(st.integers(0, len(sizes) - 1))
+        h, w, c = sizes[x]
+        alike = [i for i, size in enumerate(sizes) if size == (h, w, c)]
+        beside = [i for i, size in enumerate(sizes) if size[:2] == (h, w)]
+        op = draw(st.sampled_from(["combine", "map", "concat", "reshape", "slice", "pool", "image", "conv"]))
+        if op == "combine":
+            other = draw(st.sampled_from(alike))
+            step = Step("combine", (h, w, c), (x, other), (), (draw(st.sampled_from(["add", "sub", "max"])), "same", False))
+        elif op == "map":
+            step = Step("map", (h, w, c), (x,), (), ("clamp",), (-9.0, 9.0))
+        elif op == "concat":
+            args = (x, *draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2)))
+            step = Step("concat", (h, w, sum(sizes[arg][2] for arg in args)), args)
+        elif op == "reshape":
+            step = Step("reshape", draw(st.sampled_from([(1, 1, h * w * c), (h * w, 1, c), (w, h, c)])), (x,))
+        elif op == "slice":
+            low = draw(st.integers(0, c - 1))
+            step = Step("window", (h, w, draw(st.integers(1, c - low))), (x,), (), (0, 0, low), (0.0,))
+        elif op == "pool":
+            step = Step("pool", (1, 1, c), (x,), (), (True, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1))))
+        elif op == "image" and (1, 1, c) in sizes:
+            step = Step("combine", (h, w, c), (x, sizes.index((1, 1, c))), (), ("max", "image", False))
+        elif op == "conv" and c == 5:
+            args = x, draw(st.sampled_from(alike))
+            step = Step("conv", (h, w, 5), args, (0, 1), (SAME, "relu6", True, True), (), PACKED.pattern)
+        else:
+            continue
+        if max(step.size) < 200:
+            steps.append(step)
+            sizes.append(step.size)
+    if not any(step.op == "conv" for step in steps):
+        steps.append(Step("conv", (3, 4, 5), (0,), (0, 1), (SAME, None, True, False), (), PACKED.pattern))
+    known = [len(inputs) + i for i, step in enumerate(steps) if step.op != "reshape"]
+    outputs = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), 2, draw(st.integers(1, 3)))
+
+
+DRAW = np.random.default_rng(0)
+PACKED = sparseflax.pack(reference.integers(DRAW, 3, 3, 5, 5) * (DRAW.random((3, 3, 5, 5)) < 0.3).astype(np.float32))
+SHARED = [PACKED.values, jnp.asarray(reference.integers(DRAW, 5))]
+
+
+@settings(max_examples=60)
+@given(program=programs(), n=st.sampled_from([1, 2, 5]))
+def test_any_program(program, n):
+    check(program, [images(i, n, size) for i, size in enumerate(program.inputs)], SHARED)
+
+
+def network():
+    steps = (Step("conv", (3, 4, 5), (0,), (0, 1), (SAME, "relu", True, False), (), PACKED.pattern),
+             Step("pool", (1, 1, 5), (1,), (), (True, (3, 4), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))))
+    return Program(((3, 4, 5),), steps, (2,), 2, 1)
+
+
+def test_transformations():
+    program, x = network(), images(0, 6, (3, 4, 5))
+
+    def run(x, *shared):
+        return run_program(program, [x], shared)[0]
+
+    want = program.compute(x, *SHARED)[0]
+    np.testing.assert_array_equal(jax.vmap(run, (0, None, None))(x.reshape(3, 2, 3, 4, 5), *SHARED).reshape(want.shape), want)
+    twice = jnp.stack([SHARED[0], 2 * SHARED[0]])
+    np.testing.assert_array_equal(jax.vmap(run, (None, 0, None))(x, twice, SHARED[1])[0], want)
+    np.testing.assert_array_equal(jax.grad(lambda x: run(x, *SHARED).sum())(x), jax.grad(
+        lambda x: program.compute(x, *SHARED)[0].sum())(x))
+    assert run(x[:0], *SHARED).shape == (0, 1, 1, 5)
+    for kernel in ffi.kernels():
+        np.testing.assert_array_equal(run_program(replace(program, kernel=kernel), [x], SHARED)[0], want)
+
+
+def call(program, operands, sizes=None, **changed):
+    results = [jax.ShapeDtypeStruct((operands[0].shape[0], *size), jnp.float32) for size in sizes or program.sizes()]
+    return jax.ffi.ffi_call(ffi.PROGRAM, results)(*operands, **{"kernel": "", **program.encode(), **changed})
+
+
+def test_what_does_not_fit_is_refused():
+    program, x = network(), images(0, 2, (3, 4, 5))
+    words = program.encode()["words"]
+    for what, expected in ((lambda: call(program, [x, *SHARED], words=np.asarray([2, *words[1:]])), "a program of version 2"),
+                           (lambda: call(program, [x, *SHARED], words=np.asarray([*words, 0])), "its length does not fit"),
+                           (lambda: call(program, [x, *SHARED], gaps=np.asarray([254] * 4, np.uint8)), "step 0: malformed"),
+                           (lambda: call(program, [x, SHARED[0]]), "wrong number of operands"),
+                           (lambda: call(program, [x[:, 1:], *SHARED]), "operand 0 does not fit"),
+                           (lambda: call(program, [x, SHARED[0][1:], SHARED[1]]), "operand 1 does not fit"),
+                           (lambda: call(program, [x, *SHARED], [(2, 1, 5)]), "result 0 does not fit"),
+                           (lambda: call(program, [x, *SHARED], kernel="none"), "kernel 'none' does not run")):
+        with pytest.raises(Exception, match=expected):
+            jax.block_until_ready(what())
+
+
+def test_edited_programs_are_refused_or_run():
+    program, x = network(), images(0, 2, (3, 4, 5))
+    words, draw = program.encode()["words"], np.random.default_rng(0)
+    for _ in range(150):
+        edited = words.copy()
+        edited[draw.integers(len(words))] = draw.choice([-1, 0, 1, 2, 3, 5, 17, 60, 2**20, 2**31, 2**62])
+        try:
+            jax.block_until_ready(call(program, [x, *SHARED], words=edited))
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            assert "network program: " in str(error)
