@@ -117,6 +117,7 @@ def _work(pipe: Any, start: Any, engine: str, artefact: Any, number: int, thread
     while any(each.is_alive() for each in asking):
         memory.append((time.monotonic() - began, _resident()))
         time.sleep(1.0)
+    memory.append((time.monotonic() - began, _resident()))
     settled = [size for at, size in memory if at >= min(SETTLE, seconds / 2)]
     # The lists of latencies are ours: 8 bytes and a float of 24 for each call.
     pipe.send({"seconds": {n: np.array([t for each in latency for t in each[n]]) for n in BATCHES}, "wrong": sum(wrong),

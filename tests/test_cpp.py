@@ -175,7 +175,7 @@ def microkernels(objdump: str, file: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("name", "fma", "stack"), [
-    ("x86 release", r"(vfn?m\w+ps|vpmaddwd|vpdpbusd) .*%[yz]mm", r"v.*[-, ](0x\w+)?\(%rsp|v.*-0x\w+\(%rbp"),
+    ("x86 release", r"(\{vex\} )?(vfn?m\w+ps|vpmaddwd|vpdpbusd) .*%[yz]mm", r"v.*[-, ](0x\w+)?\(%rsp|v.*-0x\w+\(%rbp"),
     ("neon release", r"(fmla|sdot|sadalp)\t", r"(ld|st)[rpu]+\tq.*\[(sp|x29)"),  # d8 to d15 the callee has to save
 ])
 def test_no_accumulator_is_spilled(objects, name, fma, stack):

@@ -42,7 +42,8 @@ def compiled(models, inputs):
     def run(models, inputs):
         return [model(x) for model, x in zip(models, inputs, strict=True)]
 
-    return jax.jit(run).lower(models, inputs).compile({"xla_backend_optimization_level": 0})(models, inputs)
+    return jax.jit(run).lower(models, inputs).compile(
+        {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True})(models, inputs)
 
 
 def as_array(given):

@@ -39,14 +39,16 @@ struct V {
   using F = avx2::V;
 #include "ymm_int8.inc"
   using Quad = const Value*;  // a weight is broadcast from memory: the ports of shuffles are busy
-  static constexpr int kLanes = 8, kRegisters = 14;  // without those for ones and for one of two factors
+  static constexpr int kLanes = 8, kRegisters = 10;  // the others hold ones, the weight, and the factors of two products
   static SF_INLINE Quad LoadQuad(const Value* p) { return p; }
   template <int i>
   static SF_INLINE Reg Spread(Quad w) { return Set1(w[i]); }
   static SF_INLINE Reg Panel(Reg a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
   static SF_INLINE Reg Fma(Reg w, Reg x, Reg acc) {
     const Reg pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
-    return Add(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    Reg sum = Add(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    asm("" : "+x"(sum));  // else GCC adds up several words first, as integers allow, and spills the accumulators for it
+    return sum;
   }
 };
 

@@ -462,7 +462,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         break;
       }
       case Op::kPool: {
-        const Pool d{x, y, {p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]}, p[0] != 0};
+        const Pooling d{x, y, {p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]}, p[0] != 0};
         spread(y.h * y.w * y.c * p[1] * p[2], [&](int64_t row, int64_t end) { loops.pool(d, row, end); });
         break;
       }

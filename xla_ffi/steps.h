@@ -28,7 +28,7 @@ struct Depthwise {
 };
 
 // y[i,j,c] = max or sum over the window's positions inside the image; a maximum of nothing is -inf, and of nan nan
-struct Pool {
+struct Pooling {
   Image x, y;
   Filter f;
   bool maximum;
@@ -66,7 +66,7 @@ struct Map {
 
 struct Steps {
   void (*depthwise)(const Depthwise&, int64_t row, int64_t end);
-  void (*pool)(const Pool&, int64_t row, int64_t end);
+  void (*pool)(const Pooling&, int64_t row, int64_t end);
   void (*channel_sum)(const ChannelSum&, int64_t row, int64_t end);
   void (*combine)(const Combine&, int64_t row, int64_t end);
   void (*map)(const Map&, int64_t row, int64_t end);

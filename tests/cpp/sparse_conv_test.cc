@@ -24,7 +24,7 @@ namespace {
 
 std::string wanted_isa = "all";
 
-std::vector<const Isa*> TestedIsas() { return TestedIsas(wanted_isa, Element::kFloat32); }
+std::vector<const Isa*> TestedIsas() { return ::TestedIsas(wanted_isa, Element::kFloat32); }
 
 std::unique_ptr<Conv> MakeConv(const Problem& p, const Isa* isa) {
   std::string error;
