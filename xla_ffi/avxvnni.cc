@@ -24,7 +24,7 @@ struct V {
     static SF_INLINE void StorePart(float* p, Reg a, int m) { _mm256_maskstore_ps(p, First(m), a); }
   };
 #include "ymm_int8.inc"
-  static constexpr int kLanes = 8, kRegisters = 16;
+  static constexpr int kLanes = 8, kRegisters = 14;  // a weight and a word of the panel take two more than in float32
   using Quad = __m256i;
   static SF_INLINE Quad LoadQuad(const Value* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   template <int i>
