@@ -161,6 +161,13 @@ def test_any_program(program, n):
     check(program, [images(i, n, size) for i, size in enumerate(program.inputs)], SHARED)
 
 
+def test_a_row_that_needs_all_rows_before_it():
+    """Of a value that is looked at as channels: steps around the reshape must not run row by row together."""
+    steps = (Step("map", (2, 3, 1), (0,), (), ("neg",), (0.0, 0.0)), Step("reshape", (1, 1, 6), (2,)),
+             Step("combine", (2, 3, 6), (1, 3), (), ("add", "image", False)))
+    check(Program(((2, 3, 1), (2, 3, 6)), steps, (4,), 0, 1), [images(0, 2, (2, 3, 1)), images(1, 2, (2, 3, 6))])
+
+
 def network():
     steps = (Step("conv", (3, 4, 5), (0,), (0, 1), (SAME, "relu", True, False), (), PACKED.pattern),
              Step("pool", (1, 1, 5), (1,), (), (True, (3, 4), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))))

@@ -348,7 +348,8 @@ void Program::Cut() {
     size_t end = i + 1;
     const auto joins = [&](size_t j) {
       const Value& y = values_[j + static_cast<size_t>(inputs_)];
-      return steps_[j].segment == steps_[i].segment && (Stays(j) || (Rowwise(j) && y.h == like.h && y.w == like.w));
+      if (steps_[j].segment != steps_[i].segment || steps_[j].op == Op::kReshape) return false;  // whose rows are others
+      return Stays(j) || (Rowwise(j) && y.h == like.h && y.w == like.w);
     };
     while (Rowwise(i) && end < steps_.size() && joins(end)) ++end;
     for (size_t j = i; j < end; ++j) steps_[j].begin = i, steps_[j].end = end;
