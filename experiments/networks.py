@@ -67,7 +67,7 @@ NETWORKS = {spec.name: spec for spec in (
 )}
 
 
-def pruned(spec: Spec, kernels: Mapping[str, np.ndarray] | None = None, seed: int = 0) -> nnx.Module:
+def pruned(spec: Spec, kernels: Mapping[str, np.ndarray] | None = None, seed: int = 0, block: int = 1) -> nnx.Module:
     """The network in evaluation mode, with zeros in its weights.
 
     Kept weights are normal with variance 2 / kept inputs (He et al. 2015), so that activations neither vanish nor grow;
@@ -77,6 +77,7 @@ def pruned(spec: Spec, kernels: Mapping[str, np.ndarray] | None = None, seed: in
       spec: the network.
       kernels: trained kernels, by path of their layer, in place of random ones; scaled to the same variance.
       seed: of the weights.
+      block: neighbouring input channels that are kept or pruned together.
 
     Raises:
       ValueError: a kernel of a path or shape that the network does not have.
@@ -95,7 +96,8 @@ def pruned(spec: Spec, kernels: Mapping[str, np.ndarray] | None = None, seed: in
                 raise ValueError(f"the kernel of {layer} has shape {kernel.shape}, wanted {shape}")
         elif name == "kernel":
             density = 1.0 if layer == first else spec.density(layer, shape)
-            kernel = draw.standard_normal(shape, np.float32) * (draw.random(shape, np.float32) < density)
+            blocks = draw.random((*shape[:-2], -(-shape[-2] // block), shape[-1]), np.float32) < density
+            kernel = draw.standard_normal(shape, np.float32) * np.repeat(blocks, block, axis=-2)[..., :shape[-2], :]
         elif name in ("scale", "var"):
             return draw.uniform(0.5, 1.5, shape).astype(np.float32)
         else:

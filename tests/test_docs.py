@@ -38,8 +38,9 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     if any("load_onnx" in block for block in code):
         pytest.importorskip("onnx")
         write_network(tmp_path / "network.onnx")
-    if importlib.util.find_spec("torch") is None:
-        code = [block for block in code if "import torch" not in block]
+    for package in ("torch", "qwix"):
+        if importlib.util.find_spec(package) is None:
+            code = [block for block in code if f"import {package}" not in block]
     # A RuntimeWarning would mean that the kernel is missing.
     out = run("-W", "error::RuntimeWarning", "-c", "\n".join(code), cwd=tmp_path)
     if page.name == "README.md":

@@ -55,7 +55,7 @@ def both(f, *operands):
     """f by the kernel and by plain JAX."""
     by_kernel = jax.jit(lambda *operands: f(*operands))(*operands)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8_primitive, "bind_int8", int8_primitive._reference)
+        patch.setattr(int8_primitive, "bind_int8", int8_primitive.reference)
         return by_kernel, jax.jit(lambda *operands: f(*operands))(*operands)
 
 

@@ -71,7 +71,7 @@ def test_estimate_predicts_the_timed_layers_on_the_average(monkeypatch):
 
 
 def test_detect_machine_without_the_native_module(monkeypatch):
-    monkeypatch.setattr(ffi, "kernels", lambda: [])
+    monkeypatch.setattr(ffi, "kernels", lambda *_: [])
     found = detect_machine(seconds=0.02, isa="avx2")
     assert found.fitted is None and found.alpha == estimate.ESTIMATED_ALPHA
     assert "alpha guessed: the native kernel does not run here" in found.source

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import sparseflax
 from sparseflax.conv import ffi
+from sparseflax.conv.int8 import Quantization, pack_int8
+from sparseflax.conv.int8_primitive import Rescale
 from sparseflax.conv.window import Window
 from sparseflax.network.program import BINARY, Program, Step, run_program
 from tests import reference
@@ -23,8 +25,9 @@ SAME = Window((1, 1), ((1, 1), (1, 1)), (1, 1))
 SHAPES = [(1, 1, 1), (4, 5, 3), (3, 2, 17), (6, 6, 16)]  # odd, below and above the vectors of all instruction sets
 
 
-def images(seed, n, size):
-    return jnp.asarray(reference.integers(np.random.default_rng(seed), n, *size))
+def images(seed, n, size, uint8=False):
+    draw = np.random.default_rng(seed)
+    return jnp.asarray(draw.integers(0, 256, (n, *size)).astype(np.uint8) if uint8 else reference.integers(draw, n, *size))
 
 
 def check(program, inputs, shared=(), rtol=0.0):
@@ -33,8 +36,8 @@ def check(program, inputs, shared=(), rtol=0.0):
         np.testing.assert_allclose(y, want, rtol=rtol, atol=0)
 
 
-def one(step, *sizes, chunk=1):
-    return Program(sizes, (step,), (len(sizes),), len(step.shared), chunk)
+def one(step, *sizes, chunk=1, uint8=()):
+    return Program(sizes, (step,), (len(sizes),), len(step.shared), chunk, uint8=uint8)
 
 
 STEPS = {
@@ -66,6 +69,31 @@ def test_each_step(make, size):
     for n in (1, 5):
         check(program, [images(i, n, size) for i in range(count)],
               [jnp.asarray(reference.integers(np.random.default_rng(9), *shape)) for shape in shared])
+
+
+BYTES = {
+    "max": lambda h, w, c: Step("pool", (h, w, c), (0,), (), (True, (3, 3), SAME), uint8=True),
+    "concat": lambda h, w, c: Step("concat", (h, w, 2 * c), (0, 1), uint8=True),
+    "padded": lambda h, w, c: Step("window", (h + 3, w + 1, c + 2), (0,), (), (-1, 0, -2), (255.0,), uint8=True),
+    "dequantize": lambda h, w, c: Step("dequantize", (h, w, c), (0,), (), (Quantization(0.25, 100),)),
+}
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("make", BYTES.values(), ids=BYTES)
+def test_each_step_of_bytes(make, size):
+    step = make(*size)
+    for n in (1, 5):
+        inputs = [images(i, n, size, uint8=True) for i in range(len(step.args))]
+        check(one(step, *[size] * len(inputs), uint8=tuple(range(len(inputs)))), inputs)
+
+
+def test_rounding_of_any_numbers():
+    odd = [jnp.nan, jnp.inf, -jnp.inf, 0.125, 0.375, -0.0, 1e30, -1e30, 2.0]
+    x = jnp.concatenate([jnp.linspace(-30.0, 30.0, 991), jnp.asarray(odd)])
+    quantization = Quantization(0.25, 100)
+    step = Step("quantize", (10, 10, 10), (0,), (), (quantization,), uint8=True)
+    check(one(step, (10, 10, 10)), [x.reshape(1, 10, 10, 10)])
 
 
 @pytest.mark.parametrize("name, ulps", [("logistic", 8), ("sqrt", 0), ("rsqrt", 4), ("power", 8)])
@@ -161,6 +189,63 @@ def test_any_program(program, n):
     check(program, [images(i, n, size) for i, size in enumerate(program.inputs)], SHARED)
 
 
+@st.composite
+def byte_programs(draw):
+    """Convolutions in eight bits, maxima, concatenations, ranges of channels and roundings, in any order."""
+    known = [((3, 4, 8), False), ((3, 4, 8), True)]
+    steps = []
+    for _ in range(draw(st.integers(1, 12))):
+        x = draw(st.integers(0, len(known) - 1))
+        (h, w, c), uint8 = known[x]
+        beside = [i for i, (size, kind) in enumerate(known) if size[:2] == (h, w) and kind == uint8]
+        alike = [i for i in beside if known[i][0][2] == 8]
+        op = draw(st.sampled_from(["conv", "concat", "slice", "pool", "rounding", "add"]))
+        if op == "conv" and uint8 and c == 8:
+            residual, to_float = draw(st.booleans()), draw(st.booleans())
+            args = (x, draw(st.sampled_from(alike))) if residual else (x,)
+            zeros = draw(st.tuples(*[st.integers(0, 255)] * 3))
+            rescale = Rescale(*zeros, *((-9.0, 9.0) if to_float else (-float(zeros[1]), 255.0 - zeros[1])), to_float)
+            shared = (0, 1, 2, 3, 4)[:4 + residual]
+            step = Step("conv_int8", (h, w, 8), args, shared, (SAME, rescale), (), INT8.pattern, not to_float)
+        elif op == "concat":
+            args = (x, *draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2)))
+            step = Step("concat", (h, w, sum(known[arg][0][2] for arg in args)), args, uint8=uint8)
+        elif op == "slice" and c > 4:
+            low, size = draw(st.integers(0, c - 5)), draw(st.sampled_from([3, 4, 5]))
+            step = Step("window", (h, w, size), (x,), (), (0, 0, low), (0.0,), uint8=uint8)
+        elif op == "pool":
+            step = Step("pool", (h, w, c), (x,), (), (True, (3, 3), SAME), uint8=uint8)
+        elif op == "rounding":
+            step = Step("dequantize" if uint8 else "quantize", (h, w, c), (x,), (), (Quantization(0.5, 30),), uint8=not uint8)
+        elif op == "add" and not uint8:
+            step = Step("combine", (h, w, c), (x, x), (), ("add", "same", False))
+        else:
+            continue
+        if step.size[2] < 40:
+            steps.append(step)
+            known.append((step.size, step.uint8))
+    operands = [i for i in range(5) if not any(i in step.shared for step in steps)]
+    if operands:  # each has to be read
+        steps.append(Step("conv_int8", (3, 4, 8), (1, 1), (0, 1, 2, 3, 4), (SAME, Rescale(3, 7, 9, -7.0, 248.0, False)), (),
+                          INT8.pattern, True))
+    outputs = draw(st.lists(st.integers(2, 1 + len(steps)), min_size=1, max_size=3, unique=True))
+    return Program(((3, 4, 8),) * 2, tuple(steps), tuple(outputs), 5, draw(st.integers(1, 3)), uint8=(1,))
+
+
+KERNEL = reference.integers(DRAW, 3, 3, 8, 8) * np.repeat(DRAW.random((3, 3, 2, 8)) < 0.4, 4, axis=2).astype(np.float32)
+INT8 = pack_int8(KERNEL, Quantization(1.0, 0))
+RATIO = jnp.linspace(0.5, 1.5, 8).astype(jnp.bfloat16).astype(jnp.float32)  # products of it are exact
+SHARED_INT8 = [INT8.words, INT8.sums, INT8.scale, jnp.linspace(-9.0, 9.0, 8), RATIO]
+
+
+@settings(max_examples=60)
+@given(program=byte_programs(), n=st.sampled_from([1, 2, 5]), kernel=st.sampled_from([None, *ffi.kernels("int8")]))
+def test_any_program_of_bytes(program, n, kernel):
+    """Sums are exact and every operation of the epilogue rounds by itself: nothing may differ."""
+    inputs = [images(0, n, (3, 4, 8)), images(1, n, (3, 4, 8), uint8=True)]
+    check(replace(program, int8=kernel), inputs, SHARED_INT8)
+
+
 def test_a_row_that_needs_all_rows_before_it():
     """Of a value that is looked at as channels: steps around the reshape must not run row by row together."""
     steps = (Step("map", (2, 3, 1), (0,), (), ("neg",), (0.0, 0.0)), Step("reshape", (1, 1, 6), (2,)),
@@ -192,21 +277,25 @@ def test_transformations():
 
 
 def call(program, operands, sizes=None, **changed):
-    results = [jax.ShapeDtypeStruct((operands[0].shape[0], *size), jnp.float32) for size in sizes or program.sizes()]
-    return jax.ffi.ffi_call(ffi.PROGRAM, results)(*operands, **{"kernel": "", **program.encode(), **changed})
+    sizes = sizes or [step.size for step in program.results()]
+    results = [jax.ShapeDtypeStruct((operands[0].shape[0], *size), jnp.float32) for size in sizes]
+    return jax.ffi.ffi_call(ffi.PROGRAM, results)(*operands, **{**program.encode(), **changed})
 
 
 def test_what_does_not_fit_is_refused():
     program, x = network(), images(0, 2, (3, 4, 5))
     words = program.encode()["words"]
-    for what, expected in ((lambda: call(program, [x, *SHARED], words=np.asarray([2, *words[1:]])), "a program of version 2"),
+    for what, expected in ((lambda: call(program, [x, *SHARED], words=np.asarray([1, *words[1:]])), "a program of version 1"),
                            (lambda: call(program, [x, *SHARED], words=np.asarray([*words, 0])), "its length does not fit"),
                            (lambda: call(program, [x, *SHARED], gaps=np.asarray([254] * 4, np.uint8)), "step 0: malformed"),
                            (lambda: call(program, [x, SHARED[0]]), "wrong number of operands"),
                            (lambda: call(program, [x[:, 1:], *SHARED]), "operand 0 does not fit"),
                            (lambda: call(program, [x, SHARED[0][1:], SHARED[1]]), "operand 1 does not fit"),
                            (lambda: call(program, [x, *SHARED], [(2, 1, 5)]), "result 0 does not fit"),
-                           (lambda: call(program, [x, *SHARED], kernel="none"), "kernel 'none' does not run")):
+                           (lambda: call(program, [x.astype(jnp.uint8), *SHARED]), "operand 0 does not fit"),
+                           (lambda: call(program, [x, SHARED[0].astype(jnp.int32), SHARED[1]]), "operand 1 does not fit"),
+                           (lambda: call(program, [x, *SHARED], kernel="none"), "kernel 'none' does not run"),
+                           (lambda: call(program, [x, *SHARED], int8="none"), "kernel 'none' does not run")):
         with pytest.raises(Exception, match=expected):
             jax.block_until_ready(what())
 

@@ -95,11 +95,11 @@ NB_MODULE(_native, m) {
     for (const Isa* isa : Isas(int8 ? Element::kInt8 : Element::kFloat32)) names.emplace_back(isa->name);
     return names;
   }, nb::arg("int8") = false);
-  m.def("tables", [] {
+  m.def("tables", [](bool int8) {
     std::vector<std::pair<std::string, double>> tables;
-    for (const Isa* isa : AllIsas()) tables.emplace_back(isa->name, isa->fma_cycles());
+    for (const Isa* isa : AllIsas(int8 ? Element::kInt8 : Element::kFloat32)) tables.emplace_back(isa->name, isa->fma_cycles());
     return tables;
-  }, "Instruction sets of this build, best first, whether they run here or not, and cycles of their FMAs.");
+  }, nb::arg("int8") = false, "Instruction sets of this build, best first, whether they run here or not, and cycles of their FMAs.");
   m.def("trace", [](bool on) {
     nb::list traced;
     for (const Program::Traced& each : Program::Trace(on)) traced.append(nb::make_tuple(each.words, each.nanoseconds));

@@ -32,6 +32,10 @@ struct V {
     for (int i = 0; i < 4; ++i) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
   }
+  static SF_INLINE Reg Largest(Reg a, Reg b) {
+    for (int i = 0; i < 4; ++i) b[i] = a[i] > b[i] || a[i] != a[i] ? a[i] : b[i];
+    return b;
+  }
   static SF_INLINE Reg Min(Reg a, Reg b) {
     for (int i = 0; i < 4; ++i) b[i] = a[i] < b[i] ? a[i] : b[i];
     return b;

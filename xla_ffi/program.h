@@ -1,6 +1,6 @@
 // A network, or the part of one that is known here, as one program: steps over images in buffers whose lifetimes are known beforehand.
 //
-// Values are images of one size each (h, w, c), NHWC float32, numbered: first the inputs, then the result of each step. A batch is
+// Values are images of one size each (h, w, c), NHWC, float32 or uint8, numbered: first the inputs, then the result of each step. A batch is
 // run in units of some images, each of them through all steps before the next: what lies between two layers stays in the caches, and
 // threads meet only at the end. A batch of fewer images than threads goes through one layer after the other, each on all threads;
 // so does every batch through layers that meet each weight once per image (`together`), as these wait for their weights.
@@ -19,25 +19,35 @@
 namespace sparseflax {
 
 // What a step does; the integers that describe it are listed beside its case in program.cc, and written by sparseflax/network/program.py.
-enum class Op : int64_t { kConv, kDepthwise, kPool, kChannelSum, kCombine, kMap, kWindow, kConcat, kReshape, kEnd };
+enum class Op : int64_t {
+  kConv, kDepthwise, kPool, kChannelSum, kCombine, kMap, kWindow, kConcat, kReshape, kConvInt8, kQuantize, kDequantize, kEnd
+};
+
+enum class Type : int64_t { kFloat32, kUint8, kInt32 };
+
+// A buffer from outside: elements of one image, or of an operand that all images share.
+struct Sized {
+  int64_t size;
+  Type type;
+};
 
 struct Step {
   Op op;
   std::vector<int64_t> args, shared, params;  // values, operands that all images share, what the step does
   std::vector<float> numbers;
-  std::unique_ptr<Conv> conv;  // of a kConv
-  size_t segment = 0, begin = 0, end = 0;  // which it belongs to; the steps with which it runs row by row
+  std::unique_ptr<Conv> conv;  // of a kConv or kConvInt8
+  size_t segment = 0, begin = 0, end = 0;  // which it belongs to; the steps with which it runs pixel by pixel
+  int64_t slots = 0;                       // of the values between these, if it is the first of them
 };
 
 class Program {
  public:
   // The encoding of program.py: `words` with indices into `numbers` and `gaps`. Null and `error` if anything does not fit: whatever
-  // is read or written later was checked here.
+  // is read or written later was checked here. The instruction sets are those of float32 and int8, null for the best.
   static std::unique_ptr<Program> Make(const int64_t* words, int64_t count, const float* numbers, int64_t number_count,
-                                       const uint8_t* gaps, int64_t gap_count, const Isa* isa, std::string* error);
+                                       const uint8_t* gaps, int64_t gap_count, const Isa* isa, const Isa* int8, std::string* error);
 
-  // Floats of each input and output for one image, and of each operand that all images share.
-  std::vector<int64_t> input_sizes, output_sizes, shared_sizes;
+  std::vector<Sized> inputs, outputs, shared;
 
   // Between trace(true) and trace(false) all programs count the time of their steps. The latter returns, for each that is there, its
   // words and nanoseconds of each step, of all threads; steps that run row by row count as the first of them.
@@ -49,18 +59,21 @@ class Program {
 
   // Thread-safe; each call has memory of its own, which is kept for the next.
   // Returns an empty string, or what does not fit. Throws std::bad_alloc.
-  std::string Run(int64_t n, const std::vector<const float*>& inputs, const std::vector<const float*>& shared,
-                  const std::vector<float*>& outputs, Executor& executor);
+  std::string Run(int64_t n, const std::vector<const void*>& images, const std::vector<const void*>& operands,
+                  const std::vector<void*>& results, Executor& executor);
 
  private:
-  enum class Place { kInput, kOutput, kWhole, kUnit };  // whole: of the whole batch; unit: of the images of one unit
+  // Whole: of the whole batch; unit: of the images of one unit; slot: only between steps that run together.
+  enum class Place { kInput, kOutput, kWhole, kUnit, kSlot };
   struct Value {
     int64_t h, w, c;
+    Type type = Type::kFloat32;
     int64_t parent = -1, channel = 0;  // the value that holds it: a concatenation from that channel on, or what it is a reshape of
     int64_t first = 0, last = -1;      // steps that write it first and read it last
     Place place = Place::kUnit;
-    int64_t offset = 0;                // bytes per image into its memory, or the number of its input or output
+    int64_t offset = 0;                // bytes per image into its memory, or the number of its input, output or slot
     int64_t size() const { return h * w * c; }
+    int64_t bytes() const { return type == Type::kUint8 ? 1 : 4; }  // of an element
   };
   struct Segment {
     size_t begin, end;
@@ -71,24 +84,25 @@ class Program {
   Program();
   std::string Decode(const int64_t* words, int64_t count, const float* numbers, int64_t number_count, const uint8_t* gaps,
                      int64_t gap_count);
-  std::string CheckStep(const Step& step, const Value& y);
+  std::string CheckStep(const Step& step, Value* y);
   void Join();
   void Cut();
   void Lay();
   int64_t Root(int64_t value) const;
-  Image At(const Call& call, int64_t value) const;
+  template <typename T>
+  ImageOf<T> At(const Call& call, int64_t value) const;
   bool Stays(size_t step) const;
-  bool Rowwise(size_t step) const;
-  std::function<void(int64_t, int64_t)> Elementwise(size_t step, const Call& call, const Steps& loops) const;
+  bool Pixelwise(size_t step) const;
+  void RunPixelwise(size_t first, const Call& call, const Steps& loops, int64_t row, int64_t end) const;
   std::string RunSteps(const Segment& segment, const Call& call) const;
 
   std::vector<int64_t> words_;
   std::vector<Value> values_;
   std::vector<Step> steps_;
-  std::vector<int64_t> outputs_;
   std::vector<Segment> segments_;
   std::vector<float> zeros_;  // the bias of convolutions without one
   const Isa* isa_ = nullptr;
+  const Isa* int8_ = nullptr;
   int64_t inputs_ = 0, chunk_ = 1;
   int64_t whole_bytes_ = 0, unit_bytes_ = 0;  // per image
   mutable std::vector<std::atomic<int64_t>> nanoseconds_;  // of each step, where it is traced

@@ -25,51 +25,57 @@ const auto kProgramInfo = ffi::MakeTypeInfo<ProgramState>();
 ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("network program: " + what); }
 
 ffi::ErrorOr<std::unique_ptr<ProgramState>> Instantiate(ffi::Span<const int64_t> words, ffi::Span<const float> numbers,
-                                                        ffi::Span<const uint8_t> gaps, std::string_view kernel) {
-  const Isa* isa = nullptr;
-  for (const Isa* candidate : Isas()) {
-    if (candidate->name == kernel) isa = candidate;
+                                                        ffi::Span<const uint8_t> gaps, std::string_view kernel, std::string_view int8) {
+  const Isa* isas[2] = {};
+  for (const Element element : {Element::kFloat32, Element::kInt8}) {
+    const std::string_view name = element == Element::kInt8 ? int8 : kernel;
+    const Isa*& isa = isas[element == Element::kInt8];
+    for (const Isa* candidate : Isas(element)) {
+      if (candidate->name == name) isa = candidate;
+    }
+    if (isa == nullptr && !name.empty()) return ffi::Unexpected(Invalid("kernel '" + std::string(name) + "' does not run on this machine"));
   }
-  if (isa == nullptr && !kernel.empty()) return ffi::Unexpected(Invalid("kernel '" + std::string(kernel) + "' does not run on this machine"));
   auto state = std::make_unique<ProgramState>();
   std::string error;
   state->program = Program::Make(words.begin(), static_cast<int64_t>(words.size()), numbers.begin(), static_cast<int64_t>(numbers.size()),
-                                 gaps.begin(), static_cast<int64_t>(gaps.size()), isa, &error);
+                                 gaps.begin(), static_cast<int64_t>(gaps.size()), isas[0], isas[1], &error);
   if (!error.empty()) return ffi::Unexpected(Invalid(error));
   return state;
 }
 
-// The floats of a buffer if it holds `size` of them for each of n images.
+ffi::DataType TypeOf(Type type) { return type == Type::kFloat32 ? ffi::F32 : type == Type::kUint8 ? ffi::U8 : ffi::S32; }
+
+// Whether a buffer holds that for each of n images.
 template <typename Buffer>
-bool Holds(const Buffer& buffer, int64_t n, int64_t size) {
+bool Holds(const Buffer& buffer, int64_t n, const Sized& sized) {
   const auto dimensions = buffer.dimensions();
-  return dimensions.size() > 0 && dimensions[0] == n && static_cast<int64_t>(buffer.element_count()) == n * size;
+  return buffer.element_type() == TypeOf(sized.type) && dimensions.size() > 0 && dimensions[0] == n &&
+         static_cast<int64_t>(buffer.element_count()) == n * sized.size;
 }
 
 ffi::Error Execute(ProgramState* state, ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Program& program = *state->program;
-  const size_t images = program.input_sizes.size(), all = images + program.shared_sizes.size();
-  if (args.size() != all || rets.size() != program.output_sizes.size()) return Invalid("wrong number of operands");
-  std::vector<const float*> inputs, shared;
-  std::vector<float*> outputs;
+  const size_t images = program.inputs.size(), all = images + program.shared.size();
+  if (args.size() != all || rets.size() != program.outputs.size()) return Invalid("wrong number of operands");
+  std::vector<const void*> inputs, shared;
+  std::vector<void*> outputs;
   int64_t n = -1;
   for (size_t i = 0; i < all; ++i) {
     const auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    if (buffer->element_type() != ffi::F32) return Invalid("an operand is not float32");
     if (i == 0) n = buffer->dimensions().size() > 0 ? buffer->dimensions()[0] : -1;
-    const bool fits = i < images ? Holds(*buffer, n, program.input_sizes[i])
-                                 : static_cast<int64_t>(buffer->element_count()) == program.shared_sizes[i - images];
+    const Sized& sized = i < images ? program.inputs[i] : program.shared[i - images];
+    const bool fits = i < images ? Holds(*buffer, n, sized)
+                                 : buffer->element_type() == TypeOf(sized.type) && static_cast<int64_t>(buffer->element_count()) == sized.size;
     if (!fits) return Invalid("operand " + std::to_string(i) + " does not fit");
-    (i < images ? inputs : shared).push_back(static_cast<const float*>(buffer->untyped_data()));
+    if (reinterpret_cast<uintptr_t>(buffer->untyped_data()) % 4 != 0) return Invalid("an operand is not aligned to words of four bytes");
+    (i < images ? inputs : shared).push_back(buffer->untyped_data());
   }
   for (size_t i = 0; i < rets.size(); ++i) {
     auto buffer = rets.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    if ((*buffer)->element_type() != ffi::F32 || !Holds(**buffer, n, program.output_sizes[i])) {
-      return Invalid("result " + std::to_string(i) + " does not fit");
-    }
-    outputs.push_back(static_cast<float*>((*buffer)->untyped_data()));
+    if (!Holds(**buffer, n, program.outputs[i])) return Invalid("result " + std::to_string(i) + " does not fit");
+    outputs.push_back((*buffer)->untyped_data());
   }
   PoolExecutor<ffi::ThreadPool> executor(pool);
   try {
@@ -87,7 +93,8 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<ffi::Span<const int64_t>>("words")
                            .Attr<ffi::Span<const float>>("numbers")
                            .Attr<ffi::Span<const uint8_t>>("gaps")
-                           .Attr<std::string_view>("kernel"));
+                           .Attr<std::string_view>("kernel")
+                           .Attr<std::string_view>("int8"));
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind().Ctx<ffi::State<ProgramState>>().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
 

@@ -1,18 +1,21 @@
 // What the steps of a program do beside sparse convolutions: the contract of each instruction set's loops.
 //
-// Images are NHWC float32; `pixel` is the distance in floats from one pixel to the next, at least the channels: a value may be a
-// range of channels of a wider one. Every function does rows [row, end) of its output, counted over all images.
+// Images are NHWC, float32 or uint8; `pixel` is the distance in elements from one pixel to the next, at least the channels: a value may
+// be a range of channels of a wider one. Every function does rows [row, end) of its output, counted over all images.
 #pragma once
 
 #include <cstdint>
 
 namespace sparseflax {
 
-struct Image {  // images of one value, one after the other
-  float* data;
+template <typename T>
+struct ImageOf {  // images of one value, one after the other
+  T* data;
   int64_t h, w, c, pixel;
-  float* Row(int64_t row) const { return data + row * w * pixel; }
+  T* Row(int64_t row) const { return data + row * w * pixel; }
 };
+using Image = ImageOf<float>;
+using Bytes = ImageOf<uint8_t>;
 
 struct Filter {
   int64_t kh, kw, sh, sw, top, left, dh, dw;
@@ -28,10 +31,11 @@ struct Depthwise {
 };
 
 // y[i,j,c] = max or sum over the window's positions inside the image; a maximum of nothing is -inf, and of nan nan
+template <typename T>
 struct Pooling {
-  Image x, y;
+  ImageOf<T> x, y;
   Filter f;
-  bool maximum;
+  bool maximum;  // of uint8 nothing else; of nothing it is 0 there
 };
 
 // y[p,c] = sum_{d < size} x[p, c + d - low], zeros outside
@@ -64,12 +68,31 @@ struct Map {
   float p, q;
 };
 
+// y = clamp(round(x * inverse), -zero, 255 - zero) + zero, to nearest, ties to even; of nan 0
+struct Quantize {
+  Image x;
+  Bytes y;
+  float inverse;
+  int32_t zero;
+};
+
+// y = (x - zero) * scale
+struct Dequantize {
+  Bytes x;
+  Image y;
+  float scale;
+  int32_t zero;
+};
+
 struct Steps {
   void (*depthwise)(const Depthwise&, int64_t row, int64_t end);
-  void (*pool)(const Pooling&, int64_t row, int64_t end);
+  void (*pool)(const Pooling<float>&, int64_t row, int64_t end);
+  void (*pool_bytes)(const Pooling<uint8_t>&, int64_t row, int64_t end);
   void (*channel_sum)(const ChannelSum&, int64_t row, int64_t end);
   void (*combine)(const Combine&, int64_t row, int64_t end);
   void (*map)(const Map&, int64_t row, int64_t end);
+  void (*quantize)(const Quantize&, int64_t row, int64_t end);
+  void (*dequantize)(const Dequantize&, int64_t row, int64_t end);
 };
 
 }  // namespace sparseflax

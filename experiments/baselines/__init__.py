@@ -28,12 +28,14 @@ class Rival:
       run: computes, and returns when the output is complete.
       output: turns what `run` returned into a NumPy array (n, oh, ow, oc), of a network (n, classes).
       dense: False where it uses the zeros.
+      exact: False where it computes in fewer bits than float32.
     """
 
     name: str
     run: Callable[[], Any]
     output: Callable[[Any], np.ndarray]
     dense: bool = True
+    exact: bool = True
 
 
 def field(names: Sequence[str] = ()) -> tuple[list[ModuleType], list[str]]:

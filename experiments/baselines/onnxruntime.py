@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from experiments.baselines import Rival, nchw, nhwc, oihw
@@ -19,6 +21,11 @@ def rivals(problem: Problem, threads: int) -> list[Rival]:
 def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
     run, outputs = onnx_runtime(model, nchw(x), threads)
     return [Rival("onnxruntime", run, lambda _: outputs()[0])]
+
+
+def network_int8(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
+    """The same for a file in eight bits, see quantized.py."""
+    return [replace(rival, name="onnxruntime int8", exact=False) for rival in network(model, x, threads)]
 
 
 def conv_model(problem: Problem) -> bytes:

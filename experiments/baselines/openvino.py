@@ -1,4 +1,4 @@
-"""OpenVINO's CPU plugin in float32, one stream, inputs and outputs in place."""
+"""OpenVINO's CPU plugin, one stream, inputs and outputs in place: pinned to float32, and by default where that is less."""
 
 from __future__ import annotations
 
@@ -30,4 +30,20 @@ def rivals(problem: Problem, threads: int) -> list[Rival]:
 
 def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
     run, outputs = openvino(model, nchw(x), threads)
-    return [Rival("openvino", run, lambda _: outputs()[0])]
+    pinned = Rival("openvino", run, lambda _: outputs()[0])
+    return [pinned, *_by_default(model, x, threads)]
+
+
+def network_int8(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
+    """The same for a file in eight bits, see quantized.py."""
+    run, outputs = openvino(model, nchw(x), threads)
+    return [Rival("openvino int8", run, lambda _: outputs()[0], exact=False)]
+
+
+def _by_default(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
+    """In bfloat16 or float16, where this CPU has instructions for it and OpenVINO takes them unasked; else nobody."""
+    precision = openvino_package().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    if precision in ("f32", "dynamic", "undefined"):
+        return []
+    run, outputs = openvino(model, nchw(x), threads, precision=precision)
+    return [Rival(f"openvino {precision}", run, lambda _: outputs()[0], exact=False)]

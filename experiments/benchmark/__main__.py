@@ -7,6 +7,7 @@
     python -m experiments.benchmark int8                        # the same layers in eight bits and in float32, 1 minute
     python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
     python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
+    python -m experiments.benchmark networks --int8             # the same and the engines in eight bits, 30 minutes
     python -m experiments.benchmark memory                      # what they need while they run, 5 minutes
     python -m experiments.benchmark asked                       # speedups asked for and measured, from a first start, 4 minutes
     python -m experiments.benchmark plot --out speed.svg
@@ -75,8 +76,10 @@ def main() -> None:
                           help="a rival in a process of its own, see baselines/yardstick.py; its times are shown, not written")
     networks.add_argument("--predicted", action="store_true", help="choose dense or sparse by the performance model alone")
     networks.add_argument("--seconds", type=float, default=10.0, help="for each network and batch, all contenders together")
+    networks.add_argument("--int8", action="store_true",
+                          help="prune in blocks of four, and time those who can compute in eight bits, too")
     networks.add_argument("--explain", action="store_true", help="show where our time goes")
-    networks.add_argument("--out", type=Path, default=results.NETWORKS, help="JSON lines, appended")
+    networks.add_argument("--out", type=Path, help="JSON lines, appended; default networks.jsonl or networks_int8.jsonl")
     networks.set_defaults(run=run_networks)
     memory = commands.add_parser("memory", help="the peak memory of whole networks, packed and dense, append to the results")
     memory.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -165,7 +168,7 @@ def run_networks(args: argparse.Namespace) -> None:
     memory = "kept" if keep_memory() else "fresh"
     # Imported after that: JAX and the rivals have to see it.
     from experiments.baselines import network_field
-    from experiments.benchmark import networks_table
+    from experiments.benchmark import networks_int8, networks_table
     from experiments.benchmark.networks import measure
     from experiments.layers import ALEXNET, alexnet_problem
     from experiments.networks import NETWORKS
@@ -178,16 +181,18 @@ def run_networks(args: argparse.Namespace) -> None:
     origin = results.provenance({"jax", "jaxlib", *(need for baseline in baselines for need in baseline.needs)})
     trained = {name: alexnet_problem(name, args.matrices, 1).kernel for name in ALEXNET} if args.matrices else {}
     lines = []
-    with shown(console, networks_table.HEAD) as show:
+    rows = networks_int8 if args.int8 else networks_table
+    out = args.out or (results.NETWORKS_INT8 if args.int8 else results.NETWORKS)
+    with shown(console, rows.HEAD) as show:
         for name in names:
             kernels = trained if name == "alexnet" else {}
             for n in args.batch:
                 line = measure(NETWORKS[name], n, baselines, machine, threads=args.threads, seconds=args.seconds,
-                               kernels=kernels, yardstick=args.yardstick, measured=not args.predicted)
-                lines.append({"set": "networks"} | line)
-                results.append(args.out, lines[-1] | {"drawn": "trained" if kernels else "random",
+                               kernels=kernels, yardstick=args.yardstick, measured=not args.predicted, int8=args.int8)
+                lines.append({"set": "networks int8" if args.int8 else "networks"} | line)
+                results.append(out, lines[-1] | {"drawn": "trained" if kernels else "random",
                                                       "memory": memory, "absent": absent} | origin)
-                show(networks_table.row(lines[-1]))
+                show(rows.row(lines[-1]))
     for text in (*table.disturbed(lines), *(text for line in lines if args.explain for text in networks_table.breakdown(line))):
         console.print(text, soft_wrap=True, highlight=False)
 

@@ -97,7 +97,7 @@ def _kernels(state: Any) -> dict[int, str]:
     """{number of the program's parameter: path of the layer whose kernel it is}"""
     leaves, _ = jax.tree.flatten_with_path(state)
     paths = [[str(key.key) for key in path if hasattr(key, "key")] for path, _ in leaves]
-    return {number: "/".join(path[:-1]) for number, path in enumerate(paths) if path[-1] in ("kernel", "values")}
+    return {number: "/".join(path[:-1]) for number, path in enumerate(paths) if path[-1] in ("kernel", "values", "words")}
 
 
 def _instructions(program: str, kernels: dict[int, str]) -> tuple[dict[str, str], dict[str, str]]:

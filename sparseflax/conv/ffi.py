@@ -58,9 +58,9 @@ def kernels(element: str = "float32") -> list[str]:
     return list(native.kernels(element == "int8")) if native is not None and available else []
 
 
-def tables() -> dict[str, float]:
-    """{instruction set: cycles of its FMA with a memory operand} of this build, best first, whether it runs here or not."""
-    return dict(native.tables()) if native is not None and kernels() else {}
+def tables(element: str = "float32") -> dict[str, float]:
+    """{instruction set: cycles of a multiply-add from memory} of this build, best first, whether it runs here or not."""
+    return dict(native.tables(element == "int8")) if native is not None and kernels() else {}
 
 
 def isa() -> str:

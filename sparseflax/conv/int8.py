@@ -124,16 +124,17 @@ class QuantizedKernel:
     """A convolution kernel of int8 words without those that are zero, for inputs of one Quantization.
 
     A pytree with the leaves `words` int32 (nnz,), `scale` float32 (oc,) and `sums` int32 (oc,), each output channel's sum of
-    int8 weights. Static are `pattern`, of words, `channels`, the input channels of a group, and `inputs`.
+    int8 weights. Static are `pattern`, of words, `channels`, the input channels of a group, `inputs`, and `outputs`, by which a
+    network may round its results where that saves time, or None.
     """
 
     def __init__(self, words: jax.Array, scale: jax.Array, sums: jax.Array, pattern: Pattern, channels: int,
-                 inputs: Quantization):
+                 inputs: Quantization, outputs: Quantization | None = None):
         self.words, self.scale, self.sums = words, scale, sums
-        self.pattern, self.channels, self.inputs = pattern, channels, inputs
+        self.pattern, self.channels, self.inputs, self.outputs = pattern, channels, inputs, outputs
 
     def tree_flatten(self):
-        return (self.words, self.scale, self.sums), (self.pattern, self.channels, self.inputs)
+        return (self.words, self.scale, self.sums), (self.pattern, self.channels, self.inputs, self.outputs)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -171,7 +172,7 @@ class QuantizedKernel:
         """Plain arrays that `np.savez(path, **arrays)` stores; `from_arrays` is the inverse."""
         return {"words": np.asarray(self.words), "scale": np.asarray(self.scale), "gaps": self.pattern.gaps,
                 "layout": np.asarray([*self.pattern.shape, self.groups, self.pattern.block, self.channels], np.int64),
-                "inputs": np.asarray([self.inputs.scale, self.inputs.zero], np.float64)}
+                "inputs": _numbers(self.inputs), "outputs": _numbers(self.outputs)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> QuantizedKernel:
@@ -180,10 +181,12 @@ class QuantizedKernel:
         Raises:
           ValueError: arrays are missing, disagree with each other, or could overflow.
         """
-        wanted = {"words": np.int32, "scale": np.float32, "gaps": np.uint8, "layout": np.int64, "inputs": np.float64}
+        wanted = {"words": np.int32, "scale": np.float32, "gaps": np.uint8, "layout": np.int64, "inputs": np.float64,
+                  "outputs": np.float64}
         found = {name: np.asarray(arrays[name]) for name in wanted if name in arrays}
         dtypes = {name: a.dtype for name, a in found.items()}
-        if dtypes != wanted or found["layout"].shape != (7,) or found["inputs"].shape != (2,):
+        if dtypes != wanted or found["layout"].shape != (7,) or found["inputs"].shape != (2,) or found[
+                "outputs"].shape not in ((0,), (2,)):
             raise ValueError(f"packed arrays are {({name: str(dtype) for name, dtype in dtypes.items()})}, wanted those of "
                              "QuantizedKernel.to_arrays()")
         *layout, channels = map(int, found["layout"])
@@ -193,17 +196,23 @@ class QuantizedKernel:
         if scale.shape != (layout[3],) or not 0 < channels <= LANES * layout[2] < channels + LANES:
             raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: they are "
                              "no int8 kernel's; pack the dense kernel again")
-        return cls(jnp.asarray(words), jnp.asarray(scale), jnp.asarray(_sums(words, pattern)), pattern, channels,
-                   Quantization(float(found["inputs"][0]), int(found["inputs"][1])))
+        rounding = [Quantization(float(step), int(zero)) for step, zero in (found["inputs"], *found["outputs"].reshape(-1, 2))]
+        return cls(jnp.asarray(words), jnp.asarray(scale), jnp.asarray(_sums(words, pattern)), pattern, channels, *rounding)
 
 
-def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1) -> QuantizedKernel:
+def _numbers(quantization: Quantization | None) -> np.ndarray:
+    return np.asarray([] if quantization is None else [quantization.scale, quantization.zero], np.float64)
+
+
+def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1,
+              outputs: Quantization | None = None) -> QuantizedKernel:
     """Rounds a convolution kernel to int8 and packs the words that hold a weight other than 0.
 
     Args:
       kernel: concrete float32 array (kh, kw, ic / groups, oc), HWIO, or (ic, oc) of a fully connected layer.
       inputs: what the uint8 inputs stand for.
       feature_group_count: groups, as in `jax.lax.conv_general_dilated`.
+      outputs: by which a network may round the results where that saves time, as of a shortcut; None keeps them float32.
 
     Raises:
       TypeError: `kernel` is traced or not float32, `inputs` is no Quantization.
@@ -225,7 +234,8 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1) -
     words = np.bitwise_or.reduce((lanes.astype(np.uint32) & 255) << places, axis=-2).view(np.int32)
     pattern = pack((words != 0).astype(np.float32), feature_group_count).pattern
     kept = words.reshape(-1)[pattern.index]
-    return QuantizedKernel(jnp.asarray(kept), jnp.asarray(scale), jnp.asarray(_sums(kept, pattern)), pattern, channels, inputs)
+    sums = jnp.asarray(_sums(kept, pattern))
+    return QuantizedKernel(jnp.asarray(kept), jnp.asarray(scale), sums, pattern, channels, inputs, outputs)
 
 
 def _sums(words: np.ndarray, pattern: Pattern) -> np.ndarray:

@@ -99,7 +99,7 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
         operands += [added.values, jax.lax.reduce_precision(np.float32(added.quantization.scale) / step, 8, 15)]
     if output is not None and later is None:
         rescale, operands[3] = rescale.quantized(output), step * np.float32(1 / output.scale)
-    y = bind_int8(*operands, pattern=pattern, window=window, rescale=rescale, kernel=kernel)
+    y = bind_int8(*operands, pattern=pattern, window=window, rescale=rescale, outputs=packed.outputs, kernel=kernel)
     if later is not None:
         y = jnp.clip(y + later, *BOUNDS[activation])
         return y if output is None else output.quantize(y)
@@ -110,6 +110,8 @@ def _padded(values: jax.Array, channels: int, groups: int) -> jax.Array:
     """Each group's channels padded to whole words."""
     if channels % LANES == 0:
         return values
+    if groups == 1:
+        return jax.lax.pad(values, np.uint8(0), [(0, 0, 0)] * 3 + [(0, -channels % LANES, 0)])
     apart = values.reshape(*values.shape[:3], groups, channels)
     apart = jnp.pad(apart, ((0, 0),) * 4 + ((0, -channels % LANES),))
     return apart.reshape(*values.shape[:3], -1)
@@ -124,7 +126,7 @@ int8_conv_p.def_impl(functools.partial(xla.apply_primitive, int8_conv_p))
 def bind_int8(*operands, **params) -> jax.Array:
     """Operands x, words, sums, scale, offset and, with a residual, residual and ratio; empty images are left to XLA."""
     if 0 in (*operands[0].shape, *_output(operands[0], params["pattern"], params["window"])):
-        return _reference(*operands, **params)
+        return reference(*operands, **params)
     return int8_conv_p.bind(*vary_together(operands), **params)
 
 
@@ -138,8 +140,8 @@ def _abstract(x, *_, pattern: Pattern, window: Window, rescale: Rescale, **__):
     return x.update(shape=_output(x, pattern, window), dtype=dtype, weak_type=False)
 
 
-def _reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window: Window, rescale: Rescale, kernel):
-    """A sum of integer matrix products, one for each tap: every platform has those."""
+def reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window: Window, rescale: Rescale, **_):
+    """What the primitive computes: a sum of integer matrix products, one for each tap, which every platform has."""
     kh, kw, icw, oc = pattern.shape
     groups, (n, oh, ow, _) = pattern.groups, _output(x, pattern, window)
     (sh, sw), (dh, dw) = window.strides, window.dilation
@@ -167,9 +169,9 @@ def _reference(x, words, sums, scale, offset, *residual, pattern: Pattern, windo
     return (jnp.round(y).astype(jnp.int32) + rescale.zero).astype(jnp.uint8)
 
 
-def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Rescale, kernel):
+def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Rescale, kernel, **_):
     if not addressable(pattern, window):
-        return _lower_to_xla(ctx, *operands, pattern=pattern, window=window, rescale=rescale, kernel=kernel)
+        return _lower_to_xla(ctx, *operands, pattern=pattern, window=window, rescale=rescale)
     (top, bottom), (left, right) = window.padding
     kh, kw, icw, oc = pattern.shape
     return jax.ffi.ffi_lowering(ffi.INT8_TARGET)(
@@ -180,7 +182,7 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Res
         bounds=np.asarray([rescale.low, rescale.high], np.float32))
 
 
-_lower_to_xla = mlir.lower_fun(_reference, multiple_results=False)
+_lower_to_xla = mlir.lower_fun(reference, multiple_results=False)
 mlir.register_lowering(int8_conv_p, _lower_to_xla)
 if ffi.available:
     mlir.register_lowering(int8_conv_p, _lower_to_ffi, platform="cpu")

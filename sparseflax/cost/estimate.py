@@ -63,7 +63,8 @@ def estimate_machine(threads: int, seconds: float, isa: str, because: str) -> Ma
             name=cpu.processor(), isa=isa, lanes=cpu.LANES[isa], cores=cores, threads=threads,
             l1_bytes=l1, l2_bytes=l2, l3_bytes=min(l3, SHARED),
             peak=peak, bandwidth=bandwidth, alpha=alpha, beta=BETA, source=f"estimated, {source}, {caches}; {because}",
-            fma_cycles=ffi.tables().get(isa, 0.0))
+            fma_cycles=ffi.tables().get(isa, 0.0),
+            int8_cycles=next((ffi.tables("int8")[name] for name in ffi.kernels("int8")), 0.0))
         return replace(machine, fitted=_scaled(machine, timed)) if timed else machine
 
 

@@ -27,6 +27,7 @@ class Machine:
       fitted: seconds of each thing that the kernel and XLA do; None for a machine of which only the numbers above are
         known.
       fma_cycles: of the sparse kernel's FMA with a memory operand; 0 for what is usual with the instruction set.
+      int8_cycles: of its sum of four products of int8, likewise.
 
     Raises:
       ValueError: a rate or a factor that is not positive.
@@ -47,6 +48,7 @@ class Machine:
     source: str
     fitted: Rates | None = None
     fma_cycles: float = 0.0
+    int8_cycles: float = 0.0
 
     @property
     def rates(self) -> Rates:
@@ -56,8 +58,8 @@ class Machine:
     def __post_init__(self):
         rates = ("lanes", "cores", "threads", "peak", "bandwidth", "alpha", "beta")
         wrong = {name: getattr(self, name) for name in rates if not 0 < getattr(self, name) < float("inf")}
-        if not 0 <= self.fma_cycles < float("inf"):
-            wrong |= {"fma_cycles": self.fma_cycles}
+        cycles = {"fma_cycles": self.fma_cycles, "int8_cycles": self.int8_cycles}
+        wrong |= {name: value for name, value in cycles.items() if not 0 <= value < float("inf")}
         if self.fitted and not self.l1_bytes > 0:
             wrong |= {"l1_bytes": self.l1_bytes}
         if wrong:

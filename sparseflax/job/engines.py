@@ -1,4 +1,4 @@
-"""Other engines that run ONNX networks on this CPU in float32, as far as they are installed: one call, ready to be timed."""
+"""Other engines that run ONNX networks on this CPU, as far as they are installed: one call, ready to be timed."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def onnx_runtime(model: bytes, x: np.ndarray, threads: int) -> Ready:
     return lambda: session.run_with_iobinding(binding), binding.copy_outputs_to_cpu
 
 
-def openvino(model: bytes, x: np.ndarray, threads: int) -> Ready:
-    """OpenVINO's CPU plugin in float32, one stream, inputs and outputs in place."""
+def openvino(model: bytes, x: np.ndarray, threads: int, precision: str = "f32") -> Ready:
+    """OpenVINO's CPU plugin, one stream, inputs and outputs in place; a file in eight bits stays so."""
     package = openvino_package()
     network = package.Core().read_model(model, b"")
     network.reshape(list(x.shape))
-    request = openvino_request(network, x, threads)
+    request = openvino_request(network, x, threads, precision)
     return (lambda: request.infer(share_outputs=True),
             lambda: [np.array(tensor.data) for tensor in request.output_tensors])
 
 
-def openvino_request(network: Any, x: np.ndarray, threads: int) -> Any:
+def openvino_request(network: Any, x: np.ndarray, threads: int, precision: str = "f32") -> Any:
     """An inference request of an openvino.Model for the input x, in its own layout."""
     # Without the first it would compute in bfloat16 where the CPU can; without the last it would move our threads.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
                 "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     package = openvino_package()
     request = package.compile_model(network, "CPU", settings).create_infer_request()

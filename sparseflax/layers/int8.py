@@ -24,6 +24,7 @@ class Int8Conv(nnx.Module):
       inputs: what its uint8 inputs stand for.
       correction: (oc,) added to the bias, or None.
       activation: None, "relu" or "relu6", applied last.
+      outputs: by which a network may round its outputs, see `pack_int8`.
 
     Raises:
       TypeError, ValueError: the layer has no sparse form, or what `pack_int8` refuses.
@@ -33,7 +34,8 @@ class Int8Conv(nnx.Module):
     feature_group_count: int
     wanted = "an nnx.Conv (Int8Dense takes an nnx.Linear)"
 
-    def __init__(self, layer: Any, inputs: Quantization, correction: Any = None, activation: Activation = None):
+    def __init__(self, layer: Any, inputs: Quantization, correction: Any = None, activation: Activation = None,
+                 outputs: Quantization | None = None):
         if not isinstance(layer, self.dense):
             raise TypeError(f"layer is a {type(layer).__name__}, wanted {self.wanted}")
         if reason := rules.unsupported(layer):
@@ -43,7 +45,7 @@ class Int8Conv(nnx.Module):
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.dtype, self.activation = layer.dtype, activation
         packed = pack_int8(np.asarray(rules.masked(layer, layer.kernel[...])), inputs, self.feature_group_count)
-        self.pattern, self.channels, self.inputs = packed.pattern, packed.channels, inputs
+        self.pattern, self.channels, self.inputs, self.outputs = packed.pattern, packed.channels, inputs, outputs
         self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), nnx.Variable(packed.sums)
         bias = np.zeros(packed.shape[3], np.float32) if layer.bias is None else np.asarray(layer.bias[...])
         self.bias = nnx.Variable(jnp.asarray(bias if correction is None else bias + np.asarray(correction, np.float32)))
@@ -51,7 +53,8 @@ class Int8Conv(nnx.Module):
     @property
     def kernel(self) -> QuantizedKernel:
         """The packed kernel (kh, kw, ic / groups, oc)."""
-        return QuantizedKernel(self.words[...], self.scale[...], self.sums[...], self.pattern, self.channels, self.inputs)
+        return QuantizedKernel(self.words[...], self.scale[...], self.sums[...], self.pattern, self.channels, self.inputs,
+                               self.outputs)
 
     def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
         """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), see `SparseConv`."""

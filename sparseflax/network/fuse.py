@@ -19,7 +19,7 @@ from flax import nnx
 from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
 
-from sparseflax.network.int8 import Rounding, joined, waits
+from sparseflax.network.equations import step
 from sparseflax.network.region import Region, is_number
 from sparseflax.network.rewrites import REWRITES, joins
 
@@ -34,8 +34,9 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
       output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else uses what lies between;
       depthwise convolutions, pooling, reductions over an image, concatenation, padding, slices and what is done element by
       element follow it. A batch runs some images at a time, each of them through the whole program.
-    - `sparse_conv` in eight bits takes relu and relu6, and the rounding to uint8 by another one that alone reads it: what lies
-      between the two is uint8 then.
+    - `sparse_conv` in eight bits takes relu, relu6 and the rounding to uint8 by another one that reads it, through maxima and
+      concatenations: what lies between the two is uint8 then, and so it is for whoever else reads it afterwards, a residual
+      for one, which costs half a step of 255.
     - Elsewhere pooling runs along one dimension after the other, grouped convolutions group by group, depthwise ones as a sum
       of shifted images, and powers of 1/4, 1/2 and 3/4 are square roots.
 
@@ -172,7 +173,7 @@ class _Trace:
     def now(self, values: Sequence[Any]) -> list[Any]:
         """Values as arrays; what else waits is computed with them."""
         waiting = [*values, *(value for frame in self.frames for value in frame.values())]
-        return [value.compute() if isinstance(value, Rounding) else self.region.now(value, waiting) for value in values]
+        return [self.region.now(value, waiting) for value in values]
 
     def chain(self, equation: Any, operands: Sequence[Any], results: Sequence[Any]) -> None:
         if equation.primitive is primitives.conv_general_dilated_p or (
@@ -198,8 +199,7 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
 
     def write(variable, value):
         if unread[variable]:
-            several = isinstance(value, Rounding) and unread[variable] > 1  # which is needed as it is
-            known[variable] = value.compute() if several else value
+            known[variable] = value
             trace.region.will_be_read(value, unread[variable])
 
     def read(atom):
@@ -215,15 +215,9 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
         inner = _inlined(equation)
         if inner is not None:
             results = _evaluate(inner.jaxpr, [*inner.consts, *operands], trace)
-        elif waits(equation):
-            results = [Rounding(trace.now(operands), equation.params)]
         else:
             result = _number(equation, operands)
-            if any(isinstance(operand, Rounding) for operand in operands):
-                result = joined(equation, operands)
-                operands = operands if result is not None else [
-                    operand.compute() if isinstance(operand, Rounding) else operand for operand in operands]
-            result = trace.region.step(equation, operands) if result is None else result
+            result = step(trace.region, equation, operands) if result is None else result
             if result is None:
                 operands = trace.now(operands)
                 if equation.primitive in REWRITES and not (trace.is_chained(operands[0]) and joins(equation)):

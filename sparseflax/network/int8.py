@@ -1,59 +1,87 @@
-"""Convolutions in eight bits that wait for what is done with their results: an activation, or the rounding of the next one."""
+"""Steps in eight bits: what will be rounded to uint8 is so as early as it can be, and whoever reads it later reads uint8."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import primitives
 
-from sparseflax.conv.int8 import quantize_p
-from sparseflax.conv.int8_primitive import bind_int8, int8_conv_p
-from sparseflax.network.region import is_number
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A convolution in eight bits that is not computed yet, with float32 outputs."""
-
-    operands: Sequence[Any]
-    params: dict[str, Any]
-
-    def compute(self) -> jax.Array:
-        return bind_int8(*self.operands, **self.params)
-
-    def clamped(self, low: float, high: float) -> Rounding:
-        rescale = self.params["rescale"]
-        bounds = rescale._replace(low=max(rescale.low, low), high=min(rescale.high, high))
-        return replace(self, params=self.params | {"rescale": bounds})
-
-    def quantized(self, output: Any) -> jax.Array:
-        x, words, sums, scale, *rest = self.operands
-        scale = scale * np.float32(1 / output.scale)
-        return bind_int8(x, words, sums, scale, *rest, **self.params | {"rescale": self.params["rescale"].quantized(output)})
+from sparseflax.conv.int8 import Quantization
+from sparseflax.conv.int8_primitive import BOUNDS
+from sparseflax.conv.window import addressable
+from sparseflax.network.region import Node, Region, image
 
 
-def waits(equation: Any) -> bool:
-    """Whether an equation is a convolution in eight bits whose results are float32."""
-    return equation.primitive is int8_conv_p and equation.params["rescale"].to_float
-
-
-def joined(equation: Any, operands: Sequence[Any]) -> Rounding | jax.Array | None:
-    """What an equation makes of a convolution that waits; None if that has to be computed first."""
-    primitive = equation.primitive
-    conv = next(operand for operand in operands if isinstance(operand, Rounding))
-    others = [operand for operand in operands if operand is not conv]
-    if primitive is quantize_p:
-        return conv.quantized(equation.params["quantization"])
-    if not others or not all(map(is_number, others)):
+def convolution(region: Region, equation: Any, x: Any, *shared: Any) -> Node | None:
+    """A sparse convolution of uint8 images."""
+    params, rescale = equation.params, equation.params["rescale"]
+    images, operands = [x, *shared[4:5]], [*shared[:4], *shared[5:]]
+    activations = {bounds: name for name, bounds in BOUNDS.items()}
+    bounds = (rescale.low, rescale.high) if rescale.to_float else BOUNDS[None]
+    region.int8 = region.int8 or params["kernel"]
+    pattern, window, activation = params["pattern"], params["window"], activations.get(bounds)
+    if not addressable(pattern, window) or params["kernel"] != region.int8 or bounds not in activations or any(
+            isinstance(operand, Node) for operand in operands):
         return None
-    if primitive is primitives.max_p and others[0] == 0:
-        return conv.clamped(0.0, np.inf)
-    if primitive is primitives.min_p and conv.params["rescale"].low == 0 and others[0] == 6:
-        return conv.clamped(0.0, 6.0)
-    if primitive is primitives.clamp_p and operands[1] is conv and others == [0, 6]:
-        return conv.clamped(0.0, 6.0)
-    return None
+    does = window, rescale, params["outputs"]
+    return region.node(equation, "conv_int8", images, operands, does, pattern=pattern, activation=activation)
+
+
+def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
+    """A convolution with float32 results that takes the sum with what uint8 values stand for; None if it cannot.
+
+    Results of another convolution in eight bits, which nothing else reads, are rounded for that.
+    """
+    if not isinstance(other, Node) or len(conv.args) > 1 or conv.uint8:
+        return None
+    if other.op == "conv_int8" and region.is_open(other) and other.params[2] is not None and other.number < conv.number:
+        _rounded(region, other, other.params[2], 0)
+        other = region.seen(other)
+    if other.op != "dequantize":
+        return None
+    values, quantization = other.args[0], other.params[0]
+    if values.size != conv.size or other.shape != conv.shape or values.number > conv.number:
+        return None
+    window, rescale, outputs = conv.params
+    ratio = jax.lax.reduce_precision(np.float32(quantization.scale) / conv.shared[2], 8, 15)
+    return replace(conv, args=(*conv.args, values), shared=(*conv.shared, ratio),
+                   params=(window, rescale._replace(zero_residual=quantization.zero), outputs))
+
+
+def quantize(region: Region, equation: Any, x: Any) -> Node | None:
+    """The rounding of a value to uint8."""
+    if not equation.outvars[0].aval.shape:
+        return None
+    return _rounded(region, x, equation.params["quantization"], 0)
+
+
+def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -> Node:
+    """A value as uint8. A convolution, a maximum or a concatenation that nobody else has read so far is computed as such."""
+    now = region.seen(x)
+    if now is not x and now.params[0] == quantization:
+        return now.args[0]
+    x = now
+    free = isinstance(x, Node) and not region.is_done(x) and region.readers(x) == readers
+    if free and x.op == "conv_int8":
+        window, rescale, outputs = x.params
+        low, high = BOUNDS[x.activation]
+        words, sums, scale, *rest = x.shared
+        rescale = rescale._replace(low=low, high=high).quantized(quantization)
+        shared = words, sums, scale * np.float32(1 / quantization.scale), *rest
+        rounded = replace(x, params=(window, rescale, outputs), shared=shared, activation=None, uint8=True)
+    elif free and (x.op == "concat" or (x.op == "pool" and x.params[0])):
+        args = tuple(_rounded(region, arg, quantization, 1) for arg in x.args)
+        rounded = replace(x, args=args, number=next(region.count), uint8=True)
+    else:
+        key = id(x), quantization
+        if key not in region.quantized:
+            region.is_read([x])
+            value: Any = region.viewed(x) if isinstance(x, Node) else image(x)
+            size, shape = value.size if isinstance(value, Node) else value.shape[1:], np.shape(x)
+            made = Node("quantize", size, (value,), (), (quantization,), (), shape, next(region.count), read=2, uint8=True)
+            region.quantized[key] = x, made
+        return region.quantized[key][1]
+    region.round(x, rounded, quantization)
+    return rounded

@@ -97,7 +97,8 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
             return layer
         try:
             if row.inputs is not None:
-                return (Int8Conv if isinstance(node, nnx.Conv) else Int8Dense)(layer, row.inputs, row.correction)
+                int8 = Int8Conv if isinstance(node, nnx.Conv) else Int8Dense
+                return int8(layer, row.inputs, row.correction, outputs=row.outputs)
             return (SparseConv if isinstance(node, nnx.Conv) else SparseDense).from_dense(layer)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error

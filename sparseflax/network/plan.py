@@ -6,7 +6,7 @@ import functools
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from sparseflax.conv.int8 import Quantization
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.int8 import int8_seconds
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -29,6 +30,7 @@ from sparseflax.network.survey import Layer, join, survey
 # The predicted gain from which a layer goes sparse unmeasured, if none else does: the model is about that far off.
 MARGIN = 1.1
 CHUNKS = 1, 2, 4, 8, 16  # images that a thread may take through a packed network at a time
+Precision = Literal["float32", "int8", "auto"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class LayerPlan:
       norm: path of the batch norm that is folded into it, or None.
       reason: of the choice, in words.
       dense_measured, sparse_measured: seconds on this machine; None where nothing was measured.
-      inputs: what its uint8 inputs stand for, if it runs in eight bits; None in float32.
+      int8_seconds: predicted in eight bits; None where that was not looked at.
+      inputs, outputs: what its uint8 inputs stand for, and its outputs if they are rounded, if it runs in eight bits; None in
+        float32.
       error: relative error of its outputs in eight bits on the examples; None where it was not measured.
       correction: of its bias in eight bits, one for each output channel.
     """
@@ -65,13 +69,17 @@ class LayerPlan:
     reason: str
     dense_measured: float | None = None
     sparse_measured: float | None = None
+    int8_seconds: float | None = None
     inputs: Quantization | None = None
+    outputs: Quantization | None = None
     error: float | None = None
     correction: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
         """Predicted for the choice; 0 where nothing is predicted."""
+        if self.inputs is not None:
+            return self.int8_seconds or 0.0
         return (self.sparse_seconds if self.choice == "sparse" else self.dense_seconds) or 0.0
 
 
@@ -134,14 +142,15 @@ class Plan:
             return "" if seconds is None else f"{1e3 * seconds:.3f}"
 
         timed = [layer for layer in self.layers if layer.dense_measured and layer.sparse_measured]
-        rows = [("layer", "shape", "density", "choice", "kernel", "dense ms", "sparse ms",
+        rounded = any(layer.int8_seconds is not None for layer in self.layers)
+        rows = [("layer", "shape", "density", "choice", "kernel", "dense ms", "sparse ms", *(("int8 ms",) if rounded else ()),
                  *(("measured", "measured") if timed else ()), "reason")]
         for layer in self.layers:
             shape = str(layer.shape or f"{layer.kind} {'x'.join(map(str, layer.kernel_shape))}")
             reason = layer.reason + (f"; folds {layer.norm}" if layer.norm is not None else "")
             rows.append((layer.path or ".", shape, f"{layer.density:.3f}", layer.choice,
                          layer.kernel if layer.inputs is None else f"{layer.kernel} int8",
-                         ms(layer.dense_seconds), ms(layer.sparse_seconds),
+                         ms(layer.dense_seconds), ms(layer.sparse_seconds), *((ms(layer.int8_seconds),) if rounded else ()),
                          *((ms(layer.dense_measured), ms(layer.sparse_measured)) if timed else ()), reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         numbers = (2, *range(5, len(rows[0]) - 1))
@@ -162,7 +171,8 @@ class Plan:
 
 
 def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | None = None, *, measure: bool = False,
-         seconds: float = 0.25, precision: Literal["float32", "int8"] = "float32", examples: Any = None, **call: Any) -> Plan:
+         seconds: float = 0.25, precision: Precision = "float32", examples: Any = None,
+         **call: Any) -> Plan:
     """Chooses dense or sparse for every layer of a pruned model: sparse where that takes less time.
 
     The cost model decides: if it predicts a gain of MARGIN in a layer that was pruned at all, that layer and all convolutions
@@ -175,8 +185,8 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
       machine: where it will run; None measures this one.
       measure: times every layer that can be sparse, both ways, and keeps the faster; let nothing else run meanwhile.
       seconds: for each layer to be measured, compiling apart; four times that again where the model expected otherwise.
-      precision: "int8" runs the sparse layers in eight bits, with uint8 inputs, where that loses little and their weights
-        were pruned in blocks of four input channels. For nnx models. Predicted seconds stay those of float32.
+      precision: "int8" runs in eight bits, with uint8 inputs, what the sparse kernel can run, where that loses little and its
+        weights are whole blocks of four input channels; "auto" where it is predicted to take less time as well. For nnx models.
       examples: for int8 a few hundred inputs, unlabelled, with a leading axis of examples: ranges and errors are theirs.
       **call: further keyword arguments of the call, e.g. `train=False`.
 
@@ -185,10 +195,11 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
       ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples, with values
         that are not finite, or of a Linen model.
     """
-    if precision not in ("float32", "int8"):
-        raise ValueError(f'precision={precision!r}, wanted "float32" or "int8"')
-    if precision == "int8" and (examples is None or not isinstance(model, nnx.Module)):
-        raise ValueError('precision="int8" wants an nnx model and examples=inputs, a few hundred like those that it will meet')
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r}, wanted one of {get_args(Precision)}")
+    if precision != "float32" and (examples is None or not isinstance(model, nnx.Module)):
+        raise ValueError(f'precision="{precision}" wants an nnx model and examples=inputs, a few hundred like those that it '
+                         'will meet')
     if measure and machine is not None and elsewhere(machine):
         raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or `measure`")
     layers = {layer.path: layer for layer in survey(model, x, **call)}
@@ -209,13 +220,19 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
                   if row.path in times and _confirm(row, times[row.path], machine).choice != row.choice}
         times |= time_layers({path: layer for path, layer in open_rows.items() if path in unlike}, 4 * seconds)
         rows = [_confirm(row, times[row.path], machine) if row.path in times else row for row in rows]
-    if precision == "int8":
-        norms = {row.path: row.norm for row in rows if row.choice == "sparse"
-                 and not isinstance(layers[row.path].kernel, PackedKernel)}
-        rounded = round_layers(model, norms, examples, **call)  # type: ignore[arg-type]
-        rows = [_in_int8(row, rounded[row.path]) if row.path in rounded else row for row in rows]
     rows = [replace(row, reason=f"{row.reason}; {note}") if (note := layers[row.path].note) else row for row in rows]
-    return Plan(tuple(rows), machine, describe(x))
+    planned = Plan(tuple(rows), machine, describe(x))
+    if precision == "float32":
+        return planned
+    return in_eight_bits(planned, model, examples, faster=precision == "auto", **call)
+
+
+def in_eight_bits(plan: Plan, model: Any, examples: Any, faster: bool = False, **call: Any) -> Plan:
+    """A plan in float32 with layers in eight bits, where that loses little and, if asked for, is predicted to be faster."""
+    norms = {row.path: row.norm for row in plan.layers if row.choice == "sparse" or row.sparse_seconds is not None}
+    layers = round_layers(model, norms, examples, **call)
+    rows = [_in_int8(row, layers[row.path], plan.machine, faster) if row.path in layers else row for row in plan.layers]
+    return replace(plan, layers=tuple(rows))
 
 
 def elsewhere(machine: Machine) -> str | None:
@@ -274,9 +291,19 @@ def _confirm(row: LayerPlan, times: Measured, machine: Machine) -> LayerPlan:
                    dense_measured=times.dense, sparse_measured=times.sparse)
 
 
-def _in_int8(row: LayerPlan, rounded: Rounded) -> LayerPlan:
-    return replace(row, inputs=rounded.inputs, error=rounded.error, correction=rounded.correction,
-                   reason=f"{row.reason}; {rounded.reason}")
+def _in_int8(row: LayerPlan, rounded: Rounded, machine: Machine, faster: bool) -> LayerPlan:
+    if rounded.inputs is None:
+        return replace(row, error=rounded.error, reason=f"{row.reason}; {rounded.reason}")
+    try:
+        seconds = None if row.shape is None else int8_seconds(row.shape, rounded.density, machine)
+    except ValueError:  # not the machine for it
+        seconds = None
+    if faster and (seconds is None or seconds >= row.seconds):
+        reason = f"{row.reason}; float32: int8 predicted {row.seconds / seconds if seconds else math.nan:.3g}x"
+        return replace(row, int8_seconds=seconds, error=rounded.error, reason=reason)
+    reason = rounded.reason if row.choice == "dense" else f"{row.reason}; {rounded.reason}"
+    return replace(row, choice="sparse", kernel=machine.isa, int8_seconds=seconds, inputs=rounded.inputs,
+                   outputs=rounded.outputs, error=rounded.error, correction=rounded.correction, reason=reason)
 
 
 def describe(x: Any) -> str:

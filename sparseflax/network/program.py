@@ -19,13 +19,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from sparseflax.conv import ffi
+from sparseflax.conv.int8 import QuantizedArray
+from sparseflax.conv.int8_primitive import reference as int8_reference
 from sparseflax.conv.packing import Pattern
 from sparseflax.conv.primitive import ACTIVATIONS, reference
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
-VERSION = 1
-OPS = "conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape"  # as Op in program.h
+VERSION = 2
+OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
+       "dequantize")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
 OTHERS = "same", "number", "channel", "image"
 UNARY: dict[str, Any] = {
@@ -47,6 +50,7 @@ class Step:
       params: what it does, see `compute`.
       numbers: likewise.
       pattern: of the weights of a sparse convolution.
+      uint8: whether its result is uint8, not float32.
     """
 
     op: str
@@ -56,6 +60,7 @@ class Step:
     params: tuple[Any, ...] = ()
     numbers: tuple[float, ...] = ()
     pattern: Pattern | None = None
+    uint8: bool = False
 
     def compute(self, args: Sequence[jax.Array], shared: Sequence[jax.Array]) -> jax.Array:
         """The step in plain JAX: images (n, h, w, c) and shared operands to images (n, *size)."""
@@ -65,6 +70,15 @@ class Step:
             assert self.pattern is not None
             return reference(x, *shared, *args[1:], pattern=self.pattern, window=window, activation=activation,
                              has_bias=has_bias, has_residual=has_residual, kernel=None)
+        if self.op == "conv_int8":
+            window, rescale = params
+            assert self.pattern is not None
+            operands = *shared[:4], *args[1:], *shared[4:]
+            return int8_reference(x, *operands, pattern=self.pattern, window=window, rescale=rescale)
+        if self.op == "quantize":
+            return params[0].quantize(x).values
+        if self.op == "dequantize":
+            return QuantizedArray(x, params[0]).dequantize()
         if self.op == "depthwise":
             _, window, activation, has_bias = params
             y = jax.lax.conv_general_dilated(x, shared[0], window.strides, window.padding, rhs_dilation=window.dilation,
@@ -75,8 +89,8 @@ class Step:
         if self.op == "pool":
             maximum, taps, window = params
             dimensions, strides, dilation = ((1, *pair, 1) for pair in (taps, window.strides, window.dilation))
-            initial, combine = (-np.inf, jax.lax.max) if maximum else (0.0, jax.lax.add)
-            return jax.lax.reduce_window(x, np.float32(initial), combine, dimensions, strides,
+            initial, combine = (0 if self.uint8 else -np.inf, jax.lax.max) if maximum else (0.0, jax.lax.add)
+            return jax.lax.reduce_window(x, np.asarray(initial, x.dtype), combine, dimensions, strides,
                                          ((0, 0), *window.padding, (0, 0)), window_dilation=dilation)
         if self.op == "channel_sum":
             size, low = params
@@ -91,7 +105,7 @@ class Step:
             return UNARY[params[0]](x, *map(np.float32, self.numbers))
         if self.op == "window":
             pads = [(-at, at + size - have, 0) for at, size, have in zip(params, self.size, x.shape[1:], strict=True)]
-            return jax.lax.pad(x, np.float32(self.numbers[0]), [(0, 0, 0), *pads])
+            return jax.lax.pad(x, np.asarray(self.numbers[0], x.dtype), [(0, 0, 0), *pads])
         if self.op == "concat":
             return jnp.concatenate(args, 3)
         assert self.op == "reshape"
@@ -100,11 +114,17 @@ class Step:
     def words(self) -> tuple[list[int], list[float]]:
         """`params` and `numbers` as program.cc takes them."""
         p = self.params
-        if self.op == "conv":
-            window, activation, has_bias, has_residual = p
+        if self.op in ("conv", "conv_int8"):
             pattern: Any = self.pattern
-            return [*pattern.shape, pattern.groups, pattern.block, *window.strides, *sum(window.padding, ()), *window.dilation,
-                    ACTIVATIONS[activation], has_bias, has_residual], []
+            strides, padding, dilation = p[0].strides, sum(p[0].padding, ()), p[0].dilation
+            layout = [*pattern.shape, pattern.groups, pattern.block, *strides, *padding, *dilation]
+            if self.op == "conv":
+                return [*layout, ACTIVATIONS[p[1]], *p[2:]], []
+            zero_in, zero, zero_residual, low, high, to_float = p[1]
+            return [*layout, zero_in, zero, zero_residual, to_float, len(self.args) == 2], [low, high]
+        if self.op in ("quantize", "dequantize"):
+            scale, zero = p[0].scale, p[0].zero
+            return [], [1 / scale if self.op == "quantize" else scale, zero]
         if self.op == "depthwise":
             taps, window, activation, has_bias = p
             return [*_filter(taps, window), ACTIVATIONS[activation], has_bias], []
@@ -133,7 +153,8 @@ class Program:
       outputs: numbers of the values that come out, none of them an input or a reshape.
       shared: how many operands all images share.
       chunk: images that a thread takes through all steps at a time.
-      kernel: an instruction set for all convolutions; None takes the best.
+      kernel, int8: instruction sets for all convolutions of float32 and in eight bits; None takes the best.
+      uint8: which inputs are uint8, not float32.
     """
 
     inputs: tuple[Size, ...]
@@ -142,10 +163,12 @@ class Program:
     shared: int
     chunk: int
     kernel: str | None = None
+    int8: str | None = None
+    uint8: tuple[int, ...] = ()
 
-    def sizes(self) -> list[Size]:
-        """Of the outputs."""
-        return [self.steps[output - len(self.inputs)].size for output in self.outputs]
+    def results(self) -> list[Step]:
+        """The steps whose results are the outputs."""
+        return [self.steps[output - len(self.inputs)] for output in self.outputs]
 
     def compute(self, *operands: jax.Array) -> list[jax.Array]:
         """All steps in plain JAX: (n, h, w, c) for each input, then the shared operands; to one array for each output."""
@@ -154,9 +177,11 @@ class Program:
             values.append(step.compute([values[arg] for arg in step.args], [shared[index] for index in step.shared]))
         return [values[output] for output in self.outputs]
 
-    def encode(self) -> dict[str, np.ndarray]:
-        """What program.cc decodes: `words`, and the `numbers` and `gaps` that they point into."""
-        words = [VERSION, len(self.inputs), len(self.steps), len(self.outputs), self.shared, self.chunk, *sum(self.inputs, ())]
+    def encode(self) -> dict[str, Any]:
+        """What program.cc decodes: `words`, the `numbers` and `gaps` that they point into, and the instruction sets."""
+        words = [VERSION, len(self.inputs), len(self.steps), len(self.outputs), self.shared, self.chunk]
+        for number, size in enumerate(self.inputs):
+            words += [*size, number in self.uint8]
         numbers, gaps, end = list[float](), list[np.ndarray](), 0
         for step in self.steps:
             params, own = step.words()
@@ -169,7 +194,7 @@ class Program:
             gaps.append(gap)
             end += len(gap)
         return {"words": np.asarray([*words, *self.outputs], np.int64), "numbers": np.asarray(numbers, np.float32),
-                "gaps": np.concatenate(gaps)}
+                "gaps": np.concatenate(gaps), "kernel": self.kernel or "", "int8": self.int8 or ""}
 
 
 def run_program(program: Program, images: Sequence[jax.Array], shared: Sequence[jax.Array]) -> list[jax.Array]:
@@ -177,8 +202,8 @@ def run_program(program: Program, images: Sequence[jax.Array], shared: Sequence[
 
     Args:
       program: what to run.
-      images: float32 (n, h, w, c) for each of its inputs.
-      shared: float32 operands that all images share: values, biases, kernels, as its steps number them.
+      images: (n, h, w, c) for each of its inputs, float32 or uint8.
+      shared: operands that all images share: values, biases, kernels, as its steps number them.
     """
     operands = vary_together([*images, *shared])
     if images[0].shape[0] == 0:
@@ -193,7 +218,8 @@ program_p.def_impl(functools.partial(xla.apply_primitive, program_p))
 
 @program_p.def_abstract_eval
 def _abstract(x, *_, program: Program):
-    return [x.update(shape=(x.shape[0], *size), weak_type=False) for size in program.sizes()]
+    return [x.update(shape=(x.shape[0], *step.size), dtype=np.dtype(np.uint8 if step.uint8 else np.float32), weak_type=False)
+            for step in program.results()]
 
 
 def _compute(*operands, program: Program):
@@ -201,7 +227,7 @@ def _compute(*operands, program: Program):
 
 
 def _lower(ctx, *operands, program: Program):
-    return jax.ffi.ffi_lowering(ffi.PROGRAM)(ctx, *operands, kernel=program.kernel or "", **program.encode())
+    return jax.ffi.ffi_lowering(ffi.PROGRAM)(ctx, *operands, **program.encode())
 
 
 def _batch(operands, dims, *, program: Program):

@@ -31,12 +31,16 @@ class Rounded(NamedTuple):
       error: root mean square error of its outputs over that of its outputs, bias corrected; None where it was not measured.
       correction: mean error of each output channel, to be added to the bias.
       reason: in words.
+      density: kept / all words of four.
+      outputs: what its outputs could be rounded to.
     """
 
     inputs: Quantization | None
     error: float | None
     correction: tuple[float, ...]
     reason: str
+    density: float = 0.0
+    outputs: Quantization | None = None
 
 
 class _Watched(nnx.Module):
@@ -71,25 +75,28 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
                       stacklevel=4)
     batches = [jax.tree.map(lambda leaf, i=i: leaf[i:i + BATCH], examples) for i in range(0, count, BATCH)]
     ranges: dict[str, list[tuple[float, float]]] = {path: [] for path in norms}
+    outputs: dict[str, list[tuple[float, float]]] = {path: [] for path in norms}
 
     def see_range(path: str, layer: Any) -> Callable[[Any, Any], None]:
-        def see(inputs, _):
-            values = np.asarray(inputs).ravel()
-            values = values[::-(-values.size // MOST)]
-            if not np.isfinite(values).all():
-                raise ValueError(f"inputs of layer {path!r} are not finite for these examples: check them, and the weights "
-                                 "before it")
-            low, high = np.quantile(values, (CLIP, 1 - CLIP))
-            ranges[path].append((float(low), float(high)))
+        def see(inputs, results):
+            for values, found in ((inputs, ranges[path]), (results, outputs[path])):
+                values = np.asarray(values).ravel()
+                values = values[::-(-values.size // MOST)]
+                if not np.isfinite(values).all():
+                    which = "inputs" if found is ranges[path] else "outputs"
+                    raise ValueError(f"{which} of layer {path!r} are not finite for these examples: check them, and the "
+                                     "weights before it")
+                low, high = np.quantile(values, (CLIP, 1 - CLIP))
+                found.append((float(low), float(high)))
         return see
 
     _run(model, norms, see_range, batches, call)
-    totals: dict[str, tuple[Any, list[np.ndarray]]] = {}
+    totals: dict[str, tuple[Any, float, list[np.ndarray]]] = {}
     rounded: dict[str, Rounded] = {}
 
     def see_error(path: str, layer: Any) -> Callable[[Any, Any], None]:
         try:
-            inputs = Quantization.of_range(min(low for low, _ in ranges[path]), max(high for _, high in ranges[path]))
+            inputs = _holding(ranges[path])
         except ValueError:
             rounded[path] = Rounded(None, None, (), "float32: its inputs are 0 in all examples, or it does not run")
             return lambda *_: None
@@ -104,19 +111,25 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
             y, error = np.asarray(y, np.float64), np.asarray(y, np.float64) - np.asarray(run(int8, x), np.float64)
             axes = tuple(range(y.ndim - 1))
             sums = [np.asarray(y.size // y.shape[-1], np.float64), error.sum(axes), (error**2).sum(axes), (y**2).sum(axes)]
-            before = totals.get(path, (inputs, [np.zeros(())] * 4))[1]
-            totals[path] = inputs, [a + b for a, b in zip(before, sums, strict=True)]
+            before = totals[path][2] if path in totals else [np.zeros(())] * 4
+            totals[path] = inputs, int8.kernel.density, [a + b for a, b in zip(before, sums, strict=True)]
         return see
 
     _run(model, norms, see_error, batches, call)
-    for path, (inputs, (n, errors, squares, outputs)) in totals.items():
+    for path, (inputs, density, (n, errors, squares, powers)) in totals.items():
         mean = errors / n
-        error = float(np.sqrt(max(0.0, (squares / n - mean**2).sum()) / max((outputs / n).sum(), 1e-30)))
+        error = float(np.sqrt(max(0.0, (squares / n - mean**2).sum()) / max((powers / n).sum(), 1e-30)))
         if error > ERROR:
             rounded[path] = Rounded(None, error, (), f"float32: int8 would be off by {error:.2g}")
         else:
-            rounded[path] = Rounded(inputs, error, tuple(map(float, mean)), f"int8, off by {error:.2g}")
+            reason = f"int8, off by {error:.2g}"
+            rounded[path] = Rounded(inputs, error, tuple(map(float, mean)), reason, density, _holding(outputs[path]))
     return rounded
+
+
+def _holding(ranges: list[tuple[float, float]]) -> Quantization:
+    """Of all these ranges; raises ValueError where there are none, or all are 0."""
+    return Quantization.of_range(min(low for low, _ in ranges), max(high for _, high in ranges))
 
 
 def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any], Callable], batches: Any, call: Any) -> None:

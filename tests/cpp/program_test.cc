@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <thread>
 
@@ -47,10 +48,10 @@ struct Code {
 };
 
 // Two convolutions, a depthwise one and a pool into a concatenation; a range of its channels, element by element; a reshape; one layer
-// that meets each weight once.
+// that meets each weight once; and in eight bits two convolutions, a maximum and a concatenation.
 Code Network(int64_t chunk) {
   Code c;
-  c.words = {1, 1, 12, 2, 5, chunk, 6, 5, 4};
+  c.words = {2, 1, 19, 3, 9, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
@@ -66,7 +67,15 @@ Code Network(int64_t chunk) {
   c.Step(Op::kReshape, {1, 1, 360}, {10}, {}, {});                                                                            // 11
   kept = full(360 * 3);
   c.Step(Op::kConv, {1, 1, 3}, {11}, {3, 4}, {1, 1, 360, 3, 1, 360, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0}, {}, kept);              // 12
-  c.words.insert(c.words.end(), {9, 12});
+  c.Step(Op::kQuantize, {6, 5, 4}, {1}, {}, {}, {2, 3});                                                                      // 13
+  kept = full(3 * 3 * 4);
+  c.Step(Op::kConvInt8, {6, 5, 4}, {13}, {5, 6, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 5, 0, 0, 0}, {-5, 200}, kept);  // 14
+  c.Step(Op::kPool, {6, 5, 4}, {14}, {}, {1, 3, 3, 1, 1, 1, 1, 1, 1});                                                        // 15
+  c.Step(Op::kConcat, {6, 5, 8}, {14, 15}, {}, {});                                                                           // 16
+  c.Step(Op::kWindow, {6, 5, 4}, {16}, {}, {0, 0, 4}, {3});                                                                   // 17
+  c.Step(Op::kConvInt8, {6, 5, 4}, {17, 14}, {7, 8, 1, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 0, 5, 1, 1}, {-5, 200}, full(3 * 3 * 4));  // 18
+  c.Step(Op::kDequantize, {6, 5, 8}, {16}, {}, {}, {2, 3});                                                                   // 19
+  c.words.insert(c.words.end(), {9, 12, 18});
   return c;
 }
 
@@ -80,24 +89,37 @@ std::vector<float> Random(int64_t size, std::mt19937& draw) {
 std::vector<float> Run(const Code& code, int64_t n, int64_t threads, std::string* error) {
   const auto program = Program::Make(code.words.data(), static_cast<int64_t>(code.words.size()), code.numbers.data(),
                                      static_cast<int64_t>(code.numbers.size()), code.gaps.data(), static_cast<int64_t>(code.gaps.size()),
-                                     nullptr, error);
+                                     nullptr, nullptr, error);
   if (program == nullptr) return {};
   std::mt19937 draw(1);
-  std::vector<std::vector<float>> memory;
-  std::vector<const float*> inputs, shared;
-  std::vector<float*> outputs;
+  std::vector<std::vector<float>> memory;  // of whatever type, as small integers of it
+  std::vector<const void*> inputs, shared;
+  std::vector<void*> outputs;
   double all = 0;
-  for (const auto* sizes : {&program->input_sizes, &program->shared_sizes, &program->output_sizes}) {
-    for (const int64_t size : *sizes) all += static_cast<double>(size) * static_cast<double>(n);
+  for (const auto* sizes : {&program->inputs, &program->shared, &program->outputs}) {
+    for (const Sized& each : *sizes) all += static_cast<double>(each.size) * static_cast<double>(n);
   }
   if (all > 1e6) {
     *error = "too large for this test";
     return {};
   }
-  for (const int64_t size : program->input_sizes) inputs.push_back(memory.emplace_back(Random(size * n, draw)).data());
-  for (const int64_t size : program->shared_sizes) shared.push_back(memory.emplace_back(Random(size, draw)).data());
+  const auto made = [&](const Sized& each, int64_t count) -> const void* {
+    std::vector<float>& values = memory.emplace_back(Random(each.size * count, draw));
+    if (each.type == Type::kFloat32) return values.data();
+    // Words of four small int8, or bytes: the first quarter of the memory would do for these.
+    for (float& value : values) {
+      const uint32_t word = static_cast<uint32_t>(static_cast<int>(value) + 2) * 0x01010101u;
+      std::memcpy(&value, &word, 4);
+    }
+    return values.data();
+  };
+  for (const Sized& each : program->inputs) inputs.push_back(made(each, n));
+  for (const Sized& each : program->shared) shared.push_back(made(each, 1));
   const size_t first = memory.size();
-  for (const int64_t size : program->output_sizes) outputs.push_back(memory.emplace_back(static_cast<size_t>(size * n), 99.0f).data());
+  for (const Sized& each : program->outputs) {
+    const int64_t bytes = each.size * n * (each.type == Type::kUint8 ? 1 : 4);
+    outputs.push_back(memory.emplace_back(static_cast<size_t>((bytes + 3) / 4), 99.0f).data());
+  }
   Threads executor(threads);
   *error = program->Run(n, inputs, shared, outputs, executor);
   std::vector<float> found;
@@ -110,7 +132,7 @@ std::vector<float> Run(const Code& code, int64_t n, int64_t threads, std::string
 int main(int, char** arguments) {
   std::string error;
   const std::vector<float> want = Run(Network(1), 7, 1, &error);
-  if (!error.empty() || want.size() != 7 * (120 + 3)) return std::printf("%s\n", error.c_str()), 1;
+  if (!error.empty() || want.size() != 7 * (120 + 3 + 120)) return std::printf("%s\n", error.c_str()), 1;
   for (const int64_t chunk : {1, 2, 16}) {
     for (const int64_t threads : {1, 3, 16}) {
       if (Run(Network(chunk), 7, threads, &error) != want || !error.empty()) return std::printf("differs: %s\n", error.c_str()), 1;

@@ -131,6 +131,7 @@ inline void WriteFloats(float* p, unsigned mask, __m256 a) {
 #define _mm512_maskz_loadu_epi32(m, p) emulated::ReadMasked<emulated::Ints>(m, p)
 #define _mm512_store_si512(p, a) (*reinterpret_cast<emulated::Ints*>(p) = (a))
 #define _mm512_set1_epi32(a) SF_EACH(Ints, ((void)i, a))
+#define _mm512_or_si512(a, b) SF_EACH(Ints, (a).at[i] | (b).at[i])
 #define _mm512_add_epi32(a, b) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) + static_cast<uint32_t>((b).at[i])))
 #define _mm512_dpbusd_epi32(s, a, b) SF_EACH(Ints, emulated::Dot((s).at[i], (a).at[i], (b).at[i]))
 #define _mm512_broadcast_i32x4(a) emulated::Each<emulated::Ints>([q = emulated::Read<emulated::Quad>(&static_cast<const __m128i&>(a))](int i) { return q.at[i % 4]; })

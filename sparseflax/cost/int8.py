@@ -1,0 +1,46 @@
+"""How long a convolution takes in eight bits: as one of a quarter of the channels, which is the same loop over words."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from sparseflax.cost.machine import Machine
+from sparseflax.cost.model import conv_seconds
+from sparseflax.cost.shape import ConvShape
+
+LANES = 4  # weights in a word, and bytes of a float32 over those of a uint8
+# Cycles of a word over those of a float32 weight where the machine does not say: with AVX2 alone, so that no gain is promised
+# that may not be there.
+USUAL = 2.3
+
+
+def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
+    """Seconds of the sparse convolution in eight bits, of uint8 inputs and outputs.
+
+        t(layer, density of words) = t_float32(layer with ceil(ic / 4) channels, density)
+
+    but for multiply-adds, which take the machine's time for four products, and outputs, of which each is a byte.
+
+    Args:
+      shape: the layer.
+      density: kept / all words of four neighbouring input channels, in (0, 1].
+      machine: where it runs.
+
+    Raises:
+      ValueError: as `conv_seconds`.
+    """
+    channels = shape.groups * -(-shape.ic // shape.groups // LANES)
+    return float(conv_seconds(replace(shape, ic=channels), density, _words(machine)))
+
+
+@functools.lru_cache
+def _words(machine: Machine) -> Machine:
+    """The machine as the kernel in eight bits finds it."""
+    known = machine.int8_cycles > 0 and machine.fma_cycles > 0
+    ratio = machine.int8_cycles / machine.fma_cycles if known else USUAL
+    if machine.fitted is None:
+        return replace(machine, alpha=machine.alpha * ratio)
+    sparse = machine.fitted.sparse
+    sparse = sparse._replace(fma=sparse.fma * ratio, spill=sparse.spill * ratio, output_bytes=sparse.output_bytes / LANES)
+    return replace(machine, fitted=replace(machine.fitted, sparse=sparse))
