@@ -22,6 +22,7 @@ from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
+from sparseflax.layers.stack import PackedStack
 from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.ranges import Rounded, round_layers
 from sparseflax.network.survey import Layer, join, survey
@@ -202,7 +203,7 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
         rows = [_choose(layer, machine, native, joining=layer.convolution) for layer in layers.values()]
     if measure and ffi.available:
         open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows if row.shape and row.sparse_seconds
-                     and layers[row.path].refusal is None and not isinstance(layers[row.path].kernel, PackedKernel)}
+                     and layers[row.path].refusal is None and isinstance(layers[row.path].kernel, np.ndarray)}
         times = time_layers(open_rows, seconds)
         # Other programs may have disturbed what nobody expected: that is timed again, and longer.
         unlike = {row.path for row in rows
@@ -210,8 +211,8 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
         times |= time_layers({path: layer for path, layer in open_rows.items() if path in unlike}, 4 * seconds)
         rows = [_confirm(row, times[row.path], machine) if row.path in times else row for row in rows]
     if precision == "int8":
-        norms = {row.path: row.norm for row in rows if row.choice == "sparse"
-                 and not isinstance(layers[row.path].kernel, PackedKernel)}
+        norms = {row.path: row.norm for row in rows if row.choice == "sparse" and row.shape and row.shape.layers == 1
+                 and isinstance(layers[row.path].kernel, np.ndarray)}
         rounded = round_layers(model, norms, examples, **call)  # type: ignore[arg-type]
         rows = [_in_int8(row, rounded[row.path]) if row.path in rounded else row for row in rows]
     rows = [replace(row, reason=f"{row.reason}; {note}") if (note := layers[row.path].note) else row for row in rows]
@@ -228,10 +229,10 @@ def elsewhere(machine: Machine) -> str | None:
 def _choose(layer: Layer, machine: Machine, native: bool, joining: bool = False) -> LayerPlan:
     """The row of a layer. Where it would be joining others in the sparse kernel, it need not gain much, nor be pruned."""
     kernel, shape = layer.kernel, layer.shape
-    packed = isinstance(kernel, PackedKernel)
+    packed = isinstance(kernel, PackedKernel | PackedStack)
     density = kernel.density if packed else np.count_nonzero(kernel) / max(1, kernel.size)
     dense = sparse = None
-    reason = "this call does not run it as a 2-D convolution or a fully connected layer"
+    reason = "this call does not run it as a 1-D or 2-D convolution or a fully connected layer"
     if shape is not None:
         dense = float(dense_seconds(shape, machine))
         try:
