@@ -33,18 +33,18 @@ def attention(Q: Value, K: Value, V: Value, attn_mask: Value | None = None, past
         raise Unsupported(f"{heads} heads of queries and {k.shape[1]} of keys, wanted a multiple")
     k, v = (jnp.repeat(a, heads // a.shape[1], 1) for a in (k, v))
 
-    allowed: Any = np.ones((1, 1, 1, columns), bool)
-    column = np.arange(columns)
+    row, column = np.arange(rows).reshape(1, 1, -1, 1), np.arange(columns).reshape(1, 1, 1, -1)
+    allowed: Any = column >= 0
     if nonpad_kv_seqlen is not None:
         lengths = nonpad_kv_seqlen.plain().reshape(-1, 1, 1, 1)
         allowed, before = column < lengths, lengths - rows
-    distance = np.arange(rows)[:, None] + before - column  # of a key, back from its query
+    distance = row + before - column  # of a key, back from its query
     allowed = allowed & (distance >= 0) if is_causal else allowed
     allowed = allowed & (distance <= left_window_size) if left_window_size >= 0 else allowed
     allowed = allowed & (distance >= -right_window_size) if right_window_size >= 0 else allowed
     added: Any = 0.0
     if attn_mask is not None:
-        mask = jnp.asarray(attn_mask.plain())
+        mask = jnp.asarray(attn_mask.plain().reshape((1,) * (4 - attn_mask.rank) + attn_mask.shape))
         flag = mask.dtype == jnp.bool_
         sides = [(0, 0)] * (mask.ndim - 1) + [(0, columns - mask.shape[-1])]
         mask = jnp.pad(mask, sides, constant_values=False if flag else -jnp.inf)
