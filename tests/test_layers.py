@@ -74,6 +74,37 @@ def test_conv_agrees_with_flax(kwargs):
     assert_close(sparseflax.nnx.SparseConv.from_dense(dense)(x), dense, x)
 
 
+ROWS = [
+    dict(),
+    dict(strides=2, padding="VALID", use_bias=False),
+    dict(padding="SAME_LOWER", strides=(2,)),
+    dict(padding="CAUSAL", kernel_dilation=2),
+    dict(padding=1, kernel_dilation=[2]),
+    dict(padding=[(0, 2)], strides=[2]),
+    dict(padding=[2], feature_group_count=3),
+    dict(padding="CIRCULAR", strides=2),
+    dict(padding="REFLECT", kernel_dilation=2),
+    dict(kernel_dilation=None, strides=None),
+]
+
+
+@pytest.mark.parametrize("size", [3, (1,), (4,)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("kwargs", ROWS, ids=str)
+def test_1d_conv_agrees_with_flax(kwargs, batch, size):
+    dense, x = conv(6, 9, size, **kwargs), draw(*batch, 11, 6)
+    sparse = sparseflax.nnx.SparseConv.from_dense(dense)
+    assert_close(sparse(x), dense, x)
+    wanted = dense(x)
+    residual = draw(*wanted.shape)
+    np.testing.assert_allclose(sparse(x, residual=residual), wanted + residual, rtol=0, atol=40 * 8 * EPS * 2)
+
+    module = nn.Conv(9, size, **kwargs)
+    params = {name: getattr(dense, name)[...] for name in ("kernel", "bias") if getattr(dense, name) is not None}
+    packed, packed_params = sparseflax.linen.SparseConv.from_dense(module, params)
+    np.testing.assert_array_equal(packed.apply({"params": packed_params}, x), sparse(x))
+
+
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)], ids=str)
 def test_any_number_of_batch_dimensions(batch):
     dense, x = conv(4, 5, (3, 3)), draw(*batch, 6, 6, 4)
@@ -230,8 +261,8 @@ def test_linen_layers_initialize_and_train_inside_a_model():
 
 
 REFUSED = [
-    (lambda: conv(4, 5, (3,)), "1-D convolution: only 2-D is supported; keep it dense"),
-    (lambda: conv(4, 5, (3, 3, 3)), "3-D convolution"),
+    (lambda: conv(4, 5, (3, 3, 3)), "3-D convolution: only 1-D and 2-D are supported; keep it dense"),
+    (lambda: conv(4, 5, 3, input_dilation=2), "input_dilation=2: only 1"),
     (lambda: conv(4, 5, (3, 3), input_dilation=2), "input_dilation=2: only 1"),
     (lambda: conv(4, 5, (3, 3), padding="CAUSAL"), "padding='CAUSAL' is not a 2-D padding"),
     (lambda: conv(4, 5, (3, 3), padding=[(-1, 0), 0]), "none negative"),
@@ -267,7 +298,8 @@ def test_bad_arguments():
         return new(4, 5, (3, 3), kernel_init=normal, rngs=FLAX)
 
     for error, message, call in [
-        (ValueError, "SparseConv: 1-D convolution.*keep Flax's own", lambda: new(4, 5, 3, rngs=FLAX)),
+        (ValueError, "SparseConv: 3-D convolution.*keep Flax's own", lambda: new(4, 5, (3, 3, 3), rngs=FLAX)),
+        (ValueError, r"inputs have shape \(4,\), wanted \(..., iw, 4\)", lambda: new(4, 5, 3, rngs=FLAX)(jnp.ones(4))),
         (ValueError, "param_dtype=bfloat16", lambda: dense(4, 5, param_dtype=jnp.bfloat16, rngs=FLAX)),
         (ValueError, "activation='tanh', wanted one of", lambda: new(4, 5, (3, 3), activation="tanh", rngs=FLAX)),
         (ValueError, "pattern is for a kernel", lambda: new(4, 6, (3, 3), pattern=pattern, rngs=FLAX)),

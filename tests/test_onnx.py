@@ -16,6 +16,7 @@ from experiments.networks import Spec, pruned
 from sparseflax.onnx import load_onnx
 from sparseflax.onnx.older import QUANTIZED
 from sparseflax.onnx.ops import OPERATORS as OPERATORS_READ
+from tests.machines import HERE
 from tests.networks import NARROW
 
 onnx = pytest.importorskip("onnx")
@@ -348,6 +349,89 @@ def test_it_is_planned_folded_and_packed(tmp_path):
     np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(packed, nhwc(x)), packed(jnp.asarray(nhwc(x))), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("kwargs", [dict(pads=[1, 1]), dict(strides=[2], dilations=[2]), dict(group=2, auto_pad="SAME_UPPER")])
+def test_1d_convolutions_go_sparse(tmp_path, kwargs):
+    kernel = random(16, 16 // kwargs.get("group", 1), 3)
+    kernel = (kernel * (np.random.default_rng(1).random(kernel.shape) < 0.1)).astype(np.float32)
+    nodes = [node("Conv", "x w b", "c", **kwargs), node("Relu", "c", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": kernel, "b": random(16)}, shape=(2, 16, 40))
+    model, x = load_onnx(path), random(2, 16, 40, seed=2)
+    table = sparseflax.plan(model, x, HERE)
+    assert [(row.choice, row.shape.kh, row.shape.kw) for row in table.layers if row.shape] == [("sparse", 1, 3)]
+    packed = sparseflax.pack_model(model, table)
+    (wanted,) = expected(path, x)
+    # Sums of at most 48 products and a bias, in another order.
+    magnitude = np.abs(kernel).sum((1, 2)).max() * np.abs(x).max() + np.abs(random(16)).max()
+    np.testing.assert_allclose(packed(x), wanted, rtol=0, atol=2 * 50 * U * magnitude)
+    assert "'relu'" in str(jax.make_jaxpr(packed)(x)), "the activation joins it"
+
+
+def body(name, nodes, inputs=(), outputs=(), constants=()):
+    """A graph that a node holds: inputs {name: type}, outputs names."""
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(constants).items()]
+    takes, gives = ([helper.make_tensor_value_info(name, kind, None if kind == F else ()) for name, kind in dict(some).items()]
+                    for some in (inputs, outputs))
+    return helper.make_graph(list(nodes), name, takes, gives, tensors)
+
+
+F, I64, B = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+
+
+def sized(size):
+    """Nodes of a condition: whether x has `size` channels, as exporters ask before they squeeze."""
+    return [node("Shape", "x", "s"), node("Gather", "s one", "c"), node("Equal", "c wanted", "test")], {
+        "one": np.int64(1), "wanted": np.int64(size)}
+
+
+@pytest.mark.parametrize("size", [IMAGE[1], 3])
+def test_a_branch_that_sizes_choose(tmp_path, size):
+    nodes, constants = sized(size)
+    then = body("then", [node("Conv", "r w", "k", pads=[1, 1, 1, 1]), node("Relu", "k", "t")], outputs={"t": F})
+    other = body("else", [node("Mul", "r two", "k"), node("ReduceSum", "k axes", "e", keepdims=1)], outputs={"e": F},
+                 constants={"two": np.float32(2), "axes": np.array([1])})
+    nodes += [node("Relu", "x", "r"), node("If", "test", "y", then_branch=then, else_branch=other)]
+    agree(save(tmp_path / "m.onnx", nodes, constants | {"w": random(6, 6, 3, 3)}), random(*IMAGE), 60)
+
+
+@pytest.mark.parametrize("count, going", [(3, 9), (9, 2), (None, 4)])
+def test_a_counted_loop(tmp_path, count, going):
+    step = body("body", [node("Mul", "h half", "n"), node("Add", "n x", "m"), node("Less", "i last", "on"),
+                         node("ReduceMean", "m", "mean", keepdims=0)],
+                inputs={"i": I64, "_": B, "h": F}, outputs={"on": B, "m": F, "mean": F},
+                constants={"half": np.float32(0.5), "last": np.int64(going)})
+    nodes = [helper.make_node("Loop", ["count" if count else "", "", "x"], ["y", "z"], name="the_loop", body=step)]
+    constants = {"count": np.int64(count)} if count else {}
+    path = save(tmp_path / "m.onnx", nodes, constants, outputs=("y", "z"))
+    x = random(*IMAGE)
+    y, z = load_onnx(path)(nhwc(x))
+    wanted, means = expected(path, x)
+    np.testing.assert_allclose(y, nhwc(wanted), rtol=0, atol=10 * U * np.abs(wanted).max())
+    assert z.shape == means.shape == (min(count or 99, going + 1),)
+    np.testing.assert_allclose(z, means, rtol=0, atol=x.size * U * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("nodes, message", [
+    ([node("ReduceSum", "x", "s", keepdims=0), node("Greater", "s zero", "test"),
+      node("If", "test", "y", then_branch=body("t", [node("Relu", "x", "a")], outputs={"a": F}),
+           else_branch=body("e", [node("Neg", "x", "b")], outputs={"b": F}))],
+     "If 'the_y': its condition is computed from the data"),
+    ([node("If", "on", "y", then_branch=body("t", [node("Unique", "x", "a"), node("Relu", "x", "c")], outputs={"a": F}),
+           else_branch=body("e", [node("Concat", "x x", "b")], outputs={"b": F}))],
+     "Concat 'the_b': it has no attribute 'axis'; Unique 'the_a': how much it returns depends on the data"),
+    ([node("If", "on", "y", then_branch=body("t", [node("Relu", "x", "a")], outputs={"a": F}), else_branch=3)],
+     "If 'the_y': it has no attribute 'else_branch'"),
+    ([helper.make_node("Loop", ["", "", "x"], ["y"], name="the_y", body=body(
+        "b", [node("Neg", "h", "n"), node("Identity", "g", "k")], {"i": I64, "g": B, "h": F}, {"k": B, "n": F}))],
+     "Loop 'the_y': it takes more than 1024 steps"),
+    ([helper.make_node("Loop", ["none", "", "x"], ["h", "y"], name="the_y", body=body(
+        "b", [node("Neg", "h", "n"), node("Identity", "g", "k"), node("Abs", "h", "a")],
+        inputs={"i": I64, "g": B, "h": F}, outputs={"k": B, "n": F, "a": F}))],
+     "Loop 'the_y': it takes no step, and what each would add is not known"),
+])
+def test_what_of_inner_graphs_is_refused(tmp_path, nodes, message):
+    refuses(save(tmp_path / "m.onnx", nodes, {"zero": np.float32(0), "on": np.bool_(True), "none": np.int64(0)}), message)
+
+
 def refuses(path, message):
     with pytest.raises(ValueError, match=message):
         load_onnx(path)
@@ -355,8 +439,8 @@ def refuses(path, message):
 
 def test_all_that_is_unsupported_is_named_at_once(tmp_path):
     path = save(tmp_path / "m.onnx", [node("Unique", "x", "a"), node("NonZero", "x", "b"), node("Det", "x", "d"),
-                                      node("Loop", "b a d", "c"), node("Relu", "c", "y")])
-    refuses(path, "Unique 'the_a': how much it returns depends on the data, .*; Loop 'the_c': it holds a graph of its own")
+                                      node("Scan", "b a d", "c"), node("Relu", "c", "y")])
+    refuses(path, "Unique 'the_a': how much it returns depends on the data, .*; Scan 'the_c': it holds a graph of its own")
     refuses(save(tmp_path / "m.onnx", [node("Sine", "x", "y")]), "Sine 'the_y': unknown operator. Replace")
     path = save(tmp_path / "m.onnx", [node("NonZero", "x", "a"), node("MaxPool", "x", "b", kernel_shape=[2]),
                                       node("Relu", "x", "c"), node("Concat", "a b c", "y", axis=0)])
@@ -503,6 +587,7 @@ def test_the_page_lists_the_operators():
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "onnx.md").read_text()
     listed = re.search(r"## Operators\n\n(.*?)\.\n", page, re.DOTALL)
     ours = {"FlattenChannelsLast", "Rounded", "Shifted"}  # words for what ONNX says otherwise
+    assert "`If` and `Loop`" in page
     assert listed and set(re.split(r",\s+", listed[1])) == {*OPERATORS_READ, *QUANTIZED, "Constant"} - ours
 
 

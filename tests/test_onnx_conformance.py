@@ -15,7 +15,7 @@ from onnx import numpy_helper  # noqa: E402
 
 # What convolutional networks are made of. The operators of quantized networks, and recurrent ones, are among them.
 OPERATORS = set("""
-    Add And ArgMax AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvInteger
+    Add And ArgMax Attention AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvInteger
     ConvTranspose CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten
     Floor Gather GatherElements Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GroupNormalization GRU HardSigmoid HardSwish
     Identity InstanceNormalization LayerNormalization LeakyRelu Less Log LogSoftmax LpNormalization LpPool LRN LSTM MatMul

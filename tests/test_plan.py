@@ -349,7 +349,7 @@ class Unknown(nnx.Module):
         self.half = conv(8, 8, dtype=jnp.bfloat16)
         self.upward = conv(8, 8, kind=nnx.ConvTranspose)
         self.general = nnx.LinearGeneral(8, 8, rngs=RNGS)
-        self.line, self.line_norm = conv(8, 8, (3,)), norm(8)
+        self.space, self.space_norm = conv(8, 8, (3, 3, 3)), norm(8)
         self.idle = conv(8, 8)
         self.pair = nnx.data((conv(8, 8), norm(8)))
         self.position = Position()
@@ -358,7 +358,7 @@ class Unknown(nnx.Module):
 
     def __call__(self, x):
         x = self.half(self.own(self.depthwise(self.conv(self.position(x))))).astype(jnp.float32)
-        x = self.line_norm(self.line(self.general(self.upward(x))))
+        x = self.space_norm(self.space(self.general(self.upward(x))[:, None]))[:, 0]
         x = self.pair[1](self.pair[0](x))
         x = self.batch_norm(self.batch(x), use_running_average=False)
         return self.first_norm(self.first(x))
@@ -374,13 +374,13 @@ def test_what_cannot_be_packed_stays_and_says_why():
         "half": "dtype=bfloat16: only float32 is supported",
         "upward": "ConvTranspose has no sparse form",
         "general": "LinearGeneral has no sparse form",
-        "line": "1-D convolution: only 2-D is supported",
-        "idle": "this call does not run it as a 2-D convolution or a fully connected layer",
+        "space": "3-D convolution: only 1-D and 2-D are supported",
+        "idle": "this call does not run it as a 1-D or 2-D convolution or a fully connected layer",
         "pair/0": "it stands in a tuple, which cannot be changed: use an nnx.List",
         "position": "Position has no sparse form",
     }
-    # A 1-D convolution takes a norm as well; one in a tuple, on batch statistics or along another axis stays.
-    assert {row.path: row.norm for row in table.layers if row.norm} == {"line": "line_norm"}
+    # A 3-D convolution takes a norm as well; one in a tuple, on batch statistics or along another axis stays.
+    assert {row.path: row.norm for row in table.layers if row.norm} == {"space": "space_norm"}
     packed = pack_model(model, table)
     assert isinstance(packed.conv, SparseConv) and isinstance(packed.own, Standardized)
     model.eval()

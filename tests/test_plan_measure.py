@@ -150,7 +150,7 @@ def test_measured_for_real():
 
 def test_what_cannot_be_sparse_is_not_measured(monkeypatch):
     monkeypatch.setattr(measure, "medians", lambda calls, seconds: pytest.fail("nothing to measure"))
-    net = nnx.Sequential(nnx.Conv(8, 8, (3,), rngs=nnx.Rngs(0)), SparseConv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
+    net = nnx.Sequential(nnx.Conv(8, 8, (3, 3, 3), rngs=nnx.Rngs(0)), SparseConv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
     found = plan(net, jnp.ones((1, 8, 8, 8)), HERE, measure=True).layers
     assert [row.choice for row in found] == ["sparse", "dense"] and isinstance(net.layers[1].kernel, PackedKernel)
     assert not any(row.dense_measured for row in found)

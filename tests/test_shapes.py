@@ -1,5 +1,8 @@
 """Shapes of layers: sizes against XLA's own, and the walk through a model against what the model really does."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,23 +182,62 @@ def test_what_no_2d_convolution_describes_is_left_out():
             return super().__call__(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
 
     rngs = nnx.Rngs(0)
-    assert conv_shapes(conv(kernel=(3,)), jax.ShapeDtypeStruct((2, 9, 4), jnp.float32)) == {}
     assert conv_shapes(conv(kernel=(3, 3, 3)), jax.ShapeDtypeStruct((2, 5, 5, 5, 4), jnp.float32)) == {}
     assert conv_shapes(conv(input_dilation=2, padding=1), IMAGE) == {}
     assert conv_shapes(nnx.ConvTranspose(4, 4, (3, 3), strides=(2, 2), rngs=rngs), IMAGE) == {}
     assert conv_shapes(Padded(4, 4, (3, 3), padding="VALID", rngs=rngs), IMAGE) == {}
     assert conv_shapes(nnx.Sequential(nnx.relu), IMAGE) == {}
 
-    class Scanned(nnx.Module):
-        def __init__(self, kernel):
-            self.layers = nnx.vmap(lambda rngs: nnx.Conv(4, 4, kernel, rngs=rngs))(nnx.Rngs(0).split(3))
 
-        def __call__(self, x):
-            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+@pytest.mark.parametrize("padding, pads", [
+    ("SAME", (2, 2)), ("SAME_LOWER", (2, 2)), ("VALID", (0, 0)), ("CAUSAL", (4, 0)), ("CIRCULAR", (2, 2)), ("REFLECT", (2, 2)),
+    (1, (1, 1)), ([(0, 3)], (0, 3)), ([2], (2, 2))])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_a_1d_convolution_is_one_of_a_row(batch, padding, pads):
+    layer = nnx.Conv(4, 8, 3, padding=padding, kernel_dilation=2, feature_group_count=2, rngs=nnx.Rngs(0))
+    assert conv_shapes(layer, jax.ShapeDtypeStruct((*batch, 9, 4), jnp.float32)) == {
+        "": ConvShape(math.prod(batch), 1, 9, 4, 8, 1, 3, (1, 1), ((0, 0), pads), (1, 2), 2)}
 
-    assert conv_shapes(nnx.eval_shape(lambda: Scanned((3, 3))), IMAGE) == {}
-    looks_3x3 = nnx.eval_shape(lambda: Scanned((3,)))  # a stack of three kernels of rank 3
-    assert conv_shapes(looks_3x3, jax.ShapeDtypeStruct((2, 9, 4), jnp.float32)) == {}
+
+class Stack(nnx.Module):
+    """Three equal convolutions of each kind, made by vmap, and run by scan or vmap."""
+
+    def __init__(self, kernel, run):
+        self.layers = nnx.vmap(lambda rngs: nnx.Conv(4, 4, kernel, rngs=rngs))(nnx.Rngs(0).split(3))
+        self.shared, self.run = nnx.Conv(4, 4, kernel, rngs=nnx.Rngs(1)), run
+
+    def __call__(self, x):
+        return self.run(x, self.layers, self.shared)
+
+
+def scanned(x, layers, shared):
+    return nnx.scan(lambda x, layer: layer(shared(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, layers)
+
+
+def side_by_side(x, layers, shared):
+    return nnx.vmap(lambda layer, x: layer(shared(x)), in_axes=(0, None))(layers, x)
+
+
+@pytest.mark.parametrize("kernel, image, one", [
+    ((3, 3), (2, 12, 10, 4), ConvShape(2, 12, 10, 4, 4, 3, 3, padding=((1, 1), (1, 1)))),
+    ((3,), (2, 9, 4), ConvShape(2, 1, 9, 4, 4, 1, 3, padding=((0, 0), (1, 1))))])
+def test_stacks(kernel, image, one):
+    image = jax.ShapeDtypeStruct(image, jnp.float32)
+    stack = nnx.eval_shape(lambda: Stack(kernel, scanned))
+    assert conv_shapes(stack, image) == {"shared": one.with_batch(6), "layers": dataclasses.replace(one, layers=3)}
+    twice = nnx.eval_shape(lambda: Stack(kernel, lambda x, *layers: scanned(scanned(x, *layers), *layers)))
+    assert conv_shapes(twice, image) == {"shared": one.with_batch(12), "layers": dataclasses.replace(one, n=4, layers=3)}
+    beside = nnx.eval_shape(lambda: Stack(kernel, side_by_side))
+    assert conv_shapes(beside, image) == {"shared": one}, "no single convolution describes layers that all run at once"
+
+
+def test_the_sizes_of_a_stack_are_those_of_its_layers():
+    one = ConvShape(2, 12, 10, 4, 4, 3, 3)
+    stack = dataclasses.replace(one, layers=3)
+    assert (stack.weights, stack.flops, stack.weight_bytes) == (3 * one.weights, 3 * one.flops, 3 * one.weight_bytes)
+    assert stack.kernel_shape == one.kernel_shape and stack.one == one and str(stack) == f"{one} 3 layers"
+    with pytest.raises(ValueError, match="'layers': 0}, wanted at least 1"):
+        dataclasses.replace(one, layers=0)
 
 
 class LinenNet(nn.Module):
@@ -218,6 +260,7 @@ def test_linen(train):
     assert shapes == {
         "stem": ConvShape(2, 12, 10, 4, 8, 3, 3, (2, 2), ((1, 1), (1, 1))),
         "again": ConvShape(4, 6, 5, 8, 8, 3, 3, padding=((1, 1), (1, 1)), groups=2),
+        "Conv_0": ConvShape(2, 1, 30, 8, 8, 1, 3, padding=((0, 0), (1, 1))),
         "Dense_0": ConvShape(2, 1, 1, 8, 3, 1, 1),
     }
     assert conv_shapes((module, jax.eval_shape(lambda: variables)), IMAGE, train=train) == shapes

@@ -44,10 +44,11 @@ LEAST = 2.0**-24  # density that a traced one of 0 counts as: fewer than one wei
 
 
 class Work(NamedTuple):
-    """What a layer asks of a machine: numbers, or arrays with an entry per layer."""
+    """What a layer asks of a machine, and how many equal ones there are: numbers, or arrays with an entry per layer."""
 
     tiles: tuple[SparseCounts, ...]
     dense: DenseCounts
+    layers: Any
 
     @classmethod
     def of(cls, shape: ConvShape | Work, machine: Machine) -> Work:
@@ -56,7 +57,9 @@ class Work(NamedTuple):
         Raises:
           ValueError: the sparse kernel cannot run the layer, or a calibrated machine's kernel does not run here.
         """
-        return shape if isinstance(shape, Work) else cls(sparse_counts(shape, machine), dense_counts(shape, machine))
+        if isinstance(shape, Work):
+            return shape
+        return cls(sparse_counts(shape.one, machine), dense_counts(shape.one, machine), shape.layers)
 
     @classmethod
     def stack(cls, shapes: Iterable[ConvShape], machine: Machine) -> Work:
@@ -97,7 +100,7 @@ def conv_seconds(shape: ConvShape | Work, density: Any, machine: Machine) -> jax
         per_weight, arithmetic, kernel, traffic = _sparse_terms(tile, rates)
         times.append(tile.call * rates.call + _overlapped(
             density * per_weight + arithmetic, density * kernel + traffic, machine.rates.overlap))
-    return _smooth_min(times)
+    return work.layers * _smooth_min(times)
 
 
 def dense_seconds(shape: ConvShape | Work, machine: Machine) -> jax.Array:
@@ -107,12 +110,12 @@ def dense_seconds(shape: ConvShape | Work, machine: Machine) -> jax.Array:
       shape: a layer, or its Work for this machine.
       machine: where it runs.
     """
-    counts = shape.dense if isinstance(shape, Work) else dense_counts(shape, machine)
+    counts = shape.dense if isinstance(shape, Work) else dense_counts(shape.one, machine)
     seconds = DenseCounts(*(jnp.asarray(count * rate, float) for count, rate in zip(counts, machine.rates.dense, strict=True)))
     arithmetic = (seconds.flop + seconds.deep + seconds.far + seconds.lone + seconds.shifted + seconds.group_taps
                   + seconds.odd + seconds.patches + seconds.pixels + seconds.outputs)
     traffic = seconds.kernel_bytes + seconds.packed_bytes + seconds.activation_bytes
-    return seconds.call + seconds.split + _overlapped(arithmetic, traffic, machine.rates.overlap)
+    return shape.layers * (seconds.call + seconds.split + _overlapped(arithmetic, traffic, machine.rates.overlap))
 
 
 def speedup(shape: ConvShape | Work, density: Any, machine: Machine) -> jax.Array:

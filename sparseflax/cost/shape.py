@@ -27,6 +27,7 @@ class ConvShape:
       padding: ((top, bottom), (left, right)), explicit.
       kernel_dilation: (rows, columns).
       groups: feature groups; each sees ic / groups channels.
+      layers: how many equal ones run one after the other, each with weights of its own, as in a stack that is scanned.
 
     Raises:
       ValueError: a size below 1 or beyond 2^31, groups that do not divide the channels, or a kernel larger than the padded
@@ -44,9 +45,10 @@ class ConvShape:
     padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
     kernel_dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    layers: int = 1
 
     def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("n", "ih", "iw", "ic", "oc", "kh", "kw", "groups")}
+        sizes = {name: getattr(self, name) for name in ("n", "ih", "iw", "ic", "oc", "kh", "kw", "groups", "layers")}
         sizes |= {"strides": min(self.strides), "kernel_dilation": min(self.kernel_dilation)}
         small = {name: size for name, size in sizes.items() if size < 1}
         if small:
@@ -92,12 +94,12 @@ class ConvShape:
 
     @property
     def weights(self) -> int:
-        """Number of weights, kept or not."""
-        return math.prod(self.kernel_shape)
+        """Number of weights of all layers, kept or not."""
+        return self.layers * math.prod(self.kernel_shape)
 
     @property
     def flops(self) -> int:
-        """Operations of the dense convolution, a multiplication and an addition counted as two, padding included."""
+        """Operations of the dense convolutions, a multiplication and an addition counted as two, padding included."""
         return 2 * self.n * self.oh * self.ow * self.weights
 
     @property
@@ -116,8 +118,14 @@ class ConvShape:
     def with_batch(self, n: int) -> ConvShape:
         return replace(self, n=n)
 
+    @property
+    def one(self) -> ConvShape:
+        """A single layer of them."""
+        return replace(self, layers=1)
+
     def __str__(self) -> str:
         extras = "".join(f" {letter}{a}" if a == b else f" {letter}{a}x{b}"
                          for letter, (a, b) in (("s", self.strides), ("d", self.kernel_dilation)) if (a, b) != (1, 1))
         groups = f" g{self.groups}" if self.groups > 1 else ""
-        return f"n{self.n} {self.ic}x{self.ih}x{self.iw} -> {self.oc} {self.kh}x{self.kw}{extras}{groups}"
+        layers = f" {self.layers} layers" if self.layers > 1 else ""
+        return f"n{self.n} {self.ic}x{self.ih}x{self.iw} -> {self.oc} {self.kh}x{self.kw}{extras}{groups}{layers}"

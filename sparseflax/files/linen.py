@@ -12,8 +12,9 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sparseflax.conv.packing import PackedKernel
+from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.files.safetensors import mismatches
+from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel
 from sparseflax.network.linen.trace import COLLECTIONS
 from sparseflax.network.plan import Plan
@@ -25,7 +26,9 @@ def arrays_of(packed: PackedModel, variables: Any) -> dict[str, Any]:
     """{name: array}: the variables as "params/conv/bias", and each sparse layer's pattern beside its values."""
     arrays = _named(variables)
     for path, pattern in packed.patterns:
-        parts = PackedKernel(arrays[_name("params", path, "values")], pattern).to_arrays()
+        values = arrays[_name("params", path, "values")]
+        kernel = PackedKernel(values, pattern) if isinstance(pattern, Pattern) else PackedStack(values, pattern)
+        parts = kernel.to_arrays()
         arrays |= {_name("params", path, part): parts[part] for part in PATTERN}
     return arrays
 
@@ -54,26 +57,31 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
             of_norm = {name for name in wanted for kind in COLLECTIONS if name.startswith(_name(kind, row.norm, ""))}
             if not of_norm:
                 wrong.append(f"batch norm {row.norm!r} is missing")
+            bias_shape = next((wanted[name][0] for name in of_norm), ())
             for name in of_norm:
                 del wanted[name]
             folded.add(row.norm)
             if bias not in wanted:
-                wanted[bias] = (row.kernel_shape[-1:], np.dtype(np.float32))
+                wanted[bias] = (bias_shape, np.dtype(np.float32))
                 biased |= set() if sparse else {row.path}
         if sparse:
             del wanted[kernel]
             parts = {part: tensors.pop(_name("params", row.path, part)) for part in PATTERN
                      if _name("params", row.path, part) in tensors}
             try:
-                packed = PackedKernel.from_arrays(parts | ({"values": tensors[values]} if values in tensors else {}))
-                if packed.shape != (1, 1, *row.kernel_shape)[-4:]:
+                packed = from_arrays(parts | ({"values": tensors[values]} if values in tensors else {}))
+                stack = isinstance(packed, PackedStack)
+                layers, kernel_shape = row.kernel_shape[:stack], row.kernel_shape[stack:]
+                if packed.shape != (*layers, *(1, 1, *kernel_shape)[-4:]):
                     raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
             except ValueError as error:
                 wrong.append(f"{row.path!r}: {error}")
                 tensors.pop(values, None)  # told already
             else:
-                patterns.append((row.path, packed.pattern))
+                patterns.append((row.path, packed.patterns if isinstance(packed, PackedStack) else packed.pattern))
                 wanted[values] = (packed.values.shape, np.dtype(np.float32))
+                if stack:
+                    wanted[_name("params", row.path, "step")] = (2 * layers, np.dtype(np.float32))
     wrong += mismatches(tensors, wanted)
     tree = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in tensors.items()}) if not wrong else {}
     return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), chunk=plan.chunk), tree), wrong

@@ -23,7 +23,8 @@ from sparseflax.conv.packing import PackedKernel
 from sparseflax.files import linen as linen_store
 from sparseflax.files.linen import PATTERN
 from sparseflax.files.safetensors import mismatches, seal, unseal, write
-from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
+from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel
 from sparseflax.network.pack import pack_nnx
 from sparseflax.network.plan import Plan, elsewhere
@@ -124,9 +125,9 @@ def _arrays_of(packed: nnx.Module) -> dict[str, Any]:
     return arrays
 
 
-def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, SparseConv | SparseDense]]:
+def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, SparseConv | SparseDense | SparseStack]]:
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, (SparseConv, SparseDense)):
+        if isinstance(module, (SparseConv, SparseDense, SparseStack)):
             yield "/".join(map(str, path)), module
 
 
@@ -165,15 +166,20 @@ def _fill(packed: nnx.Module, tensors: dict[str, np.ndarray]) -> list[str]:
         stored = {part: tensors.pop(f"{name}/{part}") for part in PATTERN if f"{name}/{part}" in tensors}
         values = f"{name}/values"
         try:
-            kernel = PackedKernel.from_arrays(stored | ({"values": tensors[values]} if values in tensors else {}))
-            if (kernel.shape, kernel.groups) != (layer.pattern.shape, layer.pattern.groups):
-                raise ValueError(f"its kernel is {kernel.shape} in {kernel.groups} groups, the model's "
-                                 f"{layer.pattern.shape} in {layer.pattern.groups}")
+            kernel, wanted = from_arrays(stored | ({"values": tensors[values]} if values in tensors else {})), layer.kernel
+            if (kernel.shape, kernel.groups) != (wanted.shape, wanted.groups):
+                raise ValueError(f"its kernel is {kernel.shape} in {kernel.groups} groups, the model's {wanted.shape} in "
+                                 f"{wanted.groups}")
         except ValueError as error:
             wrong.append(f"{name!r}: {error}")
             tensors[values] = np.asarray(layer.values[...])  # told already
         else:
-            layer.pattern = kernel.pattern
+            if isinstance(layer, SparseStack):
+                assert isinstance(kernel, PackedStack)  # its shape has a dimension more
+                layer.patterns = kernel.patterns
+            else:
+                assert isinstance(kernel, PackedKernel)
+                layer.pattern = kernel.pattern
             layer.values.set_value(kernel.values)
     found = _leaves(packed)
     wrong += mismatches(tensors, {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in found.items()})

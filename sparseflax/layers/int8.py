@@ -15,7 +15,7 @@ from sparseflax.layers import rules
 
 
 class Int8Conv(nnx.Module):
-    """A 2-D convolution whose inputs are rounded to uint8 and whose weights to int8; sums are exact, outputs float32.
+    """A 1-D or 2-D convolution whose inputs are rounded to uint8 and whose weights to int8; sums are exact, outputs float32.
 
     y = act(conv(quantize(inputs), kernel) + bias + residual)
 
@@ -40,11 +40,12 @@ class Int8Conv(nnx.Module):
             raise TypeError(f"layer is a {type(layer).__name__}, wanted {self.wanted}")
         if reason := rules.unsupported(layer):
             raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
-        for name in ("strides", "padding", "kernel_dilation", "feature_group_count"):
-            value = getattr(layer, name, 1)
+        for name in ("kernel_size", "strides", "padding", "kernel_dilation", "feature_group_count"):
+            value = getattr(layer, name, 1 if name != "kernel_size" else ())
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.dtype, self.activation = layer.dtype, activation
-        packed = pack_int8(np.asarray(rules.masked(layer, layer.kernel[...])), inputs, self.feature_group_count)
+        kernel = rules.plane(np.asarray(rules.masked(layer, layer.kernel[...])))
+        packed = pack_int8(kernel, inputs, self.feature_group_count)
         self.pattern, self.channels, self.inputs, self.outputs = packed.pattern, packed.channels, inputs, outputs
         self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), nnx.Variable(packed.sums)
         bias = np.zeros(packed.shape[3], np.float32) if layer.bias is None else np.asarray(layer.bias[...])

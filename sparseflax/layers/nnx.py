@@ -13,13 +13,14 @@ from flax import nnx as fnnx
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.conv.primitive import Activation
 from sparseflax.layers import rules as sparse
+from sparseflax.layers.stack import PackedStack, of_step, steps
 
 Initializer = Callable[..., Any]
 KERNEL_INIT, BIAS_INIT = fnnx.initializers.lecun_normal(), fnnx.initializers.zeros_init()  # Flax's defaults
 
 
 class SparseConv(fnnx.Module):
-    """A 2-D convolution with packed sparse weights: `nnx.Conv` with a static pattern and a fused epilogue.
+    """A 1-D or 2-D convolution with packed sparse weights: `nnx.Conv` with a static pattern and a fused epilogue.
 
     y = act(conv(inputs, kernel) + bias + residual)
 
@@ -32,10 +33,10 @@ class SparseConv(fnnx.Module):
         kernel, of which the kept weights are taken.
       activation: None, "relu" or "relu6", applied last.
       pattern: the weights to keep, `sparseflax.pack(mask, feature_group_count).pattern` with a float32 mask
-        (kh, kw, ic / groups, oc) of zeros and ones; None keeps all.
+        (kh, kw, ic / groups, oc) of zeros and ones, of a 1-D convolution (1, k, ic / groups, oc); None keeps all.
 
     Raises:
-      TypeError, ValueError: what only `nnx.Conv` can do (1-D, 3-D, input dilation, other dtypes), or a pattern or an
+      TypeError, ValueError: what only `nnx.Conv` can do (3-D, input dilation, other dtypes), or a pattern or an
         activation that does not fit.
     """
 
@@ -72,9 +73,9 @@ class SparseConv(fnnx.Module):
         self.param_dtype = param_dtype
         self.activation: Activation = activation
         sparse.check(self)
-        kh, kw = self.kernel_size
-        shape = kh, kw, in_features // feature_group_count, out_features
-        self.pattern = sparse.pattern_for(shape, feature_group_count, pattern)
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else self.kernel_size
+        shape = *size, in_features // feature_group_count, out_features
+        self.pattern = sparse.pattern_for((1, *shape)[-4:], feature_group_count, pattern)
         self.values = fnnx.Param(sparse.gather(kernel_init(rngs.params(), shape, param_dtype), self.pattern))
         self.bias = fnnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else fnnx.data(None)
 
@@ -98,15 +99,16 @@ class SparseConv(fnnx.Module):
 
     @property
     def kernel(self) -> PackedKernel:
-        """The packed kernel (kh, kw, ic / groups, oc)."""
+        """The packed kernel (kh, kw, ic / groups, oc), of a 1-D convolution (1, k, ic / groups, oc)."""
         return PackedKernel(self.values[...], self.pattern)
 
     def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
-        """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), with any number of batch dimensions as in Flax.
+        """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), with any number of batch dimensions as in Flax; those
+        of a 1-D convolution (*batch, iw, ic) to (*batch, ow, oc).
 
         Args:
           inputs: what `nnx.Conv` takes, computed in float32.
-          residual: (*batch, oh, ow, oc), added before the activation, or None.
+          residual: of the outputs' shape, added before the activation, or None.
         """
         return sparse.convolve(self, self.kernel, None if self.bias is None else self.bias[...], inputs, residual)
 
@@ -179,6 +181,43 @@ class SparseDense(fnnx.Module):
           residual: (*batch, oc), added before the activation, or None.
         """
         return sparse.multiply(self, self.kernel, None if self.bias is None else self.bias[...], inputs, residual)
+
+
+class SparseStack(fnnx.Module):
+    """Equal layers that `nnx.scan` runs one after the other, as `nnx.vmap` makes them: in each step it is one sparse layer.
+
+    y = conv(inputs, kernels[step]) + bias[step]
+
+    `values` (layers, most) and `bias` (layers, oc) are `nnx.Param`s; each layer has a static pattern of its own.
+
+    Args:
+      layer: an `nnx.Conv` or `nnx.Linear` whose weights have a leading axis of layers.
+
+    Raises:
+      ValueError: the layer has no sparse form, or a kernel is not finite.
+    """
+
+    def __init__(self, layer: fnnx.Conv | fnnx.Linear):
+        for name in ("kernel_size", "strides", "padding", "kernel_dilation", "feature_group_count"):
+            if hasattr(layer, name):
+                setattr(self, name, _static(getattr(layer, name)))
+        self.dtype, self.activation = layer.dtype, None
+        packed = sparse.pack_stack(layer, layer.kernel[...], getattr(layer, "feature_group_count", 1))
+        self.patterns, self.values = packed.patterns, fnnx.Param(packed.values)
+        self.bias = fnnx.data(None) if layer.bias is None else fnnx.Param(layer.bias[...])
+        self.step = fnnx.Variable(steps(len(self.patterns)))
+
+    @property
+    def kernel(self) -> PackedStack:
+        """All packed kernels; there is none in a step."""
+        return PackedStack(self.values[...], self.patterns)
+
+    def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
+        """In a step of the scan what `SparseConv` or `SparseDense` does."""
+        run = sparse.convolve if sparse.rank(self) else sparse.multiply
+        bias = None if self.bias is None else self.bias[...]
+        return of_step(self.step[...], self.values[...], self.patterns,
+                       lambda kernel: run(self, kernel, bias, inputs, residual))
 
 
 def _zeros(_, shape, dtype) -> np.ndarray:

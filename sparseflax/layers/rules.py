@@ -15,6 +15,7 @@ from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern, pack
 from sparseflax.conv.primitive import ACTIVATIONS, sparse_conv
 from sparseflax.conv.window import explicit_padding, make_window
+from sparseflax.layers.stack import PackedStack
 
 BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}  # Flax's paddings that do not fill with zeros, in NumPy's words
 STOCK = (nnx.Conv, nnx.Linear, linen.Conv, linen.Dense)
@@ -30,18 +31,17 @@ def unsupported(layer: Any) -> str | None:
     if issubclass(kind, STOCK) and not any(kind.__call__ is stock.__call__ for stock in STOCK):
         return f"{kind.__name__} has a __call__ of its own"
     if hasattr(layer, "kernel_size"):
-        rank = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
-        if rank != 2:
-            return f"{rank}-D convolution: only 2-D is supported"
-        if layer.input_dilation not in (None, 1, (1, 1), [1, 1]):
+        if rank(layer) not in (1, 2):
+            return f"{rank(layer)}-D convolution: only 1-D and 2-D are supported"
+        if layer.input_dilation not in (None, 1, (1, 1), [1, 1], (1,), [1]):
             return f"input_dilation={layer.input_dilation}: only 1 is supported"
         if not isinstance(layer.padding, str):
             try:
-                make_window((1, 1), (1, 1), 1, layer.padding, 1)
+                make_window((1, 1), (1, 1), 1, in_plane(layer)[1], 1)
             except ValueError as error:
                 return str(error)
-        elif layer.padding not in ("SAME", "SAME_LOWER", "VALID", *BORDERS):
-            return f"padding={layer.padding!r} is not a 2-D padding"
+        elif layer.padding not in ("SAME", "SAME_LOWER", "VALID", *BORDERS, *(("CAUSAL",) if rank(layer) == 1 else ())):
+            return f"padding={layer.padding!r} is not a {rank(layer)}-D padding"
     for name in ("dtype", "param_dtype", "preferred_element_type"):
         dtype = getattr(layer, name, None)
         if dtype is not None and jnp.dtype(dtype) != jnp.float32:
@@ -50,6 +50,36 @@ def unsupported(layer: Any) -> str | None:
         if getattr(layer, name, None) not in (None, jax.lax.conv_general_dilated, jax.lax.dot_general):
             return f"it has a {name} of its own"
     return None
+
+
+def rank(layer: Any) -> int:
+    """Dimensions of a convolution's images; 0 of a fully connected layer."""
+    size = getattr(layer, "kernel_size", ())
+    return 1 if isinstance(size, int) else len(size)
+
+
+def is_stack(layer: Any, dimensions: int) -> bool:
+    """Whether a layer whose kernel has so many dimensions is a stack of its kind, as `nnx.vmap` and `nn.scan` make them."""
+    return dimensions == rank(layer) + 3
+
+
+def in_plane(layer: Any) -> tuple[Any, Any, Any]:
+    """Strides, padding and dilation of a convolution as a 2-D one's, in Flax's words: a 1-D one has images of one row."""
+    strides, padding, dilation = layer.strides or 1, layer.padding, layer.kernel_dilation or 1  # None is Flax's old word for 1
+    if rank(layer) != 1:
+        return strides, padding, dilation
+    (size,), (stride,), (step,) = ((value,) if isinstance(value, int) else tuple(value)
+                                   for value in (layer.kernel_size, strides, dilation))
+    if padding == "CAUSAL":
+        padding = ((size - 1) * step, 0),
+    if not isinstance(padding, str):
+        padding = (0, 0), *((padding,) if isinstance(padding, int) else padding)
+    return (1, stride), padding, (1, step)
+
+
+def plane(kernel: Any) -> Any:
+    """The kernel (k, ic / groups, oc) of a 1-D convolution as a 2-D one's; any other as it is."""
+    return kernel[None] if np.ndim(kernel) == 3 else kernel
 
 
 def check(layer: Any) -> None:
@@ -64,7 +94,12 @@ def pack_dense(layer: Any, kernel: Any, groups: int) -> PackedKernel:
     """Packs the kernel of a dense Flax layer, times its mask."""
     if reason := unsupported(layer):
         raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
-    return pack(masked(layer, kernel), groups)
+    return pack(plane(masked(layer, kernel)), groups)
+
+
+def pack_stack(layer: Any, kernels: Any, groups: int) -> PackedStack:
+    """Packs the kernels (layers, ...) of a stack of dense Flax layers, times their mask."""
+    return PackedStack.of([pack_dense(layer, kernel, groups) for kernel in np.asarray(kernels)])
 
 
 def masked(layer: Any, kernel: Any) -> Any:
@@ -100,22 +135,26 @@ def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
     """A sparse convolution layer's output.
 
     Args:
-      layer: gives strides, padding, kernel_dilation, feature_group_count, activation and dtype.
+      layer: gives kernel_size, strides, padding, kernel_dilation, feature_group_count, activation and dtype.
       packed: the weights (kh, kw, ic / groups, oc).
       bias: (oc,) or None.
-      inputs: (*batch, ih, iw, ic) with any number of batch dimensions, none included.
-      residual: (*batch, oh, ow, oc) or None.
+      inputs: (*batch, ih, iw, ic) with any number of batch dimensions, none included; (*batch, iw, ic) of a 1-D convolution.
+      residual: (*batch, oh, ow, oc), (*batch, ow, oc) of a 1-D convolution, or None.
 
     Returns:
-      float32 (*batch, oh, ow, oc).
+      float32, of the residual's shape.
     """
     x, residual = _as_float32(layer, inputs), _as_float32(layer, residual)
     kh, kw, icg, _ = packed.shape
-    if x.ndim < 3:
-        raise ValueError(f"inputs have shape {x.shape}, wanted (..., ih, iw, {icg * packed.groups})")
+    row = rank(layer) == 1
+    if x.ndim < 3 - row:
+        raise ValueError(f"inputs have shape {x.shape}, wanted (..., {'' if row else 'ih, '}iw, {icg * packed.groups})")
+    if row:
+        x = x[..., None, :, :]
+        residual = residual if residual is None or residual.ndim < 2 else residual[..., None, :, :]
     batch, image = x.shape[:-3], x.shape[-3:-1]
     x = x.reshape(math.prod(batch), *x.shape[-3:])
-    strides, dilation, padding = layer.strides or 1, layer.kernel_dilation or 1, layer.padding  # None is Flax's old word for 1
+    strides, padding, dilation = in_plane(layer)
     if isinstance(padding, str) and padding not in ("SAME", "VALID"):
         window = make_window(image, (kh, kw), strides, "VALID", dilation)
         sides = explicit_padding(padding, image, (kh, kw), window.strides, window.dilation)
@@ -126,7 +165,7 @@ def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
         residual = residual.reshape(math.prod(residual.shape[:-3]), *residual.shape[-3:])
     y = sparse_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=dilation,
                     feature_group_count=layer.feature_group_count, activation=layer.activation, residual=residual)
-    return y.reshape(*batch, *y.shape[1:])
+    return y.reshape(*batch, *y.shape[1 + row:])
 
 
 def multiply(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:

@@ -33,19 +33,21 @@ def fold(kernel: Any, bias: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
     kernel' = m kernel,   bias' = m (bias - mean) + shift,   m = scale / sqrt(var + epsilon)
 
     Args:
-      kernel: (..., oc), zeros stay zeros.
-      bias: (oc,) or None.
-      norm: with `mean`, `var`, `scale`, `bias` (oc,), the last two or None, and `epsilon`.
+      kernel: (..., oc), zeros stay zeros; (layers, ..., oc) of a stack.
+      bias: (oc,), of a stack (layers, oc), or None.
+      norm: with `mean`, `var`, `scale`, `bias` like the bias, the last two or None, and `epsilon`.
 
     Returns:
-      float32 kernel' (..., oc) and bias' (oc,).
+      float32 kernel' like the kernel and bias' like the bias.
     """
     mean, var = (np.asarray(stat[...], np.float64) for stat in (norm.mean, norm.var))
     scale = 1.0 if norm.scale is None else np.asarray(norm.scale[...], np.float64)
     shift = 0.0 if norm.bias is None else np.asarray(norm.bias[...], np.float64)
     multiplier = scale / np.sqrt(var + norm.epsilon)
     bias = 0.0 if bias is None else np.asarray(bias, np.float64)
-    return ((np.asarray(kernel, np.float64) * multiplier).astype(np.float32),
+    *stack, channels = multiplier.shape
+    over_kernel = multiplier.reshape(*stack, *[1] * (np.ndim(kernel) - multiplier.ndim), channels)
+    return ((np.asarray(kernel, np.float64) * over_kernel).astype(np.float32),
             ((bias - mean) * multiplier + shift).astype(np.float32))
 
 

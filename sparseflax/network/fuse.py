@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
+from jax.extend.core import Jaxpr, Literal, primitives
 
 from sparseflax.network.equations import step
 from sparseflax.network.region import Region, is_number
 from sparseflax.network.rewrites import REWRITES, joins
+from sparseflax.network.unroll import inlined, step_rows
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nnx.Module)
@@ -42,7 +43,8 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
 
     Outputs are those of `f` up to rounding; nan and inf propagate alike. Left alone: what is not float32, and what stands
     inside of scan, while, cond, shard_map or a jit with shardings or compiler options. Other calls (jit, remat, custom_jvp,
-    custom_vjp) are inlined. This is for inference: derivatives are right, but they are those of `f`, not fused.
+    custom_vjp) are inlined, and a scan over a stack of sparse layers is unrolled. This is for inference: derivatives are right,
+    but they are those of `f`, not fused.
 
     Args:
       f: any function that `jax.jit` can trace. Arguments that hold no arrays (flags, strings) are static.
@@ -212,9 +214,13 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
         write(variable, value)
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        inner = _inlined(equation)
+        inner, first = inlined(equation), 0
+        if inner is None and equation.primitive is primitives.cond_p and is_number(operands[0]):
+            inner, first = equation.params["branches"][int(operands[0])], 1  # of a step's layers its own
         if inner is not None:
-            results = _evaluate(inner.jaxpr, [*inner.consts, *operands], trace)
+            results = _evaluate(inner.jaxpr, [*inner.consts, *operands[first:]], trace)
+        elif equation.primitive is primitives.scan_p and (rows := step_rows(equation)):
+            results = _unrolled(equation, operands, rows, [unread[variable] > 0 for variable in equation.outvars], trace)
         else:
             result = _number(equation, operands)
             result = step(trace.region, equation, operands) if result is None else result
@@ -231,6 +237,38 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
     return outputs
 
 
+def _unrolled(equation: Any, operands: Sequence[Any], rows: set[int], wanted: Sequence[bool], trace: _Trace) -> list[Any]:
+    """The results of a scan, its steps one after the other.
+
+    Args:
+      equation, operands: of the scan.
+      rows: which operands say what step it is: known, here.
+      wanted: which results will be read.
+      trace: what is known so far.
+    """
+    params, body = equation.params, equation.params["jaxpr"]
+    length, carried = params["length"], params["num_consts"] + params["num_carry"]
+    consts, carry = operands[:params["num_consts"]], operands[params["num_consts"]:carried]
+    sliced = trace.now(operands[carried:])
+    collected: dict[int, list[Any]] = {number: [] for number in range(len(carry), len(wanted)) if wanted[number]}
+    held = dict[Any, Any](enumerate(consts))
+    trace.frames.append(held)  # what all steps read, and what is collected of them
+    for const in consts:
+        trace.region.will_be_read(const, 2)
+    for index in reversed(range(length)) if params["reverse"] else range(length):
+        slices = [np.eye(length, dtype=np.float32)[index] if number in rows else x[index]
+                  for number, x in enumerate(sliced, carried)]
+        results = _evaluate(body.jaxpr, [*body.consts, *consts, *carry, *slices], trace)
+        carry = results[:len(carry)]
+        for number, values in collected.items():
+            values.append(results[number])
+            held[number, index] = results[number]
+    arrays = {number: trace.now(values) for number, values in collected.items()}
+    trace.frames.pop()
+    return [*carry, *(jnp.stack(arrays[number][::-1] if params["reverse"] else arrays[number]) if number in arrays else None
+                      for number in range(len(carry), len(wanted)))]
+
+
 def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """What one equation computes, in its own context."""
     inputs = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, Literal)))
@@ -239,30 +277,17 @@ def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]
     return eval_jaxpr(alone, [], *(by_atom[atom] for atom in inputs))
 
 
-def _inlined(equation: Any) -> Any:
-    """The closed jaxpr of a call to be looked into; None for everything else."""
-    params = equation.params
-    if equation.primitive is primitives.jit_p:
-        shardings = (*params["in_shardings"], *params["out_shardings"])
-        constrained = any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
-        return None if constrained or params["compiler_options_kvs"] else params["jaxpr"]
-    if equation.primitive in (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p):
-        return params["call_jaxpr"]
-    if equation.primitive is primitives.remat_p:
-        return ClosedJaxpr(params["jaxpr"], [])
-    return None
-
-
 def _number(equation: Any, operands: Sequence[Any]) -> Any:
-    """What is made of numbers alone, known now: a bound of a clip, a factor."""
-    if len(equation.outvars) != 1 or equation.effects or not operands or not all(map(is_number, operands)):
+    """What is made of numbers alone, known now: a bound of a clip, a factor, the number of a step."""
+    known = all(is_number(operand) or isinstance(operand, np.ndarray) for operand in operands)
+    if len(equation.outvars) != 1 or equation.effects or not operands or not known:
         return None
     aval = equation.outvars[0].aval
-    if aval.shape != () or aval.dtype != jnp.float32:
+    if aval.shape != () or aval.dtype not in (jnp.float32, jnp.int32):
         return None
     with jax.ensure_compile_time_eval():
         value = equation.primitive.bind(*operands, **equation.params)
-    return float(value) if aval.weak_type else np.float32(value)
+    return value.item() if aval.weak_type else np.asarray(value, aval.dtype)[()]
 
 
 # What XLA adds to a dense convolution.

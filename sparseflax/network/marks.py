@@ -6,11 +6,41 @@ Layers and norms call `checkpoint_name` on what they return, take and read; what
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-# A layer's output, the input of a norm that can be folded, of another norm, and a weight "conv1/kernel" read by its own layer.
-OUTPUT, FOLDABLE, OTHER, WEIGHT = (f"sparseflax {mark}: " for mark in ("output", "norm input", "other norm input", "weight"))
+# A layer's output, the input of a norm that can be folded, of another norm, a weight "conv1/kernel" read by its own layer, and
+# the output of a numbered call.
+OUTPUT, FOLDABLE, OTHER, WEIGHT, CALL = (
+    f"sparseflax {mark}: " for mark in ("output", "norm input", "other norm input", "weight", "call"))
+
+
+class Call(NamedTuple):
+    """A call that stands in a jaxpr.
+
+    Attributes:
+      number: of its mark.
+      size: of what it returns, with the dimensions that vmap adds.
+      scans: lengths of the scans around it.
+    """
+
+    number: int
+    size: int
+    scans: tuple[int, ...]
+
+
+def calls(jaxpr: Any, scans: tuple[int, ...] = ()) -> Iterator[Call]:
+    """The calls that are marked in a jaxpr and those in it."""
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "name" and str(params["name"]).startswith(CALL):
+            yield Call(int(params["name"].removeprefix(CALL)), equation.outvars[0].aval.size, scans)
+        around = (*scans, params["length"]) if equation.primitive.name == "scan" else scans
+        for param in params.values():
+            for inner in param if isinstance(param, tuple) else (param,):
+                opened = getattr(inner, "jaxpr", inner)
+                if hasattr(opened, "eqns"):
+                    yield from calls(opened, around)
 
 
 class Shown(NamedTuple):

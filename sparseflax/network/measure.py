@@ -32,7 +32,8 @@ def time_layers(layers: Mapping[str, tuple[ConvShape, np.ndarray]], seconds: flo
     """Times each layer dense and sparse, without bias; where it takes long, a terminal is shown how far it has come.
 
     Args:
-      layers: {path: (shape, kernel)}, float32 kernels (kh, kw, ic / groups, oc) or (ic, oc), pruned weights zero.
+      layers: {path: (shape, kernel)}, float32 kernels (kh, kw, ic / groups, oc), (k, ic / groups, oc) or (ic, oc), those of a
+        stack with a leading axis of its layers, pruned weights zero.
       seconds: for each layer, compiling apart; three rounds at least.
     """
     times, start = {}, time.monotonic()
@@ -50,8 +51,12 @@ def time_layers(layers: Mapping[str, tuple[ConvShape, np.ndarray]], seconds: flo
 
 
 def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured:
-    """Times one layer as `time_layers` does."""
+    """Times one layer as `time_layers` does; a stack by its first layer."""
+    if shape.layers > 1:
+        first = time_layer(shape.one, kernel[0], seconds)
+        return Measured(shape.layers * first.dense, shape.layers * first.sparse)
     window = Window(shape.strides, shape.padding, shape.kernel_dilation)
+    kernel = kernel if shape.connected else kernel.reshape(shape.kernel_shape)
     packed = shape.pack(kernel)
 
     @jax.jit

@@ -9,7 +9,8 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax.layers.int8 import Int8Conv, Int8Dense
-from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
+from sparseflax.layers.rules import is_stack
 from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.fuse import fuse_call
 from sparseflax.network.linen.packed import pack_linen
@@ -90,7 +91,7 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
         row = rows.get(name) if isinstance(node, nnx.Module) else None
         if isinstance(node, nnx.BatchNorm) and name in folded:
             return Folded()
-        if row is None or isinstance(node, (SparseConv, SparseDense)):
+        if row is None or isinstance(node, (SparseConv, SparseDense, SparseStack)):
             return node
         layer: Any = node if row.norm is None else with_norm(node, modules[row.norm])
         if row.choice == "dense":
@@ -99,6 +100,8 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
             if row.inputs is not None:
                 int8 = Int8Conv if isinstance(node, nnx.Conv) else Int8Dense
                 return int8(layer, row.inputs, row.correction, outputs=row.outputs)
+            if is_stack(layer, layer.kernel.ndim):
+                return SparseStack(layer)
             return (SparseConv if isinstance(node, nnx.Conv) else SparseDense).from_dense(layer)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error

@@ -23,6 +23,7 @@ from sparseflax.cost.int8 import int8_seconds
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
+from sparseflax.layers.stack import PackedStack
 from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.ranges import Rounded, round_layers
 from sparseflax.network.survey import Layer, join, survey
@@ -213,7 +214,7 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
         rows = [_choose(layer, machine, native, joining=layer.convolution) for layer in layers.values()]
     if measure and ffi.available:
         open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows if row.shape and row.sparse_seconds
-                     and layers[row.path].refusal is None and not isinstance(layers[row.path].kernel, PackedKernel)}
+                     and layers[row.path].refusal is None and isinstance(layers[row.path].kernel, np.ndarray)}
         times = time_layers(open_rows, seconds)
         # Other programs may have disturbed what nobody expected: that is timed again, and longer.
         unlike = {row.path for row in rows
@@ -229,7 +230,8 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
 
 def in_eight_bits(plan: Plan, model: Any, examples: Any, faster: bool = False, **call: Any) -> Plan:
     """A plan in float32 with layers in eight bits, where that loses little and, if asked for, is predicted to be faster."""
-    norms = {row.path: row.norm for row in plan.layers if row.choice == "sparse" or row.sparse_seconds is not None}
+    norms = {row.path: row.norm for row in plan.layers
+             if (row.choice == "sparse" or row.sparse_seconds is not None) and row.shape is not None and row.shape.layers == 1}
     layers = round_layers(model, norms, examples, **call)
     rows = [_in_int8(row, layers[row.path], plan.machine, faster) if row.path in layers else row for row in plan.layers]
     return replace(plan, layers=tuple(rows))
@@ -245,10 +247,10 @@ def elsewhere(machine: Machine) -> str | None:
 def _choose(layer: Layer, machine: Machine, native: bool, joining: bool = False) -> LayerPlan:
     """The row of a layer. Where it would be joining others in the sparse kernel, it need not gain much, nor be pruned."""
     kernel, shape = layer.kernel, layer.shape
-    packed = isinstance(kernel, PackedKernel)
+    packed = isinstance(kernel, PackedKernel | PackedStack)
     density = kernel.density if packed else np.count_nonzero(kernel) / max(1, kernel.size)
     dense = sparse = None
-    reason = "this call does not run it as a 2-D convolution or a fully connected layer"
+    reason = "this call does not run it as a 1-D or 2-D convolution or a fully connected layer"
     if shape is not None:
         dense = float(dense_seconds(shape, machine))
         try:

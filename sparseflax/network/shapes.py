@@ -7,15 +7,21 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
+from sparseflax.conv.int8 import QuantizedKernel
+from sparseflax.conv.packing import PackedKernel
 from sparseflax.conv.window import explicit_padding, pair
 from sparseflax.cost.shape import ConvShape
+from sparseflax.layers.rules import in_plane, rank
+from sparseflax.layers.stack import PackedStack
+from sparseflax.network.marks import CALL, calls
 
 _TRACES = itertools.count()
 # The attributes by which a layer is known as a convolution, Flax's own or sparse.
@@ -27,11 +33,13 @@ def conv_shapes(model: nnx.Module | tuple[nn.Module, Any], x: Any, **call: Any) 
 
     The call is traced, not run: no arithmetic, and the model keeps its statistics and random state. Layers are known
     by Flax's attributes (`kernel`, `strides`, `padding`, ...): `nnx.Conv`, `nnx.Linear`, `linen.Conv`, `linen.Dense`,
-    their subclasses and their sparse forms. Not listed, because no single 2-D convolution describes them: 1-D and 3-D
-    convolutions, input dilation, layers stacked by vmap or scan, and subclasses that return another shape.
+    their subclasses and their sparse forms. A 1-D convolution is one of images of a row. Not listed, because no single 2-D
+    convolution describes them: 3-D convolutions, input dilation, layers stacked by vmap, and subclasses that return another
+    shape.
 
     A layer called several times is listed once and its calls add up: `n` counts the images of all calls. Where they
     have different sizes the largest stands for all, and `n` is the (rounded) number of such images with the same flops.
+    A stack of equal layers that scan runs one after the other, each with weights of its own, is listed once, with its `layers`.
 
     Args:
       model: an nnx module, or a pair (Linen module, its variables).
@@ -46,31 +54,48 @@ def conv_shapes(model: nnx.Module | tuple[nn.Module, Any], x: Any, **call: Any) 
       TypeError: `model` is neither.
       ValueError: an empty batch.
     """
-    calls: dict[str, list[ConvShape]] = defaultdict(list)
+    noted: list[_Noted] = []
     if isinstance(model, nnx.Module):
-        _trace_nnx(model, x, call, calls)
+        jaxpr = _trace_nnx(model, x, call, noted)
     elif isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
-        _trace_linen(*model, x, call, calls)
+        jaxpr = _trace_linen(*model, x, call, noted)
     else:
         raise TypeError(f"model is a {type(model).__name__}, wanted an nnx.Module or a pair (linen module, variables)")
-    return {path: _together(shapes) for path, shapes in calls.items()}
+    # Flax may trace a function twice: what is called is what stands in the program.
+    ran: dict[str, list[ConvShape]] = defaultdict(list)
+    for made in calls(jaxpr):
+        path, shape, size = noted[made.number]
+        times = math.prod(made.scans)
+        if shape.layers == 1:
+            ran[path].append(shape.with_batch(shape.n * times * made.size // size))
+        elif shape.layers in made.scans and made.size == size:
+            ran[path].append(shape.with_batch(shape.n * times // shape.layers))
+    return {path: _together(shapes) for path, shapes in ran.items()}
 
 
-def _trace_nnx(model: nnx.Module, x, call, calls) -> None:
+class _Noted(NamedTuple):
+    """A call of a layer as it was traced: its path, what it computes, the size of what it returns."""
+
+    path: str
+    shape: ConvShape
+    size: int
+
+
+def _trace_nnx(model: nnx.Module, x, call, noted) -> Any:
     graphdef, state = nnx.split(model)
 
     def run(state, x):
         copy: Any = nnx.merge(graphdef, state)
         modules: list[tuple[tuple, Any]] = list(nnx.iter_modules(copy))
         for path, layer in modules:
-            kernel = getattr(layer, "kernel", None)
-            if kernel is not None and hasattr(kernel, "shape"):
+            kernel = _dense_shape(layer)
+            if kernel is not None:
                 # A new partial each time, so that a jit inside the model cannot answer from its cache.
-                layer._observe = functools.partial(_observe, calls, "/".join(map(str, path)), kernel.shape)
+                layer._observe = functools.partial(_observe, noted, "/".join(map(str, path)), kernel)
                 object.__setattr__(layer, "__class__", _observed(type(layer)))
         copy(x, **call)
 
-    jax.eval_shape(run, state, x)
+    return jax.make_jaxpr(run)(state, x).jaxpr
 
 
 @functools.lru_cache
@@ -80,13 +105,12 @@ def _observed(layer_type: type) -> type:
     class Observed(layer_type):
         def __call__(self, *args, **kwargs):
             y = super().__call__(*args, **kwargs)
-            self._observe(self, next(iter((*args, *kwargs.values())), None), y)
-            return y
+            return self._observe(self, next(iter((*args, *kwargs.values())), None), y)
 
     return Observed
 
 
-def _trace_linen(module: nn.Module, variables, x, call, calls) -> None:
+def _trace_linen(module: nn.Module, variables, x, call, noted) -> Any:
     params: dict[tuple, Any] = flatten_dict(nn.unbox(variables.get("params", {})))
     kernels = {path[:-1]: kernel.shape for path, kernel in params.items() if path[-1] == "kernel"}
 
@@ -95,7 +119,7 @@ def _trace_linen(module: nn.Module, variables, x, call, calls) -> None:
         path = context.module.path
         if context.method_name == "__call__" and path in kernels:
             x = next(iter((*args, *kwargs.values())), None)
-            _observe(calls, "/".join(path), kernels[path], context.module, x, y)
+            return _observe(noted, "/".join(path), kernels[path], context.module, x, y)
         return y
 
     def run(variables, x):
@@ -103,7 +127,7 @@ def _trace_linen(module: nn.Module, variables, x, call, calls) -> None:
         with nn.intercept_methods(observe):
             module.apply(variables, x, mutable=all_collections(), rngs=rngs, **call)
 
-    jax.eval_shape(run, variables, x)
+    return jax.make_jaxpr(run)(variables, x).jaxpr
 
 
 def all_collections() -> nn.DenyList:
@@ -111,30 +135,45 @@ def all_collections() -> nn.DenyList:
     return nn.DenyList(f"sparseflax trace {next(_TRACES)}")
 
 
-def _observe(calls: dict[str, list[ConvShape]], path: str, kernel: tuple[int, ...], layer: Any, x: Any, y: Any) -> None:
-    """Notes one call of a layer x -> y, if it is what its attributes say."""
+def _observe(noted: list[_Noted], path: str, kernel: tuple[int, ...], layer: Any, x: Any, y: Any) -> Any:
+    """Notes one call of a layer x -> y, if it is what its attributes say; returns y, marked."""
     if not (hasattr(x, "shape") and hasattr(y, "shape")):
-        return
-    if all(hasattr(layer, name) for name in WINDOW):
+        return y
+    dimensions = rank(layer) if all(hasattr(layer, name) for name in WINDOW) else 0
+    layers, single = (kernel[0], kernel[1:]) if len(kernel) == dimensions + 3 else (1, kernel)
+    if len(single) != dimensions + 2 or dimensions > 2:
+        return y
+    if dimensions:
         size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
-        if len(size) != 2 or size != kernel[:-2] or pair(getattr(layer, "input_dilation", 1)) != (1, 1):
-            return
-        (kh, kw, _, oc), (ih, iw, ic) = kernel, x.shape[-3:]
-        strides, dilation = pair(layer.strides), pair(layer.kernel_dilation)
-        padding = explicit_padding(layer.padding, (ih, iw), (kh, kw), strides, dilation)
-        shape = ConvShape(math.prod(x.shape[:-3]), ih, iw, ic, oc, kh, kw, strides, padding, dilation,
-                          layer.feature_group_count)
-        output = (*x.shape[:-3], shape.oh, shape.ow, oc)
+        if size != single[:-2] or getattr(layer, "input_dilation", 1) not in (None, 1, (1,), [1], (1, 1), [1, 1]):
+            return y
+        (kh, kw, icg, oc), (ih, iw, ic) = (1, *single)[-4:], (1, *x.shape[-1 - dimensions:])[-3:]
+        strides, padding, dilation = in_plane(layer)
+        strides, dilation = pair(strides), pair(dilation)
+        shape = ConvShape(math.prod(x.shape[:-1 - dimensions]), ih, iw, ic, oc, kh, kw, strides,
+                          explicit_padding(padding, (ih, iw), (kh, kw), strides, dilation), dilation,
+                          layer.feature_group_count, layers)
+        output = (*x.shape[:-1 - dimensions], *(shape.oh, shape.ow)[-dimensions:], oc)
     else:
-        ic, oc = x.shape[-1], kernel[-1]
-        if kernel not in ((ic, oc), (1, 1, ic, oc)):
-            return
-        shape = ConvShape(math.prod(x.shape[:-1]), 1, 1, ic, oc, 1, 1)
+        icg, oc = single
+        ic = x.shape[-1]
+        shape = ConvShape(math.prod(x.shape[:-1]), 1, 1, ic, oc, 1, 1, layers=layers)
         output = (*x.shape[:-1], oc)
-    if y.shape == output and shape.kernel_shape in (kernel, (1, 1, *kernel)):
-        calls[path].append(shape)
+    if y.shape != output or shape.ic // shape.groups != icg:
+        return y
+    noted.append(_Noted(path, shape, y.size))
+    return checkpoint_name(y, f"{CALL}{len(noted) - 1}")
 
 
 def _together(calls: list[ConvShape]) -> ConvShape:
     largest = max(calls, key=lambda shape: shape.flops / shape.n)
     return largest.with_batch(max(1, round(sum(shape.flops for shape in calls) * largest.n / largest.flops)))
+
+
+def _dense_shape(layer: Any) -> tuple[int, ...] | None:
+    """Of a layer's kernel, a packed one's included; None if it has none."""
+    kernel = getattr(layer, "kernel", None)
+    shape = getattr(kernel, "shape", None)
+    if not isinstance(kernel, PackedKernel | PackedStack | QuantizedKernel):
+        return shape
+    return *kernel.shape[:-4], *kernel.shape[-4:][2 - rank(layer):]

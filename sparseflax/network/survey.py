@@ -18,8 +18,9 @@ from jax.core import Tracer
 
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.cost.shape import ConvShape
-from sparseflax.layers.nnx import SparseConv, SparseDense
-from sparseflax.layers.rules import masked, unsupported
+from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
+from sparseflax.layers.rules import is_stack, masked, rank, unsupported
+from sparseflax.layers.stack import PackedStack
 from sparseflax.network.fold import is_float32
 from sparseflax.network.linen import trace as linen_trace
 from sparseflax.network.marks import FOLDABLE, OTHER, OUTPUT, WEIGHT, Shown, shown
@@ -32,7 +33,8 @@ class Layer(NamedTuple):
     Attributes:
       path, kind: where it stands, and its class.
       convolution: whether it is one, of any rank.
-      kernel: its dense kernel times its mask, NumPy, or a PackedKernel; another weight of a module that has no kernel.
+      kernel: its dense kernel times its mask, NumPy, or a PackedKernel; of a stack those of all its layers; another weight of a
+        module that has no kernel.
       refusal: why it has to stay as it is; None if it can become sparse.
       shape: what it computes in the call; None if no single 2-D convolution describes that.
       norm: path of the batch norm that can be folded into it, or None.
@@ -133,6 +135,8 @@ def with_value(leaf: Any, array: Any) -> Any:
 
 def weight_of(module: Any) -> Any:
     """A module's kernel, else the first of its own Params that is a matrix or more; None if it has neither."""
+    if isinstance(module, nnx.BatchNorm):  # a stack of them has matrices
+        return None
     kernel = getattr(module, "kernel", None)
     if hasattr(kernel, "shape"):
         return kernel
@@ -141,7 +145,7 @@ def weight_of(module: Any) -> Any:
 
 def _called(layer: Layer, shape: ConvShape | None, norm: str | None, alone: dict[str, bool]) -> Layer:
     """The layer with what the trace of a call has shown of it."""
-    packed = isinstance(layer.kernel, PackedKernel)
+    packed = isinstance(layer.kernel, PackedKernel | PackedStack)
     if shape is not None and layer.refusal is None and not packed and not alone.get(f"{layer.path}/kernel"):
         layer = layer._replace(refusal="the call uses its kernel elsewhere, too")
     weights = [(layer.path, "kernel"), (layer.path, "bias"), *((norm, name) for name in ("mean", "var", "scale", "bias"))]
@@ -154,8 +158,9 @@ def _called(layer: Layer, shape: ConvShape | None, norm: str | None, alone: dict
 def _nnx_layers(model: nnx.Module, tuples: set[str]) -> Iterator[Layer]:
     for path, module in nnx.iter_modules(model):
         name, kind, weight = join(path), type(module).__name__, weight_of(module)
-        convolution = isinstance(module, (nnx.Conv, nnx.ConvTranspose, SparseConv))
-        if isinstance(module, (SparseConv, SparseDense)):
+        convolution = isinstance(module, (nnx.Conv, nnx.ConvTranspose, SparseConv)) or (
+            isinstance(module, SparseStack) and rank(module) > 0)
+        if isinstance(module, (SparseConv, SparseDense, SparseStack)):
             yield Layer(name, kind, convolution, weight, None)
         elif weight is not None:
             refusal = unsupported(module) if isinstance(module, (nnx.Conv, nnx.Linear)) else f"{kind} has no sparse form"
@@ -168,12 +173,13 @@ def _linen_layers(modules: Mapping[str, nn.Module], variables: Any) -> Iterator[
     params = nn.unbox(unfreeze(variables.get("params", {})))
     for name in dict.fromkeys(join(path[:-1]) for path in flatten_dict(params)):
         weight = linen_trace.weight_of(linen_trace.at(params, name))
-        if weight is None:
-            continue
         module = modules.get(name)
+        if weight is None or isinstance(module, nn.BatchNorm):
+            continue
         kind = type(module).__name__ if module is not None else "what is not called"
         refusal = unsupported(module) if isinstance(module, linen_trace.LAYERS) else f"{kind} has no sparse form"
-        yield Layer(name, kind, np.ndim(weight) == 4, np.asarray(masked(module, _concrete(name, weight))), refusal)
+        convolution = np.ndim(weight) == 4 or isinstance(module, (nn.Conv, nn.ConvTranspose))
+        yield Layer(name, kind, convolution, np.asarray(masked(module, _concrete(name, weight))), refusal)
 
 
 def _concrete(path: str, weight: Any) -> np.ndarray:
@@ -235,11 +241,12 @@ def _weights(module: Any, path: str) -> Iterator[None]:
 
 
 def _has_scalable_output(layer: nnx.Module) -> bool:
-    """Whether `layer` is a float32 convolution of any rank or a linear layer, computed as Flax does."""
+    """Whether `layer` is a float32 convolution of any rank, a linear layer or a stack of these, computed as Flax does."""
     if isinstance(layer, nnx.Conv) and type(layer).__call__ is nnx.Conv.__call__:
-        rank, stock = len(layer.kernel_size) + 2, layer.conv_general_dilated is jax.lax.conv_general_dilated
+        stock = layer.conv_general_dilated is jax.lax.conv_general_dilated
     elif isinstance(layer, nnx.Linear) and type(layer).__call__ is nnx.Linear.__call__:
-        rank, stock = 2, layer.dot_general is jax.lax.dot_general
+        stock = layer.dot_general is jax.lax.dot_general
     else:
         return False
-    return stock and layer.kernel.ndim == rank and is_float32(layer)
+    dimensions = layer.kernel.ndim
+    return stock and (dimensions == rank(layer) + 2 or is_stack(layer, dimensions)) and is_float32(layer)

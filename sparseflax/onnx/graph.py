@@ -24,6 +24,28 @@ class Node(NamedTuple):
         return f"{f'{self.domain}.' if self.domain else ''}{self.op} {self.name!r}"
 
 
+class Body(NamedTuple):
+    """A graph that a node holds.
+
+    Attributes:
+      inputs, outputs: names.
+      nodes: each after those whose outputs it takes.
+      constants: by name.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    constants: dict[str, np.ndarray]
+
+    @property
+    def captured(self) -> tuple[str, ...]:
+        """What it takes of the graph around it."""
+        own = {*self.inputs, *self.constants, *(name for node in self.nodes for name in node.outputs)}
+        taken = [*(name for node in self.nodes for name in node.inputs), *self.outputs]
+        return tuple(dict.fromkeys(name for name in taken if name and name not in own))
+
+
 class Graph(NamedTuple):
     """What a file holds.
 

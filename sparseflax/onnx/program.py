@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sparseflax.onnx.graph import Graph, Node, Shape
+from sparseflax.onnx.graph import Body, Graph, Node, Shape
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
 from sparseflax.onnx.older import QUANTIZED, newer
-from sparseflax.onnx.ops import OPERATORS, elementwise, movement, quantized, reduction
+from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
 from sparseflax.onnx.ops.elementwise import dtype_of
 from sparseflax.onnx.read import malformed
 from sparseflax.onnx.value import MOST, Unsupported, Value, value
 
-FOLDED = {*elementwise.OPERATORS, *movement.OPERATORS, *quantized.OPERATORS, *reduction.OPERATORS}
+FOLDED = {*control.OPERATORS, *elementwise.OPERATORS, *movement.OPERATORS, *quantized.OPERATORS, *reduction.OPERATORS}
 UNREAD = {
     **dict.fromkeys(("Compress", "NonMaxSuppression", "Unique"),
                     "how much it returns depends on the data, take its inputs instead"),
-    **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "it holds a graph of its own, which is not read"),
+    **dict.fromkeys(("Scan", "SequenceMap"), "it holds a graph of its own, which is not read"),
 }
 MICROSOFT = "DynamicQuantizeLSTM",  # of ONNX Runtime's own quantization
 SIZES = 64  # numbers in a list of sizes: what is longer is a weight
@@ -96,6 +96,8 @@ class Program:
 
 def compute(node: Node, operands: Sequence[Value | None]) -> Any:
     """What an operator without a layer makes of its inputs; None is one that is left out."""
+    if node.op in control.OPERATORS:
+        return control.OPERATORS[node.op](compute, *operands, **node.attributes)
     return OPERATORS[node.op](*operands, **node.attributes)
 
 
@@ -138,6 +140,12 @@ def build(graph: Graph) -> Built:
             refused.append(f"{older}: {reason}")
             absent.update(older.outputs)
             continue
+        inner = list[str]()
+        older = _readied(older, graph.opset, inner)
+        if inner:
+            refused += inner
+            absent.update(older.outputs)
+            continue
         for node in newer(older, graph.opset):
             if absent.intersection(filter(None, node.inputs)):
                 absent.update(node.outputs)
@@ -168,8 +176,23 @@ def build(graph: Graph) -> Built:
     return Built(program, layers, weights, refused)
 
 
+def _readied(node: Node, opset: int, refused: list[str]) -> Node:
+    """The node with the graphs in it in the words of the newest operator set; adds what of them cannot be run to `refused`."""
+
+    def ready(body: Body) -> Body:
+        unknown = [f"{inner}: {UNREAD.get(inner.op, 'unknown operator')}" for inner in body.nodes if not _is_known(inner)]
+        known = [inner for inner in body.nodes if _is_known(inner)]
+        refused.extend([*unknown, *(f"{inner}: {reason}" for inner in known if (reason := malformed(inner, opset)))])
+        if unknown:
+            return body
+        return body._replace(nodes=tuple(_readied(part, opset, refused) for inner in known for part in newer(inner, opset)))
+
+    return node._replace(attributes={name: ready(given) if isinstance(given, Body) else given
+                                     for name, given in node.attributes.items()})
+
+
 def _is_known(node: Node) -> bool:
-    own = node.op in OPERATORS and node.op not in MICROSOFT or node.op in QUANTIZED
+    own = (node.op in OPERATORS or node.op in control.OPERATORS) and node.op not in MICROSOFT or node.op in QUANTIZED
     return own if not node.domain else node.domain == "com.microsoft" and node.op in MICROSOFT
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseflax.onnx.graph import Graph, Node, Shape
+from sparseflax.onnx.graph import Body, Graph, Node, Shape
 from sparseflax.onnx.value import bounded
 
 # What an attribute of a type is in Python, and whether it is a list of that.
@@ -69,13 +69,16 @@ def malformed(node: Node, opset: int) -> str | None:
     except onnx.defs.SchemaError:
         return None  # an operator that ONNX does not have
     least, most = schema.min_input, schema.max_input
-    if not least <= len(node.inputs) <= most or not all(node.inputs[:least]):
+    own = node.inputs[:len(node.inputs) - len(node.attributes.get("captured", ()))]
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    left_out = any(not name and formal.option == single for name, formal in zip(own, schema.inputs, strict=False))
+    if not least <= len(own) <= most or left_out:
         wanted = f"{least}" if least == most else f"{least} to {most}" if most < 2**31 - 1 else f"at least {least}"
-        return f"it has {sum(map(bool, node.inputs))} inputs, wanted {wanted}"
+        return f"it has {sum(map(bool, own))} inputs, wanted {wanted}"
     for name, wanted in schema.attributes.items():
         kind, many = _ATTRIBUTES.get(wanted.type.name, (object, False))
         value = node.attributes.get(name)
-        if value is None and wanted.required:
+        if value is None and wanted.required or wanted.type.name == "GRAPH" and not isinstance(value, Body):
             return f"it has no attribute {name!r}"
         if value is None:
             continue
@@ -123,8 +126,13 @@ def _nodes(onnx: Any, graph: Any, constants: dict[str, np.ndarray]) -> Iterable[
         name = (proto.name or next(iter(proto.output), "")).strip("/").replace("/", ".") or f"{proto.op_type}_{index}"
         name = name if name not in taken else f"{name}_{index}"
         taken.add(name)
-        node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, _names(proto.input),
-                    _names(proto.output), attributes)
+        inputs = _names(proto.input)
+        bodies = [body for body in attributes.values() if isinstance(body, Body)]
+        if bodies:  # what these take is taken by the node, behind its own inputs
+            captured = tuple(dict.fromkeys(name for body in bodies for name in body.captured))
+            inputs, attributes["captured"] = (*inputs, *captured), captured
+        node = Node(proto.op_type, "" if proto.domain == "ai.onnx" else proto.domain, name, inputs, _names(proto.output),
+                    attributes)
         if (node.domain, node.op, len(node.outputs)) != ("", "Constant", 1):
             yield node
             continue
@@ -145,8 +153,14 @@ def _attribute(onnx: Any, entry: Any) -> Any:
         return value.decode()
     if isinstance(value, list):
         return [item.decode() if isinstance(item, bytes) else item for item in value]
-    kinds = {onnx.TensorProto: _array, onnx.SparseTensorProto: _dense}
+    kinds = {onnx.TensorProto: _array, onnx.SparseTensorProto: _dense, onnx.GraphProto: _body}
     return kinds[type(value)](onnx, value) if type(value) in kinds else value
+
+
+def _body(onnx: Any, graph: Any) -> Body:
+    constants = _initializers(onnx, graph)
+    nodes = tuple(_nodes(onnx, graph, constants))
+    return Body(_names([entry.name for entry in graph.input]), _names([entry.name for entry in graph.output]), nodes, constants)
 
 
 def _value(attributes: dict[str, Any]) -> np.ndarray | None:

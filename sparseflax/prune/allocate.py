@@ -85,7 +85,8 @@ def guided(
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
     names, work = list(shapes), Work.stack(shapes.values(), machine)
-    inputs = np.array([shape.weights / shape.oc for shape in shapes.values()])
+    # Of a stack each layer does its damage.
+    inputs = np.array([math.prod(shape.kernel_shape[:3]) / shape.layers for shape in shapes.values()])
     predicted = np.asarray(dense_seconds(work, machine), float)
     whole = whole or Whole(float(predicted.sum()), dense_scale=1.0)
     scale, total = whole.scale, whole.dense_seconds

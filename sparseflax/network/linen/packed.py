@@ -16,10 +16,12 @@ from flax.core import unfreeze
 
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.layers import rules as sparse
+from sparseflax.layers.stack import of_step, steps
 from sparseflax.network.fold import fold
 from sparseflax.network.fuse import fuse
 from sparseflax.network.linen.trace import at, given, trace, weight_of
 from sparseflax.network.plan import Plan
+from sparseflax.network.shapes import WINDOW
 
 
 class Norm(NamedTuple):
@@ -37,11 +39,12 @@ class PackedModel:
     """A Linen model whose planned layers run packed, for inference; `sparseflax.pack_model` makes it and its variables.
 
     The variables are the model's, but for sparse layers, which have the params `values` (nnz,) and `bias` (oc,) instead of
-    `kernel` and `bias`, and for folded batch norms, which have none.
+    `kernel` and `bias`, and for folded batch norms, which have none. A stack that `nn.scan` runs has `values` (layers, most),
+    `bias` (layers, oc), and `step` (layers, layers), which says in a step which of them it is.
 
     Attributes:
       module: the model, unbound.
-      patterns: the weights that each sparse layer keeps, as pairs (path, pattern).
+      patterns: the weights that each sparse layer keeps, as pairs (path, pattern); of a stack a pattern for each of its layers.
       biased: paths of dense layers that have a bias only since a batch norm was folded into them.
       folded: paths of the folded batch norms.
       fused: whether `apply` runs through `sparseflax.fuse`; a call with `mutable` collections never does.
@@ -49,7 +52,7 @@ class PackedModel:
     """
 
     module: nn.Module
-    patterns: tuple[tuple[str, Pattern], ...]
+    patterns: tuple[tuple[str, Pattern | tuple[Pattern, ...]], ...]
     biased: frozenset[str]
     folded: frozenset[str]
     fused: bool = True
@@ -67,7 +70,7 @@ class PackedModel:
         return fuse(run, self.chunk)(variables, *args, **kwargs)
 
     @functools.cached_property
-    def _pattern(self) -> dict[str, Pattern]:
+    def _pattern(self) -> dict[str, Pattern | tuple[Pattern, ...]]:
         return dict(self.patterns)
 
     def _replace(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -79,14 +82,16 @@ class PackedModel:
         if path not in self._pattern:
             y = run(*args, **kwargs)
             return y + module.get_variable("params", "bias").reshape(*[1] * (y.ndim - 1), -1) if path in self.biased else y
-        kernel = PackedKernel(module.get_variable("params", "values"), self._pattern[path])
+        pattern, values = self._pattern[path], module.get_variable("params", "values")
         bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else None
         x = next(iter((*args, *kwargs.values())))
-        if not hasattr(module, "kernel_size"):
-            return sparse.multiply(SimpleNamespace(dtype=module.dtype, activation=None), kernel, bias, x, None)
-        window = {name: getattr(module, name)
-                  for name in ("strides", "padding", "kernel_dilation", "feature_group_count", "dtype")}
-        return sparse.convolve(SimpleNamespace(**window, activation=None), kernel, bias, x, None)
+        layer = SimpleNamespace(activation=None, dtype=module.dtype, **{
+            name: getattr(module, name) for name in WINDOW if hasattr(module, name)})
+        compute = sparse.convolve if sparse.rank(module) else sparse.multiply
+        if isinstance(pattern, Pattern):
+            return compute(layer, PackedKernel(values, pattern), bias, x, None)
+        return of_step(module.get_variable("params", "step"), values, pattern,
+                       lambda kernel: compute(layer, kernel, bias, x, None))
 
 
 def norm_of(module: Any, variables: Any, path: str) -> Norm:
@@ -119,13 +124,15 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
             folded.add(row.norm)
             params |= {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
         if row.choice == "sparse":
+            stack = sparse.is_stack(layer, params["kernel"].ndim)
             try:
-                packed = sparse.pack_dense(layer, params["kernel"], getattr(layer, "feature_group_count", 1))
+                packed: Any = (sparse.pack_stack if stack else sparse.pack_dense)(
+                    layer, params["kernel"], getattr(layer, "feature_group_count", 1))
             except ValueError as error:
                 raise ValueError(f"layer {row.path!r}: {error}") from error
             del params["kernel"]
-            params["values"] = packed.values
-            patterns.append((row.path, packed.pattern))
+            params |= {"values": packed.values, **({"step": steps(len(packed.patterns))} if stack else {})}
+            patterns.append((row.path, packed.patterns if stack else packed.pattern))
             biased.discard(row.path)
     for path in folded:
         for collection in ("params", "batch_stats"):

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from sparseflax.onnx.ops import elementwise, image, movement, quantized, recurrent, reduction
+from sparseflax.onnx.ops import attention, elementwise, image, movement, quantized, recurrent, reduction
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    **elementwise.OPERATORS, **image.OPERATORS, **movement.OPERATORS, **quantized.OPERATORS, **recurrent.OPERATORS,
-    **reduction.OPERATORS,
+    **attention.OPERATORS, **elementwise.OPERATORS, **image.OPERATORS, **movement.OPERATORS, **quantized.OPERATORS,
+    **recurrent.OPERATORS, **reduction.OPERATORS,
 }

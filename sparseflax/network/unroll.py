@@ -1,0 +1,46 @@
+"""What of a jaxpr is looked into: calls, and scans over stacks of sparse layers, whose steps each run a layer of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
+
+from sparseflax.layers.stack import STEP
+
+
+def inlined(equation: Any) -> Any:
+    """The closed jaxpr of a call to be looked into; None for everything else."""
+    params = equation.params
+    if equation.primitive is primitives.jit_p:
+        shardings = (*params["in_shardings"], *params["out_shardings"])
+        constrained = any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+        return None if constrained or params["compiler_options_kvs"] else params["jaxpr"]
+    if equation.primitive in (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p):
+        return params["call_jaxpr"]
+    if equation.primitive is primitives.remat_p:
+        return ClosedJaxpr(params["jaxpr"], [])
+    return None
+
+
+def step_rows(scan: Any) -> set[int]:
+    """Which operands of a scan say to a stack of sparse layers what step it is; empty for a scan over no stack."""
+    params = scan.params
+    return {number for number in _rows(params["jaxpr"].jaxpr) if number >= params["num_consts"] + params["num_carry"]}
+
+
+def _rows(jaxpr: Jaxpr) -> set[int]:
+    """Numbers of the inputs of a jaxpr whose largest entry is marked as a step."""
+    numbers: dict[Any, int] = {variable: number for number, variable in enumerate(jaxpr.invars)}
+    largest, found = dict[Any, int](), set[int]()
+    for equation in jaxpr.eqns:
+        read = [None if isinstance(atom, Literal) else atom for atom in equation.invars]
+        inner = inlined(equation)
+        if equation.primitive is primitives.argmax_p and read[0] in numbers:
+            largest[equation.outvars[0]] = numbers[read[0]]
+        elif equation.primitive.name == "name" and equation.params["name"] == STEP and read[0] in largest:
+            found.add(largest[read[0]])
+        elif inner is not None:
+            found |= {numbers[read[number]] for number in _rows(inner.jaxpr) if read[number] in numbers}
+    return found
