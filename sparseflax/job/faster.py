@@ -228,7 +228,7 @@ def _pruned(job: Job, speedups: Sequence[float]) -> list[Tried]:
             yield few.inputs(slice(first, first + several))
 
     layers = job.out / "layers"
-    prune_layers(job.model, guides.values(), surgery, layers)
+    prune_layers(job.model, guides.values(), surgery, len(few), layers)
     networks = []
     for speedup, guide in guides.items():
         file = job.out / "networks" / f"{speedup:.3f}.safetensors"

@@ -22,15 +22,18 @@ from sparseflax.prune.one_shot import one_shot
 ROUNDS = 4, 3, 2, 1  # of optimal brain surgery: the first that is affordable
 AFFORDABLE = 4e11  # flops of a layer's surgery: half a minute or so
 GRAM = 1 << 29  # bytes of X^T X that are held at a time
+ROWS = 32  # of X for each of its columns: neighbouring positions of an image tell little that is new
 
 
-def prune_layers(model: nnx.Module, guides: Iterable[Guidance], batches: Callable[[], Iterable[Any]], folder: Path) -> None:
+def prune_layers(model: nnx.Module, guides: Iterable[Guidance], batches: Callable[[], Iterable[Any]], examples: int,
+                 folder: Path) -> None:
     """Prunes every layer of the guides to every density they have for it, where that is not in the folder yet.
 
     Args:
       model: the dense network.
       guides: say which layers, and how far.
       batches: inputs, each time anew.
+      examples: in all of them.
       folder: gets a file for each layer and density, whole or not at all.
     """
     wanted = {(name, density): layer.shape for guide in guides for name, layer in guide.layers.items()
@@ -39,13 +42,14 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], batches: Callabl
         return
     folder.mkdir(parents=True, exist_ok=True)
     found = kernels(nnx.state(model, nnx.Param))
+    positions = {name: -(-ROWS * inputs(shape) // examples) for (name, _), shape in wanted.items() if shape is not None}
     sizes = {name: inputs(shape)**2 * shape.groups * 8 for (name, _), shape in wanted.items() if shape is not None}
     with progress("pruning layers", len(wanted)) as advance:
         done = 0
         for group in _groups(sizes):
             costs = {(name, density): rounds(shape, density) for (name, density), shape in wanted.items()
                      if name in group and shape is not None}
-            grams = hessians(model, {name for (name, _), count in costs.items() if count}, batches())
+            grams = hessians(model, {name for (name, _), count in costs.items() if count}, batches(), positions)
             for (name, density), count in costs.items():
                 if count:
                     kernel = prune_kernel(found[name], grams[name], density, rounds=count)
@@ -83,10 +87,14 @@ def rounds(shape: ConvShape, density: float) -> int:
 
 
 def surgery_flops(shape: ConvShape, density: float, count: int) -> float:
-    """Of one layer: a Cholesky factor for each output in each round, and its inverse in all but the last."""
-    n = inputs(shape)
-    kept = [n * density ** (part / count) for part in range(1, count + 1)]
-    return (shape.groups * 2 * n**3 + shape.oc * (sum(2 * k**3 for k in kept[:-1]) + kept[-1]**3)) / 3
+    """Of one layer: an inverse for each group, then in each round a Cholesky factor for each output, of what it keeps or loses,
+    whichever is less, and what the scores of the next round take."""
+    n, flops = inputs(shape), 0.0
+    for part in range(1, count + 1):
+        kept = n * density ** (part / count)
+        small = min(kept, n - kept)
+        flops += small**3 / 3 + (part < count) * (kept**3 / 3 if small == kept else small**2 * kept)
+    return shape.groups * 2 * n**3 + shape.oc * flops
 
 
 def inputs(shape: ConvShape) -> int:
