@@ -93,6 +93,30 @@ def test_hessians_are_those_of_the_outputs(options):
     np.testing.assert_allclose(found, energies, rtol=1e-4)  # float32 sums over about a hundred positions
 
 
+def test_some_positions_stand_for_all():
+    """As many as there are give all of it; fewer give what they were drawn from, at their share."""
+    layer = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    ramp = np.broadcast_to(np.arange(1.0, 4), (2, 6, 6, 3)).astype(np.float32)  # all inner positions see the same
+    full, inner = _gram(layer, (3, 3, 3, 4), ramp), nnx.Conv(3, 4, (3, 3), padding="VALID", use_bias=False, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(_gram(layer, (3, 3, 3, 4), ramp, 36), full)
+    np.testing.assert_array_equal(_gram(layer, (3, 3, 3, 4), ramp, 99), full)
+    some, every = (_gram(inner, (3, 3, 3, 4), ramp, count) for count in (5, None))
+    np.testing.assert_allclose(some / 5, every / 16, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 13, 30, 59, 60])
+def test_both_systems_of_surgery_are_least_squares(kept):
+    """Of few kept weights and of few lost ones."""
+    rng = np.random.default_rng(1)
+    x, rows = rng.normal(size=(80, 20)) @ rng.normal(size=(20, 20)), rng.normal(size=(1, 3, 20))
+    found = _prune(rows, (x.T @ x)[None], kept, 1, 1e-9)
+    assert np.count_nonzero(found) == kept
+    for weights, row in zip(found[0], rows[0], strict=True):
+        keep = np.flatnonzero(weights)
+        expected = np.linalg.lstsq(x[:, keep], x @ row, rcond=None)[0]
+        np.testing.assert_allclose(weights[keep], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_surgery_of_one_weight_at_a_time():
     """With a round per weight: the textbook's greedy loop, in which every choice is tried out by least squares."""
     rng = np.random.default_rng(0)
