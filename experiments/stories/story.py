@@ -1,4 +1,4 @@
-"""What all stories have in common: a network made faster at one point lost at most, and judged on pictures it has not seen."""
+"""What all stories have in common: a network made faster, one point lost at most, and judged on pictures it has not seen."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from sparseflax.job import report
 from sparseflax.job.engines import engines
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import claim, machine_of, whole_of, write_json
-from sparseflax.job.layers import assembled, prune_layers
+from sparseflax.job.layers import Grams, assembled, harms, inputs, prune_layers
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
 from sparseflax.job.train import finetune as train
@@ -40,7 +40,7 @@ from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan, plan
 from sparseflax.network.shapes import conv_shapes
-from sparseflax.prune.allocate import guided
+from sparseflax.prune.allocate import Harm, guided
 from sparseflax.prune.correct import correct
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.measure import measure, pruned
@@ -52,6 +52,7 @@ STATISTICS = 64  # pictures in a batch by which outputs are corrected, of so man
 STATISTICS_PIXELS = 1 << 21
 ENOUGH = 1 << 23  # pixels of either in all, of at least LEAST pictures: a large one shows a layer many positions
 LEAST = 32
+SEEN = 2  # positions for each input of a layer, without which its weights are not known to be superfluous
 SECONDS = 15.0  # of measuring, before and after
 BURST = 0.01  # seconds for which a network runs before it is another one's turn
 POINTS = 1.0  # lost, above which it is said what less speed would cost, where nothing else was asked for
@@ -76,7 +77,8 @@ class Job:
       said: the dense network's outputs for the seen ones, if it is trained against them, and for the unseen ones.
       labels: of the unseen ones (n,), or None.
       score, original_score: the user's own measure, and the dense network's by it; or None.
-      shapes, machine, whole: of a guide.
+      shapes, machine, whole, harm: of a guide.
+      grams: of the layers, from the seen pictures.
       minutes: of training.
       seconds: of measuring, before and after.
       out: the folder.
@@ -93,14 +95,11 @@ class Job:
     shapes: dict[str, ConvShape]
     machine: Machine
     whole: Whole
+    harm: dict[str, Harm]
+    grams: Grams
     minutes: float
     seconds: float
     out: Path
-
-    def some(self, most: int) -> Pictures:
-        """Of the seen pictures as many as tell enough."""
-        h, w = self.x.shape[1:3]
-        return self.seen[:min(most, max(LEAST, ENOUGH // (h * w)))]
 
     @functools.cached_property
     def dense(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -208,7 +207,10 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     said = outputs(model, seen, batch) if finetune else None, outputs(model, unseen, batch)
     right = None if classes is None else classes[-len(unseen):]
     before = None if score is None else score(_call(model))
-    job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, finetune, seconds, folder)
+    grams = _grams(model, _enough(seen)[:SURGERY])
+    harm = harms(model, shapes, grams, folder / "harm.json")
+    job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, harm, grams, finetune, seconds,
+              folder)
     compare(said[1], said[1], job.labels)  # refuses labels of something else before anything is pruned
     asked = whole.dense_seconds / (1e-3 * milliseconds) if milliseconds else speedup
     tried = _tries(job, asked, points)
@@ -279,20 +281,36 @@ def _chosen(tried: list[Tried], asked: float | None, points: float | None) -> Tr
 
 
 def _guide(job: Job, speedup: float) -> Guidance:
-    return guided(job.shapes, job.machine, speedup=speedup, whole=job.whole, best_effort=True)
+    def hardly_seen(name: str) -> bool:
+        shape = job.shapes[name]
+        rows = job.grams.examples * shape.n * shape.oh * shape.ow / len(job.x)
+        return rows < SEEN * inputs(shape)
+
+    return guided(job.shapes, job.machine, speedup=speedup, whole=job.whole, best_effort=True, harm=job.harm,
+                  exclude=hardly_seen)
+
+
+def _enough(pictures: Pictures) -> Pictures:
+    """Of the pictures as many as tell enough."""
+    h, w = pictures.pixels.shape[1:3]
+    return pictures[:max(LEAST, ENOUGH // (h * w))]
+
+
+def _grams(model: nnx.Module, pictures: Pictures) -> Grams:
+    h, w = pictures.pixels.shape[1:3]
+    several = max(1, PIXELS // (h * w))
+
+    def batches() -> Iterator[np.ndarray]:
+        for first in range(0, len(pictures), several):
+            yield pictures.inputs(slice(first, first + several))
+
+    return Grams(model, batches, len(pictures))
 
 
 def _pruned(job: Job, guides: Mapping[float, Guidance]) -> list[Tried]:
     """A network for each guide, as it was made before or made now."""
-    h, w = job.x.shape[1:3]
-    few, several = job.some(SURGERY), max(1, min(SURGERY, PIXELS // (h * w)))
-
-    def surgery() -> Iterator[np.ndarray]:
-        for first in range(0, len(few), several):
-            yield few.inputs(slice(first, first + several))
-
     layers = job.out / "layers"
-    prune_layers(job.model, guides.values(), surgery, len(few), layers)
+    prune_layers(job.model, guides.values(), job.grams, layers)
     networks = []
     for speedup, guide in guides.items():
         file = job.out / "networks" / f"{speedup:.3f}.safetensors"
@@ -325,7 +343,7 @@ def _call(network: nnx.Module) -> Callable[[Any], Any]:
 def _corrected(job: Job, model: Any, guide: Guidance) -> Any:
     h, w = job.x.shape[1:3]
     several = max(1, min(STATISTICS, STATISTICS_PIXELS // (h * w), len(job.seen)))
-    some = [x for x, _ in batches(job.some(len(job.seen)), several)]
+    some = [x for x, _ in batches(_enough(job.seen), several)]
     modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     layers = [name for name, module in modules.items() if name in guide.densities or isinstance(module, nnx.BatchNorm)]
     return correct(model, job.model, some, [name for name in layers if modules[name].bias is not None])
