@@ -85,7 +85,8 @@ def test_words_stand_where_it_is_said():
             others = np.delete(scene.boxes, i, 0)
             assert ((others[:, 0] >= right) | (others[:, 2] <= left) | (others[:, 1] >= bottom) | (others[:, 3] <= top)).all()
     pictures, texts = text.lines(5, 3)
-    assert pictures.shape == (3, *text.LINE, 3) and all(re.fullmatch(r"[A-Za-z0-9]+( [A-Za-z0-9]+){0,2}", said) for said in texts)
+    assert pictures.shape == (3, *text.LINE, 3)
+    assert all(re.fullmatch(r"[A-Za-z0-9]+( [A-Za-z0-9]+){0,2}", said) for said in texts)
 
 
 def test_fonts_that_are_missing(monkeypatch, tmp_path):

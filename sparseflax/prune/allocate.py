@@ -73,7 +73,7 @@ def guided(
         predicted of the layers alone.
       best_effort: where that is out of reach, take what can be reached, and say so in the guide's `shortfall`; then
         `speedup=math.inf` asks for as much as there is.
-      harm: {layer: of all of them, what pruning does to it (`harms`)}; None takes 1 / (m d).
+      harm: {layer: (ascending densities up to 1, what is lost of its outputs at each)} of all layers; None takes 1 / (m d).
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
