@@ -41,7 +41,7 @@ from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan, plan
 from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.allocate import Harm, guided
-from sparseflax.prune.correct import correct
+from sparseflax.prune.correct import Statistics, correct, statistics
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.measure import measure, pruned
 from sparseflax.prune.whole import Whole
@@ -100,6 +100,18 @@ class Job:
     minutes: float
     seconds: float
     out: Path
+
+    @functools.cached_property
+    def examples(self) -> list[np.ndarray]:
+        """Batches of seen pictures, by which outputs are corrected."""
+        h, w = self.x.shape[1:3]
+        several = max(1, min(STATISTICS, STATISTICS_PIXELS // (h * w), len(self.seen)))
+        return [x for x, _ in batches(_enough(self.seen), several)]
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Of the dense network's outputs, layer by layer."""
+        return statistics(self.model, self.examples, _correctable(self.model))
 
     @functools.cached_property
     def dense(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -341,12 +353,15 @@ def _call(network: nnx.Module) -> Callable[[Any], Any]:
 
 
 def _corrected(job: Job, model: Any, guide: Guidance) -> Any:
-    h, w = job.x.shape[1:3]
-    several = max(1, min(STATISTICS, STATISTICS_PIXELS // (h * w), len(job.seen)))
-    some = [x for x, _ in batches(_enough(job.seen), several)]
+    layers = [name for name, module in _correctable(job.model).items() if name in guide.densities or
+              isinstance(module, nnx.BatchNorm)]
+    return correct(model, job.statistics, job.examples, layers)
+
+
+def _correctable(model: nnx.Module) -> dict[str, Any]:
     modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    layers = [name for name, module in modules.items() if name in guide.densities or isinstance(module, nnx.BatchNorm)]
-    return correct(model, job.model, some, [name for name in layers if modules[name].bias is not None])
+    return {name: module for name, module in modules.items()
+            if isinstance(module, (nnx.Conv, nnx.Linear, nnx.BatchNorm)) and module.bias is not None}
 
 
 def _times(job: Job, tried: list[Tried], content: bytes) -> dict[str, Any]:
