@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax import prune
+from sparseflax.prune.correct import statistics
 from sparseflax.prune.obs import _gram, _prune, harm
 
 
@@ -254,3 +255,20 @@ def test_refusals():
 
     with pytest.raises(TypeError, match="layer 'conv' is called inside a compiled function"):
         prune.obs(Compiled(), [images(0)], guide)
+
+
+def test_outputs_are_given_their_mean_and_spread_back():
+    """On the examples that it was done with, exactly; by the original, or by what was noted of it."""
+    model, batches = Net(nnx.Rngs(0)), [images(0), images(1)]
+    model.eval()
+    small = prune.obs(model, batches, prune.constant({"conv": 0.3, "grouped": 0.4}))
+    layers = ["conv", "grouped"]
+    found = prune.correct(small, model, batches, layers)
+    noted = prune.correct(small, statistics(model, batches, [*layers, "head"]), batches, layers)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found, nnx.Param), nnx.state(noted, nnx.Param))
+    x = jnp.concatenate(batches)
+    np.testing.assert_allclose(found.conv(x).mean((0, 1, 2)), model.conv(x).mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(found.conv(x).std((0, 1, 2)), model.conv(x).std((0, 1, 2)), rtol=1e-4)
+    assert jnp.count_nonzero(found.conv.kernel[...]) == jnp.count_nonzero(small.conv.kernel[...])
+    with pytest.raises(ValueError, match=r"layers \['nose'\] did not run"):
+        prune.correct(small, model, batches, ["nose"])
