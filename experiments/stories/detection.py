@@ -12,7 +12,7 @@ from experiments.stories.story import Call, Story, rapidocr, write_pictures
 from experiments.stories.text import Scene, scenes
 
 NETWORK = "ch_PP-OCRv4_det_infer.onnx"
-PICTURES, CHOOSING, JUDGING = 256, 100, 200  # scenes to prune by, to choose a speed by, and for the end
+PICTURES, CHOOSING, JUDGING = 200, 100, 200  # scenes to prune by, to choose a speed by, and for the end
 # Of the map, of a component's mean; how much a component grows, and how many pixels its sides have at least: as RapidOCR's.
 THRESHOLD, SURE, UNCLIP, LEAST = 0.3, 0.5, 1.6, 3
 MATCH = 0.5  # intersection over union

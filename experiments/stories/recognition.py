@@ -11,7 +11,7 @@ from experiments.stories.story import Call, Story, rapidocr, write_pictures
 from experiments.stories.text import LINE, lines
 
 NETWORK = "ch_PP-OCRv4_rec_infer.onnx"
-PICTURES, CHOOSING, JUDGING = 600, 200, 400  # lines to prune by, to choose a speed by, and for the end
+PICTURES, CHOOSING, JUDGING = 320, 100, 300  # lines to prune by, to choose a speed by, and for the end
 
 
 def story(folder: Path) -> Story:
