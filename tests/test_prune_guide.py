@@ -305,18 +305,3 @@ def test_refusals():
     assert str(refusal({}, ATOM_C2750, 2)).startswith("there is no layer to prune")
     with pytest.raises(ValueError, match=r"density of layer 'a' must be in \(0, 1\], got 1.5"):
         prune.constant({"a": 1.5})
-
-
-def test_harm_shares_the_zeros_out():
-    """Harm as the generic damage gives the same densities; a layer that hardly minds is pruned further, and none may lack."""
-    grid = np.geomspace(0.005, 1, 4000)
-    harm = {name: (grid, damage(shape, grid) - damage(shape, 1)) for name, shape in NETWORK.items()}
-    plain, same = (prune.guided(NETWORK, ATOM_C2750, speedup=2, harm=known) for known in (None, harm))
-    assert plain.densities.keys() == same.densities.keys()
-    for name, density in plain.densities.items():
-        assert same.densities[name] == pytest.approx(density, rel=0.02)
-    numb = prune.guided(NETWORK, ATOM_C2750, speedup=2, harm=harm | {"early": (grid, harm["early"][1] / 100)})
-    assert numb.densities["early"] < 0.9 * plain.densities["early"]
-    assert numb.speedup == pytest.approx(2, rel=1e-3)
-    with pytest.raises(ValueError, match=r"harm lacks the layers \['late'\], wanted what pruning does to each layer"):
-        prune.guided(NETWORK, ATOM_C2750, speedup=2, harm={name: each for name, each in harm.items() if name != "late"})

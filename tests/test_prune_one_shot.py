@@ -11,7 +11,7 @@ from flax import nnx
 
 from sparseflax import prune
 from sparseflax.prune.correct import statistics
-from sparseflax.prune.obs import _gram, _prune, harm
+from sparseflax.prune.obs import _gram, _prune
 
 
 class Net(nnx.Module):
@@ -116,25 +116,6 @@ def test_both_systems_of_surgery_are_least_squares(kept):
         keep = np.flatnonzero(weights)
         expected = np.linalg.lstsq(x[:, keep], x @ row, rcond=None)[0]
         np.testing.assert_allclose(weights[keep], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_harm_is_what_the_outputs_lose():
-    """Of one weight, the least squares without it; of all, no less than the outputs themselves; of none, nothing."""
-    rng = np.random.default_rng(2)
-    x, kernel = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(6, 2))
-    energy = np.square(x @ kernel).sum()
-    losses = []
-    for o, i in itertools.product(range(2), range(6)):
-        rest = np.delete(x, i, 1)
-        kept = np.linalg.lstsq(rest, x @ kernel[:, o], rcond=None)[0]
-        losses.append(np.square(rest @ kept - x @ kernel[:, o]).sum() / energy)
-    none, one, two = harm(kernel, (x.T @ x)[None], (1.0, 11 / 12, 10 / 12), 1e-9)
-    assert none == 0
-    np.testing.assert_allclose((one, two), np.sort(losses)[:2].cumsum(), rtol=1e-6)
-    half, every = harm(kernel, None, (0.5, 0.0))
-    np.testing.assert_allclose(half, np.sort(np.square(kernel).ravel())[:6].sum() / np.square(kernel).sum())
-    np.testing.assert_allclose(every, 1)
-    assert harm(np.zeros((6, 2)), None, (0.5,)) == [0]
 
 
 def test_surgery_of_one_weight_at_a_time():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -41,7 +42,8 @@ def judged(call: Call, some: Sequence[Scene]) -> dict[str, float]:
 
 def boxes_of(chances: np.ndarray) -> np.ndarray:
     """Boxes (n, 4), left, top, right, bottom, of a map (h, w) of the chance that a pixel is in the kernel of a word."""
-    components, count = ndimage.label(chances > THRESHOLD, np.ones((3, 3)))
+    labelled: Any = ndimage.label(chances > THRESHOLD, np.ones((3, 3)))
+    components, count = labelled
     means = ndimage.mean(chances, components, np.arange(1, count + 1)) if count else []
     boxes = []
     for (rows, columns), mean in zip(ndimage.find_objects(components), means, strict=True):

@@ -32,7 +32,7 @@ from sparseflax.job import report
 from sparseflax.job.engines import engines
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import claim, machine_of, whole_of, write_json
-from sparseflax.job.layers import Grams, assembled, harms, inputs, prune_layers
+from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
 from sparseflax.job.train import finetune as train
@@ -40,7 +40,7 @@ from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan, plan
 from sparseflax.network.shapes import conv_shapes
-from sparseflax.prune.allocate import Harm, guided
+from sparseflax.prune.allocate import guided
 from sparseflax.prune.correct import Statistics, correct, statistics
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.measure import measure, pruned
@@ -77,7 +77,7 @@ class Job:
       said: the dense network's outputs for the seen ones, if it is trained against them, and for the unseen ones.
       labels: of the unseen ones (n,), or None.
       score, original_score: the user's own measure, and the dense network's by it; or None.
-      shapes, machine, whole, harm: of a guide.
+      shapes, machine, whole: of a guide.
       grams: of the layers, from the seen pictures.
       minutes: of training.
       seconds: of measuring, before and after.
@@ -95,7 +95,6 @@ class Job:
     shapes: dict[str, ConvShape]
     machine: Machine
     whole: Whole
-    harm: dict[str, Harm]
     grams: Grams
     minutes: float
     seconds: float
@@ -220,8 +219,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     right = None if classes is None else classes[-len(unseen):]
     before = None if score is None else score(_call(model))
     grams = _grams(model, _enough(seen)[:SURGERY])
-    harm = harms(model, shapes, grams, folder / "harm.json")
-    job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, harm, grams, finetune, seconds,
+    job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, grams, finetune, seconds,
               folder)
     compare(said[1], said[1], job.labels)  # refuses labels of something else before anything is pruned
     asked = whole.dense_seconds / (1e-3 * milliseconds) if milliseconds else speedup
@@ -298,7 +296,7 @@ def _guide(job: Job, speedup: float) -> Guidance:
         rows = job.grams.examples * shape.n * shape.oh * shape.ow / len(job.x)
         return rows < SEEN * inputs(shape)
 
-    return guided(job.shapes, job.machine, speedup=speedup, whole=job.whole, best_effort=True, harm=job.harm,
+    return guided(job.shapes, job.machine, speedup=speedup, whole=job.whole, best_effort=True,
                   exclude=hardly_seen)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,13 @@ from flax import nnx
 from sparseflax.cost.progress import progress
 from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import seal, unseal, write
-from sparseflax.prune.allocate import Harm
 from sparseflax.prune.guide import Guidance, constant
 from sparseflax.prune.mask import kernels
-from sparseflax.prune.obs import harm, hessians, prune_kernel
+from sparseflax.prune.obs import hessians, prune_kernel
 from sparseflax.prune.one_shot import one_shot
 
 ROUNDS = 4, 3, 2, 1  # of optimal brain surgery: the first that is affordable
 AFFORDABLE = 4e11  # flops of a layer's surgery: half a minute or so
-DENSITIES = np.geomspace(1 / 256, 1, 49).tolist()  # at which it is known what pruning does to a layer
 GRAM = 1 << 29  # bytes of X^T X that are held at a time
 ROWS = 32  # of X for each of its columns: neighbouring positions of an image tell little that is new
 
@@ -48,21 +45,6 @@ class Grams:
             if sum(gram.nbytes for gram in (*self.held.values(), *found.values())) <= GRAM:
                 self.held |= found
             yield here
-
-
-def harms(model: nnx.Module, shapes: Mapping[str, ConvShape], grams: Grams, file: Path) -> dict[str, Harm]:
-    """What pruning does to each layer, for a guide; kept in the file. By magnitude alone where X^T X is not affordable."""
-    if not file.exists():
-        found, weights = dict[str, list[float]](), kernels(nnx.state(model, nnx.Param))
-        known = {name: shape for name, shape in shapes.items() if surgery_flops(shape, 0.0, 1) <= AFFORDABLE}
-        with progress("looking at layers", len(shapes)) as advance:
-            for some in grams.some(known):
-                for name, gram in some.items():
-                    found[name] = harm(weights[name], gram, DENSITIES)
-                    advance(len(found), name)
-            found |= {name: harm(weights[name], None, DENSITIES) for name in shapes if name not in found}
-        write(file, json.dumps({name: found[name] for name in shapes}, indent=1).encode())
-    return {name: (DENSITIES, values) for name, values in json.loads(file.read_text()).items()}
 
 
 def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, folder: Path) -> None:

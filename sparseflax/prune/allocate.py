@@ -14,8 +14,6 @@ time per damage, its worth, at the margin:
 
     (dt/dd) / (1 / (m d^2)) = price
 
-Where it was measured what losing weights does to a layer's outputs (`harm`), the sum is of that.
-
 Where the useful ranges end before the network is fast enough, lower_l is min_density for all: the time saved below them is
 little for the damage, but it was asked for.
 """
@@ -24,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +37,6 @@ from sparseflax.prune.whole import Whole
 
 # Of the highest speedup, what best effort asks for: the last percents would cost nearly all weights that are left.
 REACH = 0.97
-SLIGHT = 1e-6  # harm per density: what losing weights does at least, though they be zero
-Harm = tuple[Sequence[float], Sequence[float]]  # ascending densities, up to 1, and what is lost at each
-Damage = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # of densities (..., layers): itself, and how fast it falls
 GRID = 128  # densities per layer at which the performance model is evaluated, evenly spaced in the logarithm
 
 
@@ -55,7 +50,6 @@ def guided(
     exclude: Layers = (),
     whole: Whole | None = None,
     best_effort: bool = False,
-    harm: Mapping[str, Harm] | None = None,
 ) -> Guidance:
     """The densities at which the network runs `speedup` times as fast as dense, at the least damage.
 
@@ -73,12 +67,10 @@ def guided(
         predicted of the layers alone.
       best_effort: where that is out of reach, take what can be reached, and say so in the guide's `shortfall`; then
         `speedup=math.inf` asks for as much as there is.
-      harm: {layer: (ascending densities up to 1, what is lost of its outputs at each)} of all layers; None takes 1 / (m d).
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
-        which layers bound it), for a min_density outside (0, 1), for excluded layers that do not exist, for
-        layers without harm.
+        which layers bound it), for a min_density outside (0, 1), for excluded layers that do not exist.
     """
     if not (1 <= speedup < math.inf or best_effort and speedup == math.inf):
         most = "; for as much as there is, pass best_effort=True with it" if speedup == math.inf else ""
@@ -92,12 +84,8 @@ def guided(
     if not shapes:
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
-    if missing := sorted(shapes.keys() - harm.keys()) if harm is not None else []:
-        raise ValueError(f"harm lacks the layers {missing}, wanted what pruning does to each layer of the network, or None")
-
     names, work = list(shapes), Work.stack(shapes.values(), machine)
-    damage = _generic(np.array([shape.weights / shape.oc for shape in shapes.values()])) if harm is None else _known(
-        [harm[name] for name in names])
+    inputs = np.array([shape.weights / shape.oc for shape in shapes.values()])
     predicted = np.asarray(dense_seconds(work, machine), float)
     whole = whole or Whole(float(predicted.sum()), dense_scale=1.0)
     scale, total = whole.scale, whole.dense_seconds
@@ -110,7 +98,7 @@ def guided(
 
     excluded, dense_because = named(exclude, names), dict[int, str]()
     for floor in (np.clip(lower, min_density, one), np.minimum(min_density, one)):
-        curves = _curves(work, damage, machine, scale, floor, one)
+        curves = _curves(work, inputs, machine, scale, floor, one)
         least, fastest = _settle(0.0, curves)
         dense_because = {i: "excluded" for i, name in enumerate(names) if name in excluded}
         dense_because |= {i: f"no speedup potential, at best {dense[i] / fastest[i]:.2f}x" for i in range(len(names))
@@ -152,7 +140,7 @@ def guided(
         density = np.ones(len(names))
         dense_because |= {i: "no speedup asked for" for i in np.flatnonzero(pruned)}
     else:
-        density, given_back = _least_damage(curves, dense, bearable, damage, pruned, goal - whole.other(goal))
+        density, given_back = _least_damage(curves, dense, bearable, inputs, pruned, goal - whole.other(goal))
         dense_because |= given_back
     sparse, slope = (values[0] for values in _seconds_and_slope(work, jnp.asarray(density[None], jnp.float32), machine))
     times = np.where(density < 1, scale * np.asarray(sparse, float), dense)
@@ -185,7 +173,7 @@ def _where(shapes: Mapping[str, ConvShape], best: np.ndarray, shortest: float) -
 
 
 def _least_damage(
-    curves: np.ndarray, dense: np.ndarray, bearable: np.ndarray, damage: Damage, pruned: np.ndarray, budget: float
+    curves: np.ndarray, dense: np.ndarray, bearable: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Densities (layers,) at which all layers take `budget` seconds, and why some that could be pruned (bools) are not.
 
@@ -196,16 +184,16 @@ def _least_damage(
     def solve(pruned: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         density, seconds = np.ones(len(dense)), dense.copy()
         price, density[pruned], seconds[pruned] = _solve(curves[pruned], budget - dense[~pruned].sum())
-        return price, density, seconds, damage(density)[0]
+        return price, density, seconds, (1 / density - 1) / inputs
 
     given_back = {}
-    price, density, seconds, harmed = solve(pruned)
+    price, density, seconds, damage = solve(pruned)
     may_leave = pruned.copy()
     while True:
         # Pruning a layer costs damage, at the price, and saves time. Each is asked once, the one that loses most by it first,
         # and leaves if the others can be fast enough without it at less damage, or if it saves too little to run sparse.
         needed, in_vain = dense - best > budget - best.sum(), seconds > bearable
-        loss = np.where(in_vain, np.inf, price * harmed - (dense - seconds))
+        loss = np.where(in_vain, np.inf, price * damage - (dense - seconds))
         candidates = np.flatnonzero(may_leave & ~needed)
         if not len(candidates):
             return density, given_back
@@ -213,37 +201,20 @@ def _least_damage(
         may_leave[i] = False
         without = pruned & (np.arange(len(dense)) != i)
         solution = solve(without)
-        if in_vain[i] or solution[-1].sum() < harmed.sum():
+        if in_vain[i] or solution[-1].sum() < damage.sum():
             saved = 1 - seconds[i] / dense[i]
             saving = f"would save only {saved:.0%}" if saved > 0 else "would be slower"
             given_back[i] = f"given back, {saving} at density {density[i]:.2f}"
             pruned, best[i] = without, dense[i]
-            price, density, seconds, harmed = solution
+            price, density, seconds, damage = solution
 
 
-def _generic(inputs: np.ndarray) -> Damage:
-    """1 / (m d) - 1 / m, of layers whose outputs have so many inputs (layers,)."""
-    return lambda density: ((1 / density - 1) / inputs, 1 / (inputs * density**2))
-
-
-def _known(harms: list[Harm]) -> Damage:
-    """As it was measured of each layer, in straight lines between."""
-    def damage(density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        by_layer = density.reshape(-1, len(harms)).T
-        known = [(np.interp(d, *each), np.interp(d, each[0], -np.gradient(each[1], each[0])))
-                 for d, each in zip(by_layer, map(np.asarray, harms), strict=True)]
-        value, slope = (np.stack(parts, -1).reshape(density.shape) for parts in zip(*known, strict=True))
-        return value, np.maximum(slope, SLIGHT)
-
-    return damage
-
-
-def _curves(work: Work, damage: Damage, machine: Machine, scale: float, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
+def _curves(work: Work, inputs: np.ndarray, machine: Machine, scale: float, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
     """What each layer can choose from, (layers, 3, GRID): log density from floor to top (layers,), seconds, worth."""
     log_density = np.linspace(np.log(floor), np.log(top), GRID)
     density = jnp.asarray(np.exp(log_density), jnp.float32)
     seconds, slope = _seconds_and_slope(work, density, machine)
-    worth = scale * np.asarray(slope, float) / damage(np.asarray(density, float))[1]
+    worth = scale * np.asarray(slope, float) * np.asarray(density, float) ** 2 * inputs
     # Where the time is not convex, the densities between are never the best: skip them.
     return np.stack([log_density, scale * np.asarray(seconds, float), np.maximum.accumulate(worth)]).transpose(2, 0, 1)
 

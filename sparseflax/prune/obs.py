@@ -20,7 +20,7 @@ densities come from a guide. X is what the layer saw in the network before pruni
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -116,40 +116,12 @@ def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Gui
 def prune_kernel(kernel: Any, hessian: np.ndarray, density: float, rounds: int = 4, damping: float = 0.01,
                  block: int = 1) -> jax.Array:
     """A kernel (..., ic / groups, oc) with round(density * n) of its weights, hessian (groups, m, m); as `obs` does."""
-    rows, channels = _rows(kernel, len(hessian)), kernel.shape[-2]
-    tap, channel = np.divmod(np.arange(rows.shape[-1]), channels)
-    unit = tap * -(-channels // block) + channel // block
-    pruned = _prune(rows, hessian, round(density * rows.size), rounds, damping, unit)
-    return jnp.asarray(pruned.transpose(2, 0, 1).reshape(kernel.shape), kernel.dtype)
-
-
-def harm(kernel: Any, hessian: np.ndarray | None, densities: Sequence[float], damping: float = 0.01) -> list[float]:
-    """What is lost of a layer's outputs at each density, |X w' - X w|^2 / |X w|^2, if each weight were the only one lost.
-
-    Args:
-      kernel: (..., ic / groups, oc).
-      hessian: (groups, m, m), of `hessians`; None takes inputs that know nothing of each other.
-      densities: kept / all.
-      damping: as `obs`.
-    """
-    rows = _rows(kernel, 1 if hessian is None else len(hessian))
-    size, scores, whole = rows.size, rows**2, float(np.square(rows).sum())
-    if hessian is not None:
-        diagonals = np.stack([_inverse_diagonal(_factor(h)) for h in _damped(hessian, damping)])
-        scores, whole = scores / diagonals[:, None], float(np.sum(rows @ hessian * rows))
-    lost = np.append(0.0, np.sort(scores, axis=None).cumsum())[[size - round(density * size) for density in densities]]
-    return (lost / (whole or 1.0)).tolist()
-
-
-def _damped(hessians: np.ndarray, damping: float) -> np.ndarray:
-    diagonal = np.einsum("gii->gi", hessians).mean(axis=1)
-    return hessians + (damping * np.where(diagonal > 0, diagonal, 1.0))[:, None, None] * np.eye(hessians.shape[-1])
-
-
-def _rows(kernel: Any, groups: int) -> np.ndarray:
-    """The weights of each output of a kernel (..., ic / groups, oc), float64 (groups, outputs, m)."""
-    dense = np.asarray(kernel, np.float64)
-    return dense.reshape(-1, groups, dense.shape[-1] // groups).transpose(1, 2, 0)
+    dense, groups = np.asarray(kernel, np.float64), len(hessian)
+    rows = dense.reshape(-1, groups, dense.shape[-1] // groups).transpose(1, 2, 0)  # (groups, outputs, m)
+    tap, channel = np.divmod(np.arange(rows.shape[-1]), dense.shape[-2])
+    unit = tap * -(-dense.shape[-2] // block) + channel // block
+    pruned = _prune(rows, hessian, round(density * dense.size), rounds, damping, unit)
+    return jnp.asarray(pruned.transpose(2, 0, 1).reshape(dense.shape), kernel.dtype)
 
 
 def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, damping: float,
@@ -161,7 +133,9 @@ def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, dampi
       unit: (m,) ascending, which weights of a row are kept or lost together; None for each alone.
     """
     unit = np.arange(rows.shape[-1]) if unit is None else unit
-    damped = _damped(hessians, damping)
+    m = rows.shape[-1]
+    diagonal = np.einsum("gii->gi", hessians).mean(axis=1)
+    damped = hessians + (damping * np.where(diagonal > 0, diagonal, 1.0))[:, None, None] * np.eye(m)
     inverses = np.stack([_inverse(_factor(h)) for h in damped])
     weights, score = rows, rows**2 / np.einsum("gii->gi", inverses)[:, None]  # before any is pruned, the same for all outputs
     first = np.flatnonzero(np.diff(unit, prepend=-1))  # of each unit: what is pruned together
