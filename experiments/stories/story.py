@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +47,6 @@ def tell(story: Story, folder: Path) -> Line:
     Raises:
       ImportError, OSError, ValueError: as `sparseflax.faster`.
     """
-    start = time.perf_counter()
     found = sparseflax.faster(story.network, story.pictures, points=POINTS, out=folder / "faster", **story.options)
     dense = load_onnx(story.network)
     packed, plan = sparseflax.load(folder / "faster" / "network.safetensors", load_onnx(story.network))
@@ -58,7 +56,7 @@ def tell(story: Story, folder: Path) -> Line:
     return {
         "set": "stories", "layer": story.name, "network": story.network.name, "n": found["batch"], "threads": found["threads"],
         "isa": ffi.isa(), "before": before, "after": after, "where": _where(packed, plan, story.input),
-        **{key: found[key] for key in kept}, "minutes": (time.perf_counter() - start) / 60,
+        **{key: found[key] for key in kept},
     } | provenance(["flax", "jax", "jaxlib", "numpy", *engines])
 
 

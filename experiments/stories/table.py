@@ -47,8 +47,8 @@ def _says(line: Line) -> str:
     highest, pictures = line["highest"], line["pictures"]
     bound = f": then {highest['where']}" if highest["where"] else ""
     return (f"`{line['network']}`, pruned by {pictures['seen']} pictures: {measures}. Of its time now {where}. The most that "
-            f"the performance model grants, whatever it costs, is {highest['speedup']:.2f} times JAX's dense time{bound}. "
-            f"All in {line['minutes']:.0f} minutes.")
+            f"the performance model grants, whatever it costs, is {highest['speedup']:.2f} times as fast as JAX's dense "
+            f"one{bound}.")
 
 
 def _curve(line: Line) -> list[tuple[str, ...]]:
