@@ -22,6 +22,7 @@ from experiments.calibrate import check, figures, gpu, judgement, spdy, transfer
 from experiments.checkpoint import write_atomically
 from experiments.compare import figures as compare_figures
 from experiments.compare import page
+from experiments.stories.table import stories_table
 
 ROOT = results.ROOT
 RESULTS = ROOT / "experiments" / "results"
@@ -108,6 +109,11 @@ def asked() -> str:
     return _by_cpu(results.by_cpu(results.ASKED), asked_table)
 
 
+def stories() -> str:
+    """Trained networks made faster, a table for each CPU."""
+    return _by_cpu(results.by_cpu(results.STORIES), stories_table)
+
+
 def density() -> str:
     """Times of single layers at many densities; of one that was taken twice, the shorter, as the machine was disturbed less."""
     shortest: dict[tuple, results.Line] = {}
@@ -158,6 +164,7 @@ def _drawn() -> list[results.Line]:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"overview": overview},
     "docs/cost.md": {"paper": figures.table},
+    "docs/stories.md": {"stories": stories},
     "docs/pruning.md": {"gains": lambda: page.gains(_compared())},
     "docs/results/runs.md": {"runs": runs},
     "docs/results/compare.md": {"compare": lambda: page.tables(_compared())},

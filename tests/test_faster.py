@@ -72,6 +72,7 @@ def known():
 
         patch.setattr(job, "machine_of", lambda folder: HERE)
         patch.setattr(job, "measure", predicted)
+        patch.setattr(job, "MISSED", 1.0)  # no measured speed is too low
         yield
 
 
@@ -109,6 +110,45 @@ def test_the_job_goes_on_where_it_stopped(given, finished, monkeypatch):
     (out / "result.json").unlink()
     again = sparseflax.faster(*given, speedup=2, out=out, seconds=0.1)
     assert again["fidelity"] == result["fidelity"] and again["layers"] == result["layers"]
+
+
+def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path):
+    """Measured 25 % too slow, then as asked; the aim is kept."""
+    network, pictures = given
+    asked, seconds = [], iter((4 / 3, 1.0))
+
+    def guide(job_, speedup):
+        asked.append(speedup)
+        return original(job_, speedup)
+
+    original = job._guide
+    monkeypatch.setattr(job, "MISSED", 0.1)
+    monkeypatch.setattr(job, "_guide", guide)
+    monkeypatch.setattr(job, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
+    monkeypatch.setattr(job, "engines", lambda *_: ({}, {}))
+    with pytest.raises(StopIteration):  # the clock has no more to say once the network is made
+        sparseflax.faster(network, pictures, speedup=2, out=tmp_path / "out", seconds=0.1)
+    assert json.loads((tmp_path / "out" / "aim.json").read_text()) == pytest.approx(8 / 3)
+    assert [speed for speed in asked if speed < 100][:3] == [2, pytest.approx(8 / 3), pytest.approx(8 / 3)]
+
+
+def test_a_score_of_the_users_own(given, tmp_path):
+    """It is asked of the dense network and of each that was tried, and is what the points are of."""
+    scores = []
+
+    def score(call):
+        assert call(np.zeros((2, SIDE, SIDE, 3), np.float32)).shape == (2, CLASSES)
+        scores.append(90.0 - 10 * len(scores))
+        return scores[-1]
+
+    found = sparseflax.faster(*given, points=25, score=score, out=tmp_path / "out", seconds=0.1)
+    tried = {one["asked"]: one["points"] for one in found["curve"]}
+    assert sorted(tried.values()) == [10.0 * i for i in range(1, len(tried) + 1)] and len(tried) == job.CURVE + job.FINER
+    chosen = next(one for one in found["curve"] if one["chosen"])
+    assert chosen["points"] <= 25 and chosen["asked"] == max(speed for speed, points in tried.items() if points <= 25)
+    assert found["fidelity"]["measure"] == "score" and found["fidelity"]["original_score"] == 90
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Its score went from 90.00 % to" in page and f"{found['highest']['speedup']:.2f}x" in page
 
 
 def test_the_report_needs_nothing_beside_it(finished):

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax import prune
+from sparseflax.prune.correct import statistics
 from sparseflax.prune.obs import _gram, _prune
 
 
@@ -91,6 +92,30 @@ def test_hessians_are_those_of_the_outputs(options):
     rows = np.asarray(layer.kernel[...], np.float64).reshape(-1, groups, 6 // groups).transpose(1, 2, 0)
     found = np.einsum("goi,gij,goj->go", rows, hessians, rows).ravel()
     np.testing.assert_allclose(found, energies, rtol=1e-4)  # float32 sums over about a hundred positions
+
+
+def test_some_positions_stand_for_all():
+    """As many as there are give all of it; fewer give what they were drawn from, at their share."""
+    layer = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    ramp = np.broadcast_to(np.arange(1.0, 4), (2, 6, 6, 3)).astype(np.float32)  # all inner positions see the same
+    full, inner = _gram(layer, (3, 3, 3, 4), ramp), nnx.Conv(3, 4, (3, 3), padding="VALID", use_bias=False, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(_gram(layer, (3, 3, 3, 4), ramp, 36), full)
+    np.testing.assert_array_equal(_gram(layer, (3, 3, 3, 4), ramp, 99), full)
+    some, every = (_gram(inner, (3, 3, 3, 4), ramp, count) for count in (5, None))
+    np.testing.assert_allclose(some / 5, every / 16, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 13, 30, 59, 60])
+def test_both_systems_of_surgery_are_least_squares(kept):
+    """Of few kept weights and of few lost ones."""
+    rng = np.random.default_rng(1)
+    x, rows = rng.normal(size=(80, 20)) @ rng.normal(size=(20, 20)), rng.normal(size=(1, 3, 20))
+    found = _prune(rows, (x.T @ x)[None], kept, 1, 1e-9)
+    assert np.count_nonzero(found) == kept
+    for weights, row in zip(found[0], rows[0], strict=True):
+        keep = np.flatnonzero(weights)
+        expected = np.linalg.lstsq(x[:, keep], x @ row, rcond=None)[0]
+        np.testing.assert_allclose(weights[keep], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_surgery_of_one_weight_at_a_time():
@@ -211,3 +236,20 @@ def test_refusals():
 
     with pytest.raises(TypeError, match="layer 'conv' is called inside a compiled function"):
         prune.obs(Compiled(), [images(0)], guide)
+
+
+def test_outputs_are_given_their_mean_and_spread_back():
+    """On the examples that it was done with, exactly; by the original, or by what was noted of it."""
+    model, batches = Net(nnx.Rngs(0)), [images(0), images(1)]
+    model.eval()
+    small = prune.obs(model, batches, prune.constant({"conv": 0.3, "grouped": 0.4}))
+    layers = ["conv", "grouped"]
+    found = prune.correct(small, model, batches, layers)
+    noted = prune.correct(small, statistics(model, batches, [*layers, "head"]), batches, layers)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found, nnx.Param), nnx.state(noted, nnx.Param))
+    x = jnp.concatenate(batches)
+    np.testing.assert_allclose(found.conv(x).mean((0, 1, 2)), model.conv(x).mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(found.conv(x).std((0, 1, 2)), model.conv(x).std((0, 1, 2)), rtol=1e-4)
+    assert jnp.count_nonzero(found.conv.kernel[...]) == jnp.count_nonzero(small.conv.kernel[...])
+    with pytest.raises(ValueError, match=r"layers \['nose'\] did not run"):
+        prune.correct(small, model, batches, ["nose"])

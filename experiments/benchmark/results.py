@@ -21,6 +21,7 @@ MEMORY = LAYERS.with_name("memory.jsonl")
 INT8 = LAYERS.with_name("int8.jsonl")
 NETWORKS_INT8 = LAYERS.with_name("networks_int8.jsonl")
 ASKED = LAYERS.with_name("asked.jsonl")
+STORIES = LAYERS.with_name("stories.jsonl")
 OTHER_LAYERS = LAYERS.with_name("layers_zen4.jsonl"), LAYERS.with_name("layers_xeon.jsonl")  # of other CPUs
 KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory", "asked")  # two lines that agree in these measure the same
 MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another here

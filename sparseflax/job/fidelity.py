@@ -34,6 +34,7 @@ class Fidelity(NamedTuple):
       errors: the same for each picture (n,).
       agreement: share of the same top answers; None for what is no classifier.
       accuracy, original_accuracy: share of right ones; None without labels.
+      score, original_score: in percent, by the user's own measure; None without one.
     """
 
     error: float
@@ -41,10 +42,14 @@ class Fidelity(NamedTuple):
     agreement: float | None = None
     accuracy: float | None = None
     original_accuracy: float | None = None
+    score: float | None = None
+    original_score: float | None = None
 
     @property
     def points(self) -> float:
-        """What is lost, in percent: of the accuracy if that is known, else of the agreement, else the error."""
+        """What is lost, in percent: of the score or the accuracy if that is known, else of the agreement, else the error."""
+        if self.score is not None and self.original_score is not None:
+            return self.original_score - self.score
         if self.accuracy is not None and self.original_accuracy is not None:
             return 100 * (self.original_accuracy - self.accuracy)
         return 100 * (self.error if self.agreement is None else 1 - self.agreement)
@@ -52,6 +57,8 @@ class Fidelity(NamedTuple):
     @property
     def measure(self) -> str:
         """What the points are of."""
+        if self.score is not None:
+            return "score"
         return "accuracy" if self.accuracy is not None else "relative error" if self.agreement is None else "agreement"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +22,64 @@ from sparseflax.prune.one_shot import one_shot
 ROUNDS = 4, 3, 2, 1  # of optimal brain surgery: the first that is affordable
 AFFORDABLE = 4e11  # flops of a layer's surgery: half a minute or so
 GRAM = 1 << 29  # bytes of X^T X that are held at a time
+ROWS = 32  # of X for each of its columns: neighbouring positions of an image tell little that is new
 
 
-def prune_layers(model: nnx.Module, guides: Iterable[Guidance], batches: Callable[[], Iterable[Any]], folder: Path) -> None:
+class Grams:
+    """X^T X of a network's layers, from its pictures; as many as fit into GRAM bytes are kept for the next time."""
+
+    def __init__(self, model: nnx.Module, batches: Callable[[], Iterable[Any]], examples: int):
+        """Args as `hessians`, the batches anew each time, and how many examples they are in all."""
+        self.model, self.batches, self.examples = model, batches, examples
+        self.held = dict[str, np.ndarray]()
+
+    def some(self, shapes: Mapping[str, ConvShape]) -> Iterator[dict[str, np.ndarray]]:
+        """{layer: X^T X} of these layers, so many at a time."""
+        for group in _groups({name: inputs(shape)**2 * shape.groups * 8 for name, shape in shapes.items()}):
+            if missing := [name for name in group if name not in self.held]:
+                positions = {name: -(-ROWS * inputs(shapes[name]) // self.examples) for name in missing}
+                found = hessians(self.model, missing, self.batches(), positions)
+            else:
+                found = {}
+            here = {name: self.held[name] if name in self.held else found[name] for name in group}
+            if sum(gram.nbytes for gram in (*self.held.values(), *found.values())) <= GRAM:
+                self.held |= found
+            yield here
+
+
+def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, folder: Path) -> None:
     """Prunes every layer of the guides to every density they have for it, where that is not in the folder yet.
 
     Args:
       model: the dense network.
       guides: say which layers, and how far.
-      batches: inputs, each time anew.
+      grams: of the network.
       folder: gets a file for each layer and density, whole or not at all.
     """
     wanted = {(name, density): layer.shape for guide in guides for name, layer in guide.layers.items()
-              if (density := layer.density) < 1 and not _file(folder, name, density).exists()}
+              if (density := layer.density) < 1 and layer.shape is not None and not _file(folder, name, density).exists()}
     if not wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
     found = kernels(nnx.state(model, nnx.Param))
-    sizes = {name: inputs(shape)**2 * shape.groups * 8 for (name, _), shape in wanted.items() if shape is not None}
+    counts = {key: rounds(shape, key[1]) for key, shape in wanted.items()}
     with progress("pruning layers", len(wanted)) as advance:
         done = 0
-        for group in _groups(sizes):
-            costs = {(name, density): rounds(shape, density) for (name, density), shape in wanted.items()
-                     if name in group and shape is not None}
-            grams = hessians(model, {name for (name, _), count in costs.items() if count}, batches())
-            for (name, density), count in costs.items():
-                if count:
-                    kernel = prune_kernel(found[name], grams[name], density, rounds=count)
-                else:
-                    state = one_shot(nnx.state(model, nnx.Param), constant({name: density}))
-                    kernel = kernels(state)[name]
-                write(_file(folder, name, density), seal("layer", {"kernel": np.asarray(kernel)}, {"layer": name}))
-                done += 1
-                advance(done, f"{name} to {density:.3f}")
+
+        def write_layer(name: str, density: float, kernel: Any) -> None:
+            nonlocal done
+            write(_file(folder, name, density), seal("layer", {"kernel": np.asarray(kernel)}, {"layer": name}))
+            done += 1
+            advance(done, f"{name} to {density:.3f}")
+
+        for some in grams.some({key[0]: shape for key, shape in wanted.items() if counts[key]}):
+            for (name, density), count in counts.items():
+                if count and name in some:
+                    write_layer(name, density, prune_kernel(found[name], some[name], density, rounds=count))
+        for (name, density), count in counts.items():
+            if not count:
+                state = one_shot(nnx.state(model, nnx.Param), constant({name: density}))
+                write_layer(name, density, kernels(state)[name])
 
 
 def assembled(model: nnx.Module, guide: Guidance, folder: Path) -> Any:
@@ -83,10 +108,14 @@ def rounds(shape: ConvShape, density: float) -> int:
 
 
 def surgery_flops(shape: ConvShape, density: float, count: int) -> float:
-    """Of one layer: a Cholesky factor for each output in each round, and its inverse in all but the last."""
-    n = inputs(shape)
-    kept = [n * density ** (part / count) for part in range(1, count + 1)]
-    return (shape.groups * 2 * n**3 + shape.oc * (sum(2 * k**3 for k in kept[:-1]) + kept[-1]**3)) / 3
+    """Of one layer: an inverse for each group, then in each round a Cholesky factor for each output, of what it keeps or loses,
+    whichever is less, and what the scores of the next round take."""
+    n, flops = inputs(shape), 0.0
+    for part in range(1, count + 1):
+        kept = n * density ** (part / count)
+        small = min(kept, n - kept)
+        flops += small**3 / 3 + (part < count) * (kept**3 / 3 if small == kept else small**2 * kept)
+    return shape.groups * 2 * n**3 + shape.oc * flops
 
 
 def inputs(shape: ConvShape) -> int:

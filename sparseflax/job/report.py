@@ -21,7 +21,7 @@ SHOWN = 160  # pixels of the worst picture's longer side, at least
 
 
 def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str], chosen: Any, tried: Sequence[Any],
-           times: Mapping[str, Any], unwritten: str) -> dict[str, Any]:
+           times: Mapping[str, Any], unwritten: str, highest: Any) -> dict[str, Any]:
     """All that is to be told, in plain values.
 
     Args:
@@ -33,6 +33,7 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
       tried: all that were.
       times: of them, and of others.
       unwritten: why there is no pruned ONNX file, or "".
+      highest: guide to the highest speed.
     """
     number = tried.index(chosen)
     dense = min(times["dense"], times["folded"])
@@ -46,6 +47,7 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
         "pictures": {"seen": len(job.seen), "unseen": len(job.unseen), "notes": list(notes)},
         "seconds": {"dense": times["dense"], "folded": times["folded"], "packed": times["tried"][number], **times["engines"]},
         "failed": times["failed"], "speedup": dense / times["tried"][number], "shortfall": chosen.guide.shortfall,
+        "highest": {"speedup": highest.speedup, "where": highest.shortfall.partition(": ")[2]},
         "weights": sum(row.shape.weights for row in chosen.plan.layers if row.shape), "kept": round(kept),
         "fidelity": _fidelity(chosen.fidelity),
         "worst": {"name": job.unseen.names[worst], "picture": _png(job.unseen.pixels[worst]),
@@ -87,7 +89,7 @@ def summary(result: Mapping[str, Any]) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"{label.ljust(width)}  {text}" for label, text in rows]
     if len(result["curve"]) > 1:
-        lines += ["", "what can be had for what:", *_columns([_CURVE, *_curve_rows(result)])]
+        lines += ["", "what can be had for what:", *_columns([_CURVE, *_curve_rows(result)]), _bound(result)]
     return "\n".join([*lines, "", headline(result)])
 
 
@@ -106,7 +108,7 @@ def render(result: Mapping[str, Any]) -> str:
         parts += ["<h2>What can be had for what</h2>",
                   curve(points, chosen, "times as fast, measured", f"points of {fidelity['measure']} lost", asked["points"]),
                   table(_CURVE, _curve_rows(result)),
-                  _note("Each was pruned, packed and timed. Filled: the network in this folder.")]
+                  _note("Each was pruned, packed and timed. Filled: the network in this folder. " + _bound(result))]
     parts += ["<h2>The worst picture</h2>",
               f"<p><img alt='{html.escape(worst['name'], quote=True)}' src='data:image/png;base64,{worst['picture']}' "
               f"style='image-rendering: pixelated; min-width: {SHOWN}px; border: 1px solid #ccc'></p>",
@@ -152,6 +154,8 @@ def _speeds(result: Mapping[str, Any]) -> list[tuple[str, float, str]]:
 def _fidelity_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     fidelity, quantiles = result["fidelity"], result["errors"]
     rows = [("weights kept", f"{result['kept']:,} of {result['weights']:,}")]
+    if fidelity["score"] is not None:
+        rows.append(("score, before and after", f"{fidelity['original_score']:.2f} %, {fidelity['score']:.2f} %"))
     if fidelity["accuracy"] is not None:
         before, after = fidelity["original_accuracy"], fidelity["accuracy"]
         rows.append(("accuracy, before and after", f"{100 * before:.2f} %, {100 * after:.2f} %"))
@@ -168,12 +172,20 @@ def _curve_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
              f"{one['error']:.3g}", "<- written" if one["chosen"] else "") for one in result["curve"]]
 
 
+def _bound(result: Mapping[str, Any]) -> str:
+    highest = result["highest"]
+    return (f"The most that the performance model grants here, whatever it costs, is {highest['speedup']:.2f}x" +
+            (f": then {highest['where']}." if highest["where"] else "."))
+
+
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _lost(fidelity: Mapping[str, Any]) -> str:
+    if fidelity["score"] is not None:
+        return f"its score went from {fidelity['original_score']:.2f} % to {fidelity['score']:.2f} %"
     if fidelity["accuracy"] is not None:
         return (f"its accuracy went from {100 * fidelity['original_accuracy']:.2f} % to {100 * fidelity['accuracy']:.2f} %, "
                 f"and its top answer is the original's in {100 * fidelity['agreement']:.2f} % of the cases,")
@@ -183,8 +195,8 @@ def _lost(fidelity: Mapping[str, Any]) -> str:
 
 
 def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
-    return {"error": fidelity.error, "agreement": fidelity.agreement, "accuracy": fidelity.accuracy,
-            "original_accuracy": fidelity.original_accuracy, "points": fidelity.points, "measure": fidelity.measure}
+    numbers = {name: value for name, value in fidelity._asdict().items() if name != "errors"}
+    return numbers | {"points": fidelity.points, "measure": fidelity.measure}
 
 
 def _answers(said: Outputs, picture: int) -> list[list[float]] | None:

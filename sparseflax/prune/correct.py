@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,10 +14,11 @@ from flax import nnx
 from sparseflax.prune.watch import watched
 
 Model = TypeVar("Model", bound=nnx.Module)
+Statistics = Mapping[str, tuple[np.ndarray, np.ndarray]]
 SPREAD = 2.0  # a channel is scaled by so much at most: what is left of one that lost nearly all is noise
 
 
-def correct(model: Model, original: Model, batches: Sequence[Any], layers: Iterable[str]) -> Model:
+def correct(model: Model, original: Model | Statistics, batches: Sequence[Any], layers: Iterable[str]) -> Model:
     """A copy of a pruned model with the outputs of its layers put right, channel by channel, first layer to last.
 
         kernel, or scale <- s kernel,   bias <- s (bias - mean) + mean of the original,   s = spread of the original / spread
@@ -27,7 +28,7 @@ def correct(model: Model, original: Model, batches: Sequence[Any], layers: Itera
 
     Args:
       model: pruned; stays as it is.
-      original: what it was before.
+      original: what it was before, or its `statistics` over the same batches, where several are corrected by them.
       batches: inputs, of equal size and not small ones; a few hundred examples in all.
       layers: paths of nnx.Conv, nnx.Linear and nnx.BatchNorm, of those that have a bias: for others their norm makes up.
 
@@ -41,7 +42,7 @@ def correct(model: Model, original: Model, batches: Sequence[Any], layers: Itera
     copy: Any = nnx.clone(model)
     copy.eval()
     names = list(layers)
-    wanted = {name: _statistics(seen) for name, seen in _outputs(original, names, batches).items()}
+    wanted = original if isinstance(original, Mapping) else statistics(original, batches, names)
     if missing := sorted(set(names) - wanted.keys()):
         raise ValueError(f"layers {missing} did not run: is there no batch, or does the model not call them?")
     chosen = _layers(copy, names)
@@ -67,6 +68,14 @@ def correct(model: Model, original: Model, batches: Sequence[Any], layers: Itera
         bias: Any = layer.bias
         bias.set_value(((bias[...] - mean) * scale + target).astype(bias.dtype))
     return copy
+
+
+def statistics(model: nnx.Module, batches: Iterable[Any], layers: Iterable[str]) -> Statistics:
+    """{layer: (mean, standard deviation)} of the channels of these layers' outputs, of those that ran.
+
+    Args as `correct`.
+    """
+    return {name: _statistics(seen) for name, seen in _outputs(model, list(layers), batches).items()}
 
 
 def _change(moments: Iterable[Any], wanted: tuple[np.ndarray, np.ndarray]) -> list[jax.Array]:

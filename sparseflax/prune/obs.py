@@ -19,9 +19,8 @@ densities come from a guide. X is what the layer saw in the network before pruni
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -137,8 +136,8 @@ def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, dampi
     m = rows.shape[-1]
     diagonal = np.einsum("gii->gi", hessians).mean(axis=1)
     damped = hessians + (damping * np.where(diagonal > 0, diagonal, 1.0))[:, None, None] * np.eye(m)
-    costs = np.stack([_inverse_diagonal(_factor(h)) for h in damped])[:, None]  # one for all outputs, before any is pruned
-    weights, score = rows, rows**2 / costs
+    inverses = np.stack([_inverse(_factor(h)) for h in damped])
+    weights, score = rows, rows**2 / np.einsum("gii->gi", inverses)[:, None]  # before any is pruned, the same for all outputs
     first = np.flatnonzero(np.diff(unit, prepend=-1))  # of each unit: what is pruned together
     # Thousands of small factors: a thread for each, and not all threads for one after the other.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(client_threads()) as pool:
@@ -151,17 +150,30 @@ def _prune(rows: np.ndarray, hessians: np.ndarray, kept: int, rounds: int, dampi
             chosen[order[:np.abs(np.concatenate([[0], sizes]) - count).argmin()]] = True
             mask, every = chosen.reshape(together.shape)[..., unit], list(np.ndindex(rows.shape[:2]))
             solved = pool.map(_solve, map(rows.__getitem__, every), map(mask.__getitem__, every),
-                              (damped[group] for group, _ in every), itertools.repeat(part == rounds))
+                              (damped[group] for group, _ in every), (inverses[group] for group, _ in every),
+                              itertools.repeat(part == rounds))
             weights, score = (np.reshape(part, rows.shape) for part in zip(*solved, strict=True))
     return weights
 
 
-def _solve(row: np.ndarray, keep: np.ndarray, hessian: np.ndarray, last: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The weights (m,) of an output that do best with those to keep, and unless it is the last time what losing each costs."""
-    weights, score = np.zeros_like(row), np.full(len(row), -1.0)
-    if keep.any():
+def _solve(row: np.ndarray, keep: np.ndarray, hessian: np.ndarray, inverse: np.ndarray,
+           last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (m,) of an output that do best with those to keep, and unless it is the last time what losing each costs.
+
+    By the smaller of two systems: that of the kept weights, or with L the lost ones and G the inverse of H,
+
+        w_K - G_KL [G_LL]^-1 w_L,   [H_KK]^-1 = G_KK - G_KL [G_LL]^-1 G_LK
+    """
+    weights, score, lost = np.zeros_like(row), np.full(len(row), -1.0), np.flatnonzero(~keep)
+    if 2 * len(lost) < len(row):
+        factor, across = _factor(inverse[np.ix_(lost, lost)]), inverse[np.ix_(lost, keep)]
+        weights[keep] = row[keep] - linalg.cho_solve((factor, True), row[lost], check_finite=False) @ across
+        if not last:
+            less = linalg.solve_triangular(factor, across, lower=True, check_finite=False)
+            score[keep] = weights[keep] ** 2 / (np.diagonal(inverse)[keep] - np.square(less).sum(axis=0))
+    elif keep.any():
         factor = _factor(hessian[np.ix_(keep, keep)])
-        weights[keep] = linalg.cho_solve((factor, True), hessian[keep] @ row)
+        weights[keep] = linalg.cho_solve((factor, True), hessian[keep] @ row, check_finite=False)
         if not last:
             score[keep] = weights[keep] ** 2 / _inverse_diagonal(factor)
     return weights, score
@@ -172,6 +184,11 @@ def _factor(matrix: np.ndarray) -> np.ndarray:
     return linalg.cholesky(matrix, lower=True, check_finite=False)
 
 
+def _inverse(factor: np.ndarray) -> np.ndarray:
+    """(L L^T)^-1."""
+    return linalg.cho_solve((factor, True), np.eye(len(factor)), check_finite=False)
+
+
 def _inverse_diagonal(factor: np.ndarray) -> np.ndarray:
     """The diagonal of (L L^T)^-1: the sums of squares of the columns of L^-1."""
     (triangle_inverse,) = linalg.get_lapack_funcs(("trtri",), (factor,))
@@ -179,13 +196,15 @@ def _inverse_diagonal(factor: np.ndarray) -> np.ndarray:
     return np.square(inverse).sum(axis=0)
 
 
-def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any]) -> dict[str, np.ndarray]:
+def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any],
+             positions: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
     """X^T X (groups, m, m) of the inputs of each layer, in float64, from running the model on all batches.
 
     Args:
       model: in evaluation mode; stays as it is.
       names: paths of layers.
       batches: inputs of the model.
+      positions: {layer: of each image's outputs at most so many are looked at, drawn at random}; None looks at all.
 
     Raises:
       ValueError: for a layer that does not exist, is of another class, or never ran.
@@ -198,7 +217,7 @@ def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any]) ->
     layers = {name: modules[name] for name in names}
 
     def observe(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        _note(found, name, layer, layer.kernel.shape, x)
+        _note(found, name, layer, layer.kernel.shape, x, (positions or {}).get(name))
         return call(x, *args, **kwargs)
 
     with watched(layers, observe):
@@ -209,38 +228,52 @@ def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any]) ->
     return found
 
 
-def _note(found: dict[str, np.ndarray], name: str, layer: Any, kernel: tuple[int, ...], x: Any) -> None:
+def _note(found: dict[str, np.ndarray], name: str, layer: Any, kernel: tuple[int, ...], x: Any,
+          positions: int | None = None) -> None:
     """Adds X^T X of a layer's input x to what was found of it before."""
     if isinstance(x, Tracer):
         raise TypeError(f"layer {name!r} is called inside a compiled function: give a model that does not call jit")
-    images = x.reshape(-1, *x.shape[-len(kernel) + 1 :])
+    images = np.asarray(x).reshape(-1, *x.shape[-len(kernel) + 1 :])
     for first in range(0, len(images), CHUNK):
-        new = np.asarray(_gram(layer, kernel, images[first : first + CHUNK]), np.float64)
+        new = _gram(layer, kernel, images[first : first + CHUNK], positions).astype(np.float64)
         found[name] = found[name] + new if name in found else new
 
 
-def _gram(layer: Any, kernel: tuple[int, ...], x: jax.Array) -> jax.Array:
+def _gram(layer: Any, kernel: tuple[int, ...], x: np.ndarray, positions: int | None = None) -> np.ndarray:
     """X^T X (groups, m, m) of images (n, ..., ic), the rows of X in the order of the kernel's first axes."""
     if len(kernel) == 2:
         return (x.T @ x)[None]
     rank, groups = x.ndim - 2, layer.feature_group_count
-    pick = functools.partial(_window, rank=rank)
-    strides, dilation = pick(layer.strides), pick(layer.kernel_dilation)
-    padding = layer.padding
-    if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-        reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=False)]
-        pads = [(r, 0) if padding == "CAUSAL" else (r // 2, (r + 1) // 2) for r in reach]
-        mode: Any = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]
-        x, padding = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=mode), "VALID"
-    elif not isinstance(padding, str):
-        padding = [(p, p) if isinstance(p, int) else tuple(p) for p in pick(padding)]
-    spatial = "DHW"[-rank:]
-    patches = jax.lax.conv_general_dilated_patches(
-        x, kernel[:-2], strides, padding, lhs_dilation=pick(layer.input_dilation), rhs_dilation=dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"), precision=jax.lax.Precision.HIGHEST)
-    ic, taps = x.shape[-1] // groups, int(np.prod(kernel[:-2]))
-    rows = patches.reshape(-1, groups, ic, taps).swapaxes(2, 3).reshape(-1, groups, taps * ic)  # patches are (ic, taps)
-    return jnp.einsum("pgi,pgj->gij", rows, rows)
+    strides, dilation, spread = (_window(value, rank) for value in (
+        layer.strides, layer.kernel_dilation, layer.input_dilation))
+    if any(step > 1 for step in spread):
+        sparse = np.zeros((len(x), *((size - 1) * step + 1 for size, step in zip(x.shape[1:-1], spread, strict=True)),
+                           x.shape[-1]), x.dtype)
+        sparse[:, *(slice(None, None, step) for step in spread)] = x
+        x = sparse
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=False)]
+    padding, mode = layer.padding, "constant"
+    if padding == "CAUSAL":
+        pads = [(r - 1, 0) for r in reach]
+    elif padding in ("CIRCULAR", "REFLECT"):
+        pads, mode = [((r - 1) // 2, r // 2) for r in reach], {"CIRCULAR": "wrap", "REFLECT": "reflect"}[padding]
+    elif isinstance(padding, str):
+        pads = jax.lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+    else:
+        pads = [(p, p) if isinstance(p, int) else tuple(p) for p in _window(padding, rank)]
+    x = np.pad(x, [(0, 0), *pads, (0, 0)], mode=mode)  # type: ignore[call-overload]
+    sizes = [(size - r) // step + 1 for size, r, step in zip(x.shape[1:-1], reach, strides, strict=True)]
+    count = int(np.prod(sizes))
+    few = positions is not None and positions < count
+    chosen = np.random.default_rng(0).choice(count, positions, replace=False) if few else np.arange(count)
+    corners = [at * step for at, step in zip(np.unravel_index(chosen, sizes), strides, strict=True)]
+    taps = [x[:, *(at + t * d for at, t, d in zip(corners, tap, dilation, strict=True))] for tap in np.ndindex(kernel[:-2])]
+    rows = np.stack(taps, 2).reshape(-1, len(taps), groups, x.shape[-1] // groups)  # (positions, taps, groups, ic)
+    if groups == 1:
+        flat = rows.reshape(len(rows), -1)
+        return (flat.T @ flat)[None]
+    rows = rows.transpose(2, 0, 1, 3).reshape(groups, len(rows), -1)
+    return rows.transpose(0, 2, 1) @ rows
 
 
 def _window(value: Any, rank: int) -> tuple[Any, ...]:

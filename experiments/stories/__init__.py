@@ -1,0 +1,1 @@
+"""Trained networks made faster by one command each, and what that costs by a measure of their own task."""

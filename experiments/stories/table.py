@@ -1,0 +1,58 @@
+"""The stories' results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.benchmark.results import Line
+from experiments.benchmark.table import markdown
+
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+HEAD = ("", "dense, JAX, ms", "fastest dense engine, ms", "now, ms", "over JAX", "over that engine", "weights kept", "before",
+        "after", "points lost")
+CURVE = ("asked", "ms", "over JAX", "over the fastest engine", "points lost, choosing")
+
+
+def stories_table(lines: Sequence[Line]) -> str:
+    """Of a CPU, the newest line of each story: what came out, what bounds it, what can be had for what."""
+    parts = [markdown(HEAD, map(_row, lines)), ""]
+    for line in lines:
+        parts += [f"### {line['layer'].capitalize()}", "", _says(line), "", markdown(CURVE, _curve(line)), ""]
+    last = lines[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return "\n".join([*parts, f"{last['cpu']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, {last['isa']}, "
+                      f"{versions}. Measured {last['date'][:10]} at {last['commit']}."])
+
+
+def _row(line: Line) -> tuple[str, ...]:
+    (dense, engine, name), now, measure = _dense(line), line["seconds"]["packed"], next(iter(line["before"]))
+    before, after = line["before"][measure], line["after"][measure]
+    return (line["layer"], f"{1e3 * dense:.2f}", f"{1e3 * engine:.2f} ({name})", f"{1e3 * now:.2f}", f"{dense / now:.2f}x",
+            f"**{engine / now:.2f}x**", f"{100 * line['kept'] / line['weights']:.0f} %", f"{before:.2f} % ({measure})",
+            f"{after:.2f} %", f"{before - after:.2f}")
+
+
+def _dense(line: Line) -> tuple[float, float, str]:
+    """Seconds of the faster dense form under JAX, of the fastest engine, and that one's name."""
+    seconds = line["seconds"]
+    dense = min(seconds["dense"], seconds["folded"])
+    found = {ENGINES[name]: seconds[name] for name in ENGINES if name in seconds} or {"JAX": dense}
+    fastest = min(found, key=lambda name: found[name])
+    return dense, found[fastest], fastest
+
+
+def _says(line: Line) -> str:
+    where = ", ".join(f"{100 * share:.0f} % {kind}" for kind, share in line["where"].items())
+    measures = ", ".join(f"{name} {before:.2f} → {line['after'][name]:.2f} %" for name, before in line["before"].items())
+    highest, pictures = line["highest"], line["pictures"]
+    bound = f": then {highest['where']}" if highest["where"] else ""
+    return (f"`{line['network']}`, pruned by {pictures['seen']} pictures: {measures}. Of its time now {where}. The most that "
+            f"the performance model grants, whatever it costs, is {highest['speedup']:.2f} times as fast as JAX's dense "
+            f"one{bound}.")
+
+
+def _curve(line: Line) -> list[tuple[str, ...]]:
+    dense, engine, _ = _dense(line)
+    return [(f"{one['asked']:.2f}x", f"{1e3 * one['seconds']:.2f}", f"{dense / one['seconds']:.2f}x",
+             f"{engine / one['seconds']:.2f}x", f"{one['points']:.2f}" + (" (written)" if one["chosen"] else ""))
+            for one in line["curve"]]
