@@ -79,7 +79,7 @@ def main() -> None:
     networks.add_argument("--int8", action="store_true",
                           help="prune in blocks of four, and time those who can compute in eight bits, too")
     networks.add_argument("--explain", action="store_true", help="show where our time goes")
-    networks.add_argument("--out", type=Path, help="JSON lines, appended; default networks.jsonl or networks_int8.jsonl")
+    networks.add_argument("--out", type=Path, help="JSON lines, appended; default networks.jsonl or quantized.jsonl")
     networks.set_defaults(run=run_networks)
     memory = commands.add_parser("memory", help="the peak memory of whole networks, packed and dense, append to the results")
     memory.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
@@ -182,7 +182,7 @@ def run_networks(args: argparse.Namespace) -> None:
     trained = {name: alexnet_problem(name, args.matrices, 1).kernel for name in ALEXNET} if args.matrices else {}
     lines = []
     rows = networks_int8 if args.int8 else networks_table
-    out = args.out or (results.NETWORKS_INT8 if args.int8 else results.NETWORKS)
+    out = args.out or (results.QUANTIZED if args.int8 else results.NETWORKS)
     with shown(console, rows.HEAD) as show:
         for name in names:
             kernels = trained if name == "alexnet" else {}
