@@ -11,7 +11,7 @@ import numpy as np
 from experiments.baselines import Rival
 from experiments.benchmark.layers import ours
 from experiments.benchmark.results import Line, geometric_mean
-from experiments.benchmark.table import OURS
+from experiments.benchmark.table import OURS, markdown
 from experiments.benchmark.timing import alternate
 from experiments.layers import name_of, random_problem
 from sparseflax import Quantization, QuantizedArray, QuantizedKernel, pack_int8, sparse_conv
@@ -74,6 +74,18 @@ def row(line: Line) -> tuple[str, ...]:
     """The cells under HEAD."""
     one, int8 = (line["times"][name]["seconds"] for name in (OURS, INT8))
     return line["layer"], str(line["n"]), f"{1e6 * one:.0f}", f"{1e6 * int8:.0f}", f"{one / int8:.2f}"
+
+
+def table(lines: list[Line]) -> str:
+    """The results of a CPU as a Markdown table."""
+    last = max(lines, key=lambda line: line["date"])
+    rows = [list(row(line)) for line in sorted(lines, key=lambda line: line["n"])]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    caption = (f"{last['cpu']}, {last['int8']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, {last['density']:.0%} of the "
+               f"weights kept ({versions}). Measured {last['date'][:10]} at {commits}. Geometric means: "
+               + ", ".join(f"{mean:.2f}x at n={n}" for n, mean in means(lines).items()) + ".")
+    return "\n".join([markdown(list(HEAD), rows), "", caption])
 
 
 def means(lines: list[Line]) -> dict[int, float]:
