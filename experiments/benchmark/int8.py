@@ -82,8 +82,9 @@ def table(lines: list[Line]) -> str:
     rows = [list(row(line)) for line in sorted(lines, key=lambda line: line["n"])]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    caption = (f"{last['cpu']}, {last['int8']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, {last['density']:.0%} of the "
-               f"weights kept ({versions}). Measured {last['date'][:10]} at {commits}. Geometric means: "
+    threads = f"{last['threads']} thread{'s' * (last['threads'] > 1)}"
+    caption = (f"{last['cpu']}, {last['int8']}, {threads}, {last['density']:.0%} of the weights kept ({versions}). "
+               f"Measured {last['date'][:10]} at {commits}. Geometric means: "
                + ", ".join(f"{mean:.2f}x at n={n}" for n, mean in means(lines).items()) + ".")
     return "\n".join([markdown(list(HEAD), rows), "", caption])
 

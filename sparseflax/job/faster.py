@@ -46,7 +46,7 @@ from sparseflax.prune.guide import Guidance
 from sparseflax.prune.measure import measure, pruned
 from sparseflax.prune.whole import Whole
 
-SURGERY = 256  # pictures by which layers are pruned
+SURGERY = 1024  # pictures by which layers are pruned, at most: small late layers have few positions in each
 PIXELS = 1 << 18  # in a batch of those
 STATISTICS = 64  # pictures in a batch by which outputs are corrected, of so many pixels at most:
 STATISTICS_PIXELS = 1 << 20
