@@ -18,10 +18,13 @@
 
 namespace sparseflax {
 
-// What a step does; the integers that describe it are listed beside its case in program.cc, and written by sparseflax/network/program.py.
+// What a step does; the integers that describe it are listed beside its case in program_decode.cc, and written by sparseflax/network/program.py.
 enum class Op : int64_t {
   kConv, kDepthwise, kPool, kChannelSum, kCombine, kMap, kWindow, kConcat, kReshape, kConvInt8, kQuantize, kDequantize, kEnd
 };
+
+constexpr int64_t kMost = int64_t{1} << 31;  // images, and elements of one
+inline int64_t AlignLines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 enum class Type : int64_t { kFloat32, kUint8, kInt32 };
 

@@ -17,7 +17,7 @@ from sparseflax.conv.window import Window, addressable
 from sparseflax.network import int8
 from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number
 
-MAX_PARTS = 1 << 20  # of a window's size, stride, padding or dilation, as program.cc has it
+MAX_PARTS = 1 << 20  # of a window's size, stride, padding or dilation, as program_decode.cc has it
 
 
 def step(region: Region, equation: Any, operands: Sequence[Any]) -> Node | None:

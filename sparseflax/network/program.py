@@ -112,7 +112,7 @@ class Step:
         return x.reshape(x.shape[0], *self.size)
 
     def words(self) -> tuple[list[int], list[float]]:
-        """`params` and `numbers` as program.cc takes them."""
+        """`params` and `numbers` as program_decode.cc takes them."""
         p = self.params
         if self.op in ("conv", "conv_int8"):
             pattern: Any = self.pattern
@@ -178,7 +178,7 @@ class Program:
         return [values[output] for output in self.outputs]
 
     def encode(self) -> dict[str, Any]:
-        """What program.cc decodes: `words`, the `numbers` and `gaps` that they point into, and the instruction sets."""
+        """What program_decode.cc decodes: `words`, the `numbers` and `gaps` that they point into, and the instruction sets."""
         words = [VERSION, len(self.inputs), len(self.steps), len(self.outputs), self.shared, self.chunk]
         for number, size in enumerate(self.inputs):
             words += [*size, number in self.uint8]
