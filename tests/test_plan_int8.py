@@ -199,6 +199,16 @@ def test_what_is_refused(planned, tmp_path):
     assert "its inputs are 0 in all examples" in plan.layers[0].reason
 
 
+def test_a_layer_whose_outputs_are_zero_is_planned():
+    """Weights, none of which meets an input that is not 0: nothing to round its outputs by."""
+    conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    conv.kernel.set_value(conv.kernel[...].at[:, :, 4:].set(0))
+    x = np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float32)
+    x[..., :4] = 0
+    (row,) = sparseflax.plan(nnx.Sequential(conv, nnx.relu), x[:2], HERE, precision="int8", examples=x).layers
+    assert row.inputs is not None and row.outputs is None
+
+
 def test_a_layer_that_loses_too_much_stays_float32(monkeypatch):
     monkeypatch.setattr("sparseflax.network.ranges.ERROR", 1e-6)
     plan = sparseflax.plan(net(), inputs(2), HERE, precision="int8", examples=inputs(20))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+from sparseflax.conv.int8 import LANES
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import conv_seconds
 from sparseflax.cost.shape import ConvShape
 
-LANES = 4  # weights in a word, and bytes of a float32 over those of a uint8
 # Cycles of a word over those of a float32 weight where the machine does not say: with AVX2 alone, so that no gain is promised
 # that may not be there.
 USUAL = 2.3
@@ -42,5 +42,6 @@ def _words(machine: Machine) -> Machine:
     if machine.fitted is None:
         return replace(machine, alpha=machine.alpha * ratio)
     sparse = machine.fitted.sparse
-    sparse = sparse._replace(fma=sparse.fma * ratio, spill=sparse.spill * ratio, output_bytes=sparse.output_bytes / LANES)
+    output_bytes = sparse.output_bytes / 4  # one for each float32
+    sparse = sparse._replace(fma=sparse.fma * ratio, spill=sparse.spill * ratio, output_bytes=output_bytes)
     return replace(machine, fitted=replace(machine.fitted, sparse=sparse))

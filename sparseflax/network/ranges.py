@@ -95,9 +95,8 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
     rounded: dict[str, Rounded] = {}
 
     def see_error(path: str, layer: Any) -> Callable[[Any, Any], None]:
-        try:
-            inputs = _holding(ranges[path])
-        except ValueError:
+        inputs = _holding(ranges[path])
+        if inputs is None:
             rounded[path] = Rounded(None, None, (), "float32: its inputs are 0 in all examples, or it does not run")
             return lambda *_: None
         int8 = (Int8Conv if isinstance(layer, nnx.Conv) else Int8Dense)(layer, inputs)
@@ -127,8 +126,10 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
     return rounded
 
 
-def _holding(ranges: list[tuple[float, float]]) -> Quantization:
-    """Of all these ranges; raises ValueError where there are none, or all are 0."""
+def _holding(ranges: list[tuple[float, float]]) -> Quantization | None:
+    """What holds all these ranges; None where there are none, or all are 0."""
+    if not any(map(any, ranges)):
+        return None
     return Quantization.of_range(min(low for low, _ in ranges), max(high for _, high in ranges))
 
 
