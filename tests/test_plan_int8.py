@@ -199,6 +199,28 @@ def test_what_is_refused(planned, tmp_path):
     assert "its inputs are 0 in all examples" in plan.layers[0].reason
 
 
+class Refused(nnx.Module):
+    """A layer that the call reads elsewhere as well, one of another dtype, and one that can run in eight bits."""
+
+    def __init__(self, rngs):
+        self.first, self.second, self.third = (nnx.Conv(8, 8, (3, 3), dtype=dtype, rngs=rngs)
+                                               for dtype in (jnp.float32, jnp.float32, jnp.bfloat16))
+
+    def __call__(self, x):
+        x = nnx.relu(self.second(nnx.relu(self.first(x)))) * self.second.kernel[...].sum()
+        return self.third(x).astype(jnp.float32)
+
+
+def test_layers_that_have_to_stay_as_they_are_do():
+    model, x = Refused(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float32)
+    plan = sparseflax.plan(model, x[:2], HERE, precision="int8", examples=x)
+    rows = {row.path: row for row in plan.layers}
+    assert rows["first"].inputs is not None and rows["second"].inputs is None and rows["third"].inputs is None
+    assert "uses its kernel elsewhere" in rows["second"].reason and "only float32" in rows["third"].reason
+    y, want = sparseflax.pack_model(model, plan)(x[:2]), model(x[:2])
+    assert np.linalg.norm(y - want) < 0.05 * np.linalg.norm(want)
+
+
 def test_a_layer_whose_outputs_are_zero_is_planned():
     """Weights, none of which meets an input that is not 0: nothing to round its outputs by."""
     conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))

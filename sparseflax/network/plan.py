@@ -55,6 +55,7 @@ class LayerPlan:
         float32.
       error: relative error of its outputs in eight bits on the examples; None where it was not measured.
       correction: of its bias in eight bits, one for each output channel.
+      open: whether it can become sparse, and is not so already.
     """
 
     path: str
@@ -75,6 +76,7 @@ class LayerPlan:
     outputs: Quantization | None = None
     error: float | None = None
     correction: tuple[float, ...] = ()
+    open: bool = True
 
     @property
     def seconds(self) -> float:
@@ -213,8 +215,8 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     if any(row.choice == "sparse" for row in rows):  # what stays with XLA would cut their program
         rows = [_choose(layer, machine, native, joining=layer.convolution) for layer in layers.values()]
     if measure and ffi.available:
-        open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows if row.shape and row.sparse_seconds
-                     and layers[row.path].refusal is None and isinstance(layers[row.path].kernel, np.ndarray)}
+        open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows
+                     if row.open and row.shape and row.sparse_seconds}
         times = time_layers(open_rows, seconds)
         # Other programs may have disturbed what nobody expected: that is timed again, and longer.
         unlike = {row.path for row in rows
@@ -231,7 +233,7 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
 def in_eight_bits(plan: Plan, model: Any, examples: Any, faster: bool = False, **call: Any) -> Plan:
     """A plan in float32 with layers in eight bits, where that loses little and, if asked for, is predicted to be faster."""
     norms = {row.path: row.norm for row in plan.layers
-             if (row.choice == "sparse" or row.sparse_seconds is not None) and row.shape is not None and row.shape.layers == 1}
+             if row.open and row.sparse_seconds and row.shape and row.shape.layers == 1}
     layers = round_layers(model, norms, examples, **call)
     rows = [_in_int8(row, layers[row.path], plan.machine, faster) if row.path in layers else row for row in plan.layers]
     return replace(plan, layers=tuple(rows))
@@ -280,7 +282,8 @@ def _choose(layer: Layer, machine: Machine, native: bool, joining: bool = False)
         if dense < MARGIN * sparse or density == 1:
             reason += ", in one program with the others"
     return LayerPlan(layer.path, layer.kind, tuple(kernel.shape), shape, density, choice,
-                     machine.isa if choice == "sparse" else "xla", dense, sparse, layer.norm, reason)
+                     machine.isa if choice == "sparse" else "xla", dense, sparse, layer.norm, reason,
+                     open=not packed and layer.refusal is None)
 
 
 def _confirm(row: LayerPlan, times: Measured, machine: Machine) -> LayerPlan:
