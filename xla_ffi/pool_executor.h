@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "sparse_conv.h"
@@ -19,9 +20,11 @@ namespace sparseflax {
 using Clock = std::chrono::steady_clock;
 
 // How long a thread stays awake for the next loop, or for the end of its own. To wake one that sleeps takes 10 us on bare
-// metal, and on a virtual machine 45 us, of which its caller pays 15: as much as a small convolution. Convolutions of one
-// network follow each other faster than this.
-constexpr auto kLinger = std::chrono::microseconds(100);
+// metal, and on a virtual machine 45 us, of which its caller pays 15: as much as a small convolution. Worse, it is often woken
+// where its caller runs, and waits there for milliseconds: a network of 300 small steps took 8.5 ms or 14 on two threads when
+// this was 100 us, as its next call came later than that.
+constexpr auto kLinger = std::chrono::microseconds(1000);
+constexpr auto kYield = std::chrono::microseconds(10);  // of waiting, after which others are let run
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -29,16 +32,25 @@ inline void Pause() {
 #endif
 }
 
-// True as soon as `ready` is, false once `end` has passed.
+// True as soon as `ready` is, false once `end` has passed. Who waits may keep from the processor the very thread that it waits for,
+// for milliseconds, with another processor idle. So it lets others run, and where one did, sleeps for a moment: who wakes up is
+// given an idle processor.
 template <typename Ready>
 bool AwakeUntil(Clock::time_point end, const Ready& ready) {
-  for (;;) {
+  for (Clock::time_point now = Clock::now(), next = now + kYield; now < end;) {
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
       Pause();
     }
-    if (Clock::now() >= end) return ready();
+    now = Clock::now();
+    if (now < next) continue;
+    std::this_thread::yield();
+    const Clock::time_point back = Clock::now();
+    if (back - now > kYield) std::this_thread::sleep_for(std::chrono::microseconds(1));
+    now = Clock::now();
+    next = now + kYield;
   }
+  return ready();
 }
 
 // One loop whose items are claimed one by one by whoever comes. `f` is touched only after a live item was claimed, while
@@ -69,74 +81,114 @@ class Loop {
       std::unique_lock<std::mutex> lock(mutex_);
       all_done_.wait(lock, ready);
     }
-    ended_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  }
+
+  void Rethrow() {
     std::lock_guard<std::mutex> lock(mutex_);
     if (error_) std::rethrow_exception(error_);
   }
 
-  // When a thread that came for this loop stops hoping for the next.
-  Clock::time_point Hope() const {
-    const Clock::rep ended = ended_.load(std::memory_order_relaxed);
-    return (ended == 0 ? Clock::now() : Clock::time_point(Clock::duration(ended))) + kLinger;
-  }
+  // The lobby's, under its lock: threads that it gave the loop to and that were not back when it ended.
+  int64_t helpers = 0;
+  bool ended = false;
 
  private:
   const int64_t n_;
   const std::function<void(int64_t)>* const f_;
   std::atomic<int64_t> next_{0}, done_{0};
-  std::atomic<Clock::rep> ended_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
   std::exception_ptr error_;
 };
 
-// Threads that have worked on a loop and are still awake.
+// Where threads that are awake and loops that want help meet.
 class Lobby {
  public:
-  // Works on `loop`, then on what it is called to, until nobody has called for a while.
-  void Serve(std::shared_ptr<Loop> loop) {
-    while (loop != nullptr) {
-      loop->Work();
-      loop = Next(loop->Hope());
-    }
-  }
-
-  // Gives `loop` to at most `wanted` threads; returns to how many.
+  // Asks `wanted` threads to help with a loop; returns for how many a pool is to be asked. Those that are on their way already
+  // will do: who was asked for and has not begun, or is not back from a loop that has ended. More of them would take the
+  // processors from those that work.
   int64_t Call(const std::shared_ptr<Loop>& loop, int64_t wanted) {
     std::lock_guard<std::mutex> lock(mutex_);
-    int64_t called = 0;
-    for (; called < wanted && !waiting_.empty(); ++called) {
+    for (; wanted > 0 && !waiting_.empty(); --wanted) {
       Waiter* const waiter = waiting_.back();
       waiting_.pop_back();
       waiter->loop = loop;
+      ++loop->helpers;
       waiter->called.store(true, std::memory_order_release);
     }
-    return called;
+    if (wanted == 0) return 0;
+    open_.push_back({loop, wanted});
+    const int64_t more = std::max<int64_t>(0, wanted - asked_ - late_);
+    asked_ += more;
+    return more;
+  }
+
+  void End(const std::shared_ptr<Loop>& loop) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    open_.erase(std::remove_if(open_.begin(), open_.end(), [&](const Open& each) { return each.loop == loop; }), open_.end());
+    loop->ended = true;
+    late_ += loop->helpers;
+    ended_ = Clock::now();
+  }
+
+  // Somebody who was asked for: works on whatever wants help, until nothing has for a while.
+  void Serve() {
+    std::shared_ptr<Loop> loop = Next(nullptr);
+    while (loop != nullptr) {
+      loop->Work();
+      loop = Next(std::move(loop));
+    }
+  }
+
+  // Somebody who was asked for will not come.
+  void Cancel() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    --asked_;
   }
 
  private:
+  struct Open {
+    std::shared_ptr<Loop> loop;
+    int64_t wanted;
+  };
   struct Waiter {
     std::shared_ptr<Loop> loop;
     std::atomic<bool> called{false};
   };
 
-  std::shared_ptr<Loop> Next(Clock::time_point end) {
-    if (Clock::now() >= end) return nullptr;
+  // The next loop of a thread that comes from another, or, from none, was asked for.
+  std::shared_ptr<Loop> Next(std::shared_ptr<Loop> before) {
     Waiter self;
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      if (before == nullptr) --asked_;
+      else if (before->ended) --late_;
+      else --before->helpers;
+      if (!open_.empty()) {
+        const std::shared_ptr<Loop> loop = open_.back().loop;
+        if (--open_.back().wanted == 0) open_.pop_back();
+        ++loop->helpers;
+        return loop;
+      }
       waiting_.push_back(&self);
     }
-    if (!AwakeUntil(end, [&] { return self.called.load(std::memory_order_acquire); })) {
+    for (;;) {
+      const auto called = [&] { return self.called.load(std::memory_order_acquire); };
+      if (AwakeUntil(Clock::now() + kLinger / 4, called)) return std::move(self.loop);
       std::lock_guard<std::mutex> lock(mutex_);
+      if (self.loop != nullptr) return std::move(self.loop);
+      if (Clock::now() < ended_ + kLinger) continue;
       waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &self), waiting_.end());
-      // Whoever called in between has taken it off the list, under the lock.
+      return nullptr;
     }
-    return std::move(self.loop);
   }
 
   std::mutex mutex_;
   std::vector<Waiter*> waiting_;
+  std::vector<Open> open_;                // loops that want more help
+  int64_t asked_ = 0;                     // threads that a pool was asked for and that have not begun
+  int64_t late_ = 0;                      // threads that are not back from a loop that has ended
+  Clock::time_point ended_ = Clock::now();  // the last loop
 };
 
 // `Pool` has num_threads() and Schedule(std::function<void()>). The caller claims items too and waits only for those that
@@ -148,17 +200,36 @@ class PoolExecutor final : public Executor {
   int64_t threads() const override { return std::max<int64_t>(1, pool_.num_threads()); }
 
   void For(int64_t n, const std::function<void(int64_t)>& f) override {
-    static Lobby* const lobby = new Lobby;  // never destroyed: a thread may linger while the process ends
     const auto loop = std::make_shared<Loop>(n, f);
-    const int64_t wanted = std::min(n, threads()) - 1;
-    for (int64_t called = lobby->Call(loop, wanted); called < wanted; ++called) {
-      pool_.Schedule([loop] { lobby->Serve(loop); });
+    for (int64_t more = lobby().Call(loop, std::min(n, threads()) - 1); more > 0; --more) {
+      pool_.Schedule([ticket = std::make_shared<Ticket>()] { ticket->Use(); });
     }
     loop->Work();
     loop->Wait();
+    lobby().End(loop);
+    loop->Rethrow();
   }
 
  private:
+  // A pool that ends may drop what was scheduled.
+  class Ticket {
+   public:
+    void Use() {
+      used_ = true;
+      lobby().Serve();
+    }
+    ~Ticket() {
+      if (!used_) lobby().Cancel();
+    }
+
+   private:
+    bool used_ = false;
+  };
+  static Lobby& lobby() {
+    static Lobby* const all = new Lobby;  // never destroyed: a thread may linger while the process ends
+    return *all;
+  }
+
   Pool& pool_;
 };
 
