@@ -144,22 +144,22 @@ def doubled(x):
 doubled.defjvp(lambda primals, tangents: (2 * primals[0], 5 * tangents[0]))
 
 LEFT = {
-    "another use": (lambda x: (lambda y: (nnx.relu(y), y))(conv(x)), [(False, False, None)], {"max": 1}),
+    "another use": (lambda x: (lambda y: (nnx.relu(y), y))(conv(x)), [(False, False, None)], {"clamp": 1}),
     "twice itself": (lambda x: (lambda y: y + y)(conv(x)), [(False, False, None)], {"add": 1}),
     "twice in a call": (lambda x: jax.jit(lambda y: y + y)(conv(x)), [(False, False, None)], {"add": 1}),
     "after the activation": (lambda x: nnx.relu(conv(x)) + x, [(False, False, "relu")], {"add": 1}),
     "second residual": (lambda x: conv(x) + x + 2 * x, [(False, True, None)], {"add": 1}),
     "second bias": (lambda x: (conv(x) + BIAS.reshape(1, 1, 1, -1)) + BIAS.reshape(1, 1, 1, -1), [(True, False, None)],
                     {"add": 1}),
-    "a number": (lambda x: conv(x) + 1, [(False, False, None)], {"add": 1}),
+    "a number": (lambda x: conv(x) + 1, [(False, False, None)], {"clamp": 1}),
     "per row": (lambda x: conv(x) + x[:1, :, :1], [(False, False, None)], {"add": 1}),
     "per image": (lambda x: conv(x[:1]) + x, [(False, False, None)], {"add": 1}),
     "per channel, moved": (lambda x: conv(x).reshape(2, 8, 36) + jnp.ones((1, 1, 36)), [(False, False, None)], {"add": 1}),
-    "max with 1": (lambda x: jnp.maximum(conv(x), 1), [(False, False, None)], {"max": 1}),
+    "max with 1": (lambda x: jnp.maximum(conv(x), 1), [(False, False, None)], {"clamp": 1}),
     "max with an array": (lambda x: jnp.maximum(conv(x), x), [(False, False, None)], {"max": 1}),
-    "clip at 5": (lambda x: jnp.clip(conv(x), 0, 5), [(False, False, "relu")], {"min": 1}),
-    "min first": (lambda x: jnp.minimum(conv(x), 6), [(False, False, None)], {"min": 1}),
-    "max of relu6": (lambda x: jnp.maximum(nnx.relu6(conv(x)), 0), [(False, False, "relu6")], {"max": 1}),
+    "clip at 5": (lambda x: jnp.clip(conv(x), 0, 5), [(False, False, "relu")], {"clamp": 1}),
+    "min first": (lambda x: jnp.minimum(conv(x), 6), [(False, False, None)], {"clamp": 1}),
+    "max of relu6": (lambda x: jnp.maximum(nnx.relu6(conv(x)), 0), [(False, False, "relu6")], {"clamp": 1}),
     "traced bound": (lambda x: jnp.maximum(conv(x), 0 * x[0, 0, 0, 0]), [(False, False, None)], {"max": 1}),
     "leaky": (lambda x: nnx.leaky_relu(conv(x)), [(False, False, None)], {"leaky": 1}),
     "scan": (lambda x: jax.lax.scan(lambda c, _: (nnx.relu(conv(c)), None), x, None, length=1)[0],
@@ -176,6 +176,67 @@ def test_what_cannot_join_stays(f, wanted, kept):
     assert epilogues(fuse(f), X) == wanted
     assert kept.items() <= names(fuse(f), X).items()
     agrees(f, X)
+
+
+TRANSPOSED = jnp.asarray(reference.integers(DRAW, 2, 3, 8, 5))
+UPSAMPLED = {
+    "jnp.repeat": (lambda x: jnp.repeat(jnp.repeat(conv(x), 2, axis=1), 3, axis=2), (2, 3)),
+    "jax.image.resize": (lambda x: jax.image.resize(conv(x), (2, 18, 6, 8), "nearest"), (3, 1)),
+    "depth to space": (lambda x: conv(x).reshape(2, 6, 6, 2, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(2, 12, 12, 2), (2, 2)),
+    "transposed convolution": (lambda x: jax.lax.conv_transpose(conv(x), TRANSPOSED, (2, 3), "VALID", dimension_numbers=NHWC),
+                               (2, 3)),
+}
+
+
+@pytest.mark.parametrize("f, factors", UPSAMPLED.values(), ids=UPSAMPLED)
+def test_larger_images_are_a_step(f, factors):
+    assert [step.params for step in steps(fuse(f), X) if step.op == "upsample"] == [factors]
+    assert names(fuse(f), X)["sparse_program"] == 1 and "conv_general_dilated" not in names(fuse(f), X)
+    agrees(f, X)
+
+
+NOT_UPSAMPLED = {
+    "jnp.tile": lambda x: jnp.tile(conv(x), (1, 2, 1, 1)),
+    "another order of blocks": lambda x: conv(x).reshape(2, 6, 6, 2, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(2, 12, 12, 2),
+    "no whole number": lambda x: jax.image.resize(conv(x), (2, 9, 6, 8), "nearest"),
+    "rows that are drawn": lambda x: conv(x)[:, jnp.argsort(x[0, :, 0, 0])],
+    "overlapping blocks": lambda x: jax.lax.conv_transpose(conv(x), TRANSPOSED, (1, 3), "VALID", dimension_numbers=NHWC),
+}
+
+
+@pytest.mark.parametrize("f", NOT_UPSAMPLED.values(), ids=NOT_UPSAMPLED)
+def test_other_larger_images_are_none(f):
+    assert "upsample" not in names(fuse(f), X)
+    agrees(f, X)
+
+
+LINES = {  # what is done, and the (scale, shift, low, high) of its steps
+    "hard sigmoid": (lambda y: jnp.clip(y + 4, 0, 8) / 8, [(0.125, 0.5, 0.0, 1.0)]),
+    "scaled first": (lambda y: jnp.clip(0.25 * y + 0.5, 0, 1), [(0.25, 0.5, 0.0, 1.0)]),
+    "subtracted": (lambda y: 2 - y, [(-1.0, 2.0, -np.inf, np.inf)]),
+    "turned round": (lambda y: -2 * jnp.minimum(y, 3), [(1.0, 0.0, -np.inf, 3.0), (-2.0, 0.0, -np.inf, np.inf)]),
+    "two sums": (lambda y: (y + 16) - 16, [(1.0, 16.0, -np.inf, np.inf), (1.0, -16.0, -np.inf, np.inf)]),
+    "bounds that cross": (lambda y: jnp.minimum(jnp.maximum(y, 3), 1), [(1.0, 0.0, 3.0, np.inf), (1.0, 0.0, -np.inf, 1.0)]),
+    "read twice": (lambda y: (lambda z: z * 2 + z)(y + 1), [(1.0, 1.0, -np.inf, np.inf), (2.0, 0.0, -np.inf, np.inf)]),
+    "an array of one number": (lambda y: y * np.full((1, 1, 1, 1), 0.5, np.float32), [(0.5, 0.0, -np.inf, np.inf)]),
+}
+
+
+@pytest.mark.parametrize("f, wanted", LINES.values(), ids=LINES)
+def test_arithmetic_with_numbers_is_a_line_between_bounds(f, wanted):
+    found = [step.numbers for step in steps(fuse(lambda x: f(conv(x))), X) if step.params == ("clamp",)]
+    assert found == wanted
+    agrees(lambda x: f(conv(x)), X)
+
+
+def test_a_number_that_is_traced():
+    def f(x, scale, shift):
+        return conv(x) * scale + shift
+
+    scale, shift = jnp.asarray(3.0), jnp.full((1, 1, 1, 1), 2.0)
+    assert [step.params for step in steps(fuse(f), X, scale, shift) if step.op == "combine"] == [
+        ("mul", "scalar", False), ("add", "scalar", False)]
+    agrees(f, X, scale, shift)
 
 
 def test_nan_and_inf_propagate_alike():

@@ -45,7 +45,10 @@ STEPS = {
        for name in BINARY if name != "div"},
     "number": lambda h, w, c: (Step("combine", (h, w, c), (0,), (), ("sub", "number", True), (3.0,)), 1, ()),
     "channel": lambda h, w, c: (Step("combine", (h, w, c), (0,), (0,), ("mul", "channel", False)), 1, ((c,),)),
-    "clamp": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("clamp",), (-1.0, 2.0)), 1, ()),
+    "scalar": lambda h, w, c: (Step("combine", (h, w, c), (0,), (0,), ("sub", "scalar", True)), 1, ((1,),)),
+    "repeated": lambda h, w, c: (Step("upsample", (3 * h, 2 * w, c), (0,), (), (3, 2)), 1, ()),
+    "blocks": lambda h, w, c: (Step("upsample", (c * h, w, 1), (0,), (), (c, 1)), 1, ()),
+    "clamp": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("clamp",), (0.5, 0.25, -1.0, 2.0)), 1, ()),
     "leaky": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("leaky",), (0.25, 0.0)), 1, ()),
     "square": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("square",), (0.0, 0.0)), 1, ()),
     "neg": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("neg",), (0.0, 0.0)), 1, ()),
@@ -110,8 +113,8 @@ def test_what_is_not_finite(name):
     check(one(Step("combine", (1, 6, 6), (0, 1), (), (name, "same", False)), (1, 6, 6), (1, 6, 6)), [a, b])
     window = Window((1, 1), ((0, 0), (1, 1)), (1, 1))
     check(one(Step("pool", (1, 6, 6), (0,), (), (name == "max", (1, 3), window)), (1, 6, 6)), [a])
-    for function in ("clamp", "leaky", "power"):
-        check(one(Step("map", (1, 6, 6), (0,), (), (function,), (0.5, 6.0)), (1, 6, 6)), [a])
+    for function, numbers in (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0))):
+        check(one(Step("map", (1, 6, 6), (0,), (), (function,), numbers), (1, 6, 6)), [a])
     y = run_program(one(Step("map", (1, 6, 6), (0,), (), ("logistic",), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
     np.testing.assert_allclose(y, jax.nn.sigmoid(a), atol=2.0**-24)
 
@@ -145,12 +148,12 @@ def programs(draw):
         h, w, c = sizes[x]
         alike = [i for i, size in enumerate(sizes) if size == (h, w, c)]
         beside = [i for i, size in enumerate(sizes) if size[:2] == (h, w)]
-        op = draw(st.sampled_from(["combine", "map", "concat", "reshape", "slice", "pool", "image", "conv"]))
+        op = draw(st.sampled_from(["combine", "map", "concat", "reshape", "slice", "pool", "image", "conv", "upsample"]))
         if op == "combine":
             other = draw(st.sampled_from(alike))
             step = Step("combine", (h, w, c), (x, other), (), (draw(st.sampled_from(["add", "sub", "max"])), "same", False))
         elif op == "map":
-            step = Step("map", (h, w, c), (x,), (), ("clamp",), (-9.0, 9.0))
+            step = Step("map", (h, w, c), (x,), (), ("clamp",), (1.0, -0.0, -9.0, 9.0))
         elif op == "concat":
             args = (x, *draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2)))
             step = Step("concat", (h, w, sum(sizes[arg][2] for arg in args)), args)
@@ -161,6 +164,9 @@ def programs(draw):
             step = Step("window", (h, w, draw(st.integers(1, c - low))), (x,), (), (0, 0, low), (0.0,))
         elif op == "pool":
             step = Step("pool", (1, 1, c), (x,), (), (True, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1))))
+        elif op == "upsample":
+            fw = draw(st.sampled_from([f for f in (1, 2, 5) if f == 2 or c % f == 0]))
+            step = Step("upsample", (h, fw * w, c if fw == 2 else c // fw), (x,), (), (1, fw))
         elif op == "image" and (1, 1, c) in sizes:
             step = Step("combine", (h, w, c), (x, sizes.index((1, 1, c))), (), ("max", "image", False))
         elif op == "conv" and c == 5:

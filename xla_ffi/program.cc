@@ -49,6 +49,22 @@ void CopyWindow(const ImageOf<T>& x, const ImageOf<T>& y, const std::vector<int6
   }
 }
 
+template <typename T>
+void UpsampleRows(const Upsample<T>& d, int64_t row, int64_t end) {
+  const bool blocks = d.x.c != d.y.c;
+  for (; row < end; ++row) {
+    const int64_t image = row / d.y.h, i = row % d.y.h, block = blocks ? i % d.fh * d.fw : 0;
+    const T* x = d.x.Row(image * d.x.h + i / d.fh);
+    T* y = d.y.Row(row);
+    for (int64_t j = 0; j < d.x.w; ++j, x += d.x.pixel) {
+      for (int64_t b = 0; b < d.fw; ++b, y += d.y.pixel) {
+        const T* from = x + (blocks ? (block + b) * d.y.c : 0);
+        std::copy(from, from + d.y.c, y);
+      }
+    }
+  }
+}
+
 // A value, all of it, whatever its type; or a slot for a strip of it.
 struct Whole {
   Image image;
@@ -170,7 +186,7 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
       for (const Work& work : works) {
         const Step& step = work.step;
         const std::vector<int64_t>& p = step.params;
-        const auto number = [&](size_t i) { return step.numbers.empty() ? 0.0f : step.numbers[i]; };
+        const auto number = [&](size_t i) { return i < step.numbers.size() ? step.numbers[i] : 0.0f; };
         const Image x = work.x.Strip<float>(row, j, count), y = work.y.Strip<float>(row, j, count);
         switch (step.op) {
           case Op::kQuantize:
@@ -179,14 +195,15 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
           case Op::kDequantize:
             loops.dequantize({work.x.Strip<uint8_t>(row, j, count), y, number(0), static_cast<int32_t>(number(1))}, 0, 1);
             break;
-          case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), number(0), number(1)}, 0, 1); break;
+          case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), number(0), number(1), number(2), number(3)}, 0, 1); break;
           case Op::kChannelSum: loops.channel_sum({x, y, p[0], p[1]}, 0, 1); break;
           default: {
             const Other kind = static_cast<Other>(p[1]);
             Image b = work.b.Strip<float>(row, j, count);
             if (kind == Other::kImage && !work.b.slot) b.data = work.b.image.data + row / h * work.b.image.pixel;
-            const float* const channel = kind == Other::kChannel ? static_cast<const float*>(call.shared[static_cast<size_t>(step.shared[0])]) : nullptr;
-            loops.combine({x, y, static_cast<Binary>(p[0]), kind, p[2] != 0, b, channel, number(0)}, 0, 1);
+            const float* const shared = step.shared.empty() ? nullptr : static_cast<const float*>(call.shared[static_cast<size_t>(step.shared[0])]);
+            const bool scalar = kind == Other::kScalar;
+            loops.combine({x, y, static_cast<Binary>(p[0]), scalar ? Other::kNumber : kind, p[2] != 0, b, shared, scalar ? *shared : number(0)}, 0, 1);
           }
         }
       }
@@ -252,6 +269,12 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
           if (!bytes) return CopyWindow(x, y, p, step.numbers[0], row, end);
           CopyWindow(At<uint8_t>(call, step.args[0]), At<uint8_t>(call, result), p, static_cast<uint8_t>(step.numbers[0]), row, end);
+        });
+        break;
+      case Op::kUpsample:
+        spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
+          if (!bytes) return UpsampleRows<float>({x, y, p[0], p[1]}, row, end);
+          UpsampleRows<uint8_t>({At<uint8_t>(call, step.args[0]), At<uint8_t>(call, result), p[0], p[1]}, row, end);
         });
         break;
       case Op::kConcat: {

@@ -7,7 +7,7 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 // Reads words in order; 0 and `ended` past the end.
 struct Reader {
@@ -117,7 +117,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
   const std::vector<int64_t>& p = step.params;
   std::vector<const Value*> x;
   for (const int64_t arg : step.args) x.push_back(&values_[static_cast<size_t>(arg)]);
-  const bool moves = step.op == Op::kPool || step.op == Op::kWindow || step.op == Op::kConcat || step.op == Op::kReshape;
+  const bool moves = step.op == Op::kPool || step.op == Op::kWindow || step.op == Op::kConcat || step.op == Op::kReshape || step.op == Op::kUpsample;
   const bool takes_bytes = step.op == Op::kConvInt8 || step.op == Op::kDequantize;
   for (const Value* each : x) {
     if (moves ? each->type != x[0]->type : (each->type == Type::kUint8) != takes_bytes) return "its images have the wrong type";
@@ -187,13 +187,14 @@ std::string Program::CheckStep(const Step& step, Value* result) {
         case Other::kSame: return counts(2, 0, 3, 0) && same(*x[1], y) ? "" : wrong;
         case Other::kNumber: return counts(1, 0, 3, 1) ? "" : wrong;
         case Other::kChannel: return counts(1, 1, 3, 0) && operand(0, y.c) ? "" : wrong;
+        case Other::kScalar: return counts(1, 1, 3, 0) && operand(0, 1) ? "" : wrong;
         case Other::kImage: return counts(2, 0, 3, 0) && x[1]->h == 1 && x[1]->w == 1 && x[1]->c == y.c ? "" : wrong;
       }
       return "malformed";
     }
     case Op::kMap:  // op
       if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kPower)) return "malformed";
-      return counts(1, 0, 1, 2) && same(*x[0], y) ? "" : wrong;
+      return counts(1, 0, 1, static_cast<Unary>(p[0]) == Unary::kClamp ? 4 : 2) && same(*x[0], y) ? "" : wrong;
     case Op::kWindow:  // y[i,j,c] = x[i + p0, j + p1, c + p2], or a number outside
       if (p.size() != 3 || std::max({std::abs(p[0]), std::abs(p[1]), std::abs(p[2])}) > kMost) return "malformed";
       return counts(1, 0, 3, 1) && (!bytes || zero(step.numbers[0])) ? "" : wrong;
@@ -206,6 +207,11 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       return counts(x.size(), 0, 0, 0) && channels == y.c ? "" : wrong;
     }
     case Op::kReshape: return counts(1, 0, 0, 0) && x[0]->size() == y.size() ? "" : wrong;
+    case Op::kUpsample: {  // fh, fw
+      if (p.size() != 2 || std::min(p[0], p[1]) < 1 || std::max(p[0], p[1]) > y.h * y.w) return "malformed";
+      const bool sizes = counts(1, 0, 2, 0) && x[0]->h * p[0] == y.h && x[0]->w * p[1] == y.w;
+      return sizes && (x[0]->c == y.c || x[0]->c == p[0] * p[1] * y.c) ? "" : wrong;
+    }
     case Op::kQuantize:  // 1 / scale, zero
     case Op::kDequantize:  // scale, zero
       return counts(1, 0, 0, 2) && same(*x[0], y) && step.numbers[0] > 0 && zero(step.numbers[1]) ? "" : wrong;

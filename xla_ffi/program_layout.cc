@@ -104,11 +104,24 @@ void Program::Cut() {
   for (const Value& value : values_) {
     if (value.parent >= 0) elsewhere[static_cast<size_t>(value.parent)] = true;
   }
+  std::vector<size_t> last(values_.size());  // step that reads it
   for (size_t i = 0; i < steps_.size(); ++i) {
-    Value& value = values_[i + static_cast<size_t>(inputs_)];
-    if (Pixelwise(i) && value.parent < 0 && value.place != Place::kOutput && !elsewhere[i + static_cast<size_t>(inputs_)]) {
-      value.place = Place::kSlot;
+    for (const int64_t arg : steps_[i].args) last[static_cast<size_t>(arg)] = i;
+  }
+  std::vector<std::pair<size_t, int64_t>> taken;  // slots of a group: when what is in one was read last, and which
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const size_t y = i + static_cast<size_t>(inputs_);
+    Value& value = values_[y];
+    if (steps_[i].begin == i) taken.clear();
+    if (!Pixelwise(i) || value.parent >= 0 || value.place == Place::kOutput || elsewhere[y]) continue;
+    value.place = Place::kSlot;
+    const auto free = std::find_if(taken.begin(), taken.end(), [i](const auto& slot) { return slot.first < i; });
+    if (free != taken.end()) {
+      free->first = last[y];
+      value.offset = free->second;
+    } else {
       value.offset = steps_[steps_[i].begin].slots++;
+      taken.push_back({last[y], value.offset});
     }
   }
 }

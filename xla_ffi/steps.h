@@ -45,8 +45,9 @@ struct ChannelSum {
 };
 
 enum class Binary : int64_t { kAdd, kSub, kMul, kDiv, kMax, kMin };
-// What the second operand is: a value like the first, a number, one for each channel of all images, one for each channel of an image.
-enum class Other : int64_t { kSame, kNumber, kChannel, kImage };
+// What the second operand is: a value like the first, a number, one for each channel of all images, one for each channel of an image,
+// a number that is an operand.
+enum class Other : int64_t { kSame, kNumber, kChannel, kImage, kScalar };
 
 // y = op(a, b), or op(b, a) if `swapped`
 struct Combine {
@@ -56,16 +57,23 @@ struct Combine {
   bool swapped;
   Image b;               // kSame, kImage
   const float* channel;  // kChannel
-  float number;          // kNumber
+  float number;          // kNumber, which a kScalar is by now
+};
+
+// y[i,j,c] = x[i / fh, j / fw, c], or, where x has fh * fw times the channels, x[i / fh, j / fw, ((i % fh) * fw + j % fw) * channels + c]
+template <typename T>
+struct Upsample {
+  ImageOf<T> x, y;
+  int64_t fh, fw;
 };
 
 enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower };
 
-// y = op(x). kClamp: min(max(x, p), q); kLeaky: x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4
+// y = op(x). kClamp: min(max(p x + q, low), high), p of a normal size; kLeaky: x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4
 struct Map {
   Image x, y;
   Unary op;
-  float p, q;
+  float p, q, low, high;
 };
 
 // y = clamp(round(x * inverse), -zero, 255 - zero) + zero, to nearest, ties to even; of nan 0

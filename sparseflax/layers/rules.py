@@ -111,7 +111,7 @@ def masked(layer: Any, kernel: Any) -> Any:
 def pattern_for(shape: tuple[int, ...], groups: int, pattern: Pattern | None) -> Pattern:
     """`pattern`, checked against a kernel (kh, kw, ic / groups, oc) or (ic, oc); one that keeps every weight if it is None."""
     if pattern is None:
-        return _keep_all(shape, groups)
+        return keep_all(shape, groups)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern is a {type(pattern).__name__}, wanted a Pattern: take sparseflax.pack(mask).pattern, "
                         "with a float32 mask of the kernel's shape")
@@ -122,7 +122,8 @@ def pattern_for(shape: tuple[int, ...], groups: int, pattern: Pattern | None) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _keep_all(shape: tuple[int, ...], groups: int) -> Pattern:
+def keep_all(shape: tuple[int, ...], groups: int) -> Pattern:
+    """The pattern that keeps every weight."""
     return pack(np.ones(shape, np.float32), groups).pattern
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from sparseflax.conv.int8 import quantize_p
 from sparseflax.conv.int8_primitive import int8_conv_p
 from sparseflax.conv.primitive import conv_p
 from sparseflax.conv.window import Window, addressable
+from sparseflax.layers.rules import gather, keep_all
 from sparseflax.network import int8
 from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number
 
@@ -82,8 +84,14 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
         if not isinstance(x, Node) or x.shape != equation.outvars[0].aval.shape:
             continue
         shape, ones = np.shape(other), (1,) * (len(x.shape) - 2)
+        if isinstance(other, np.ndarray) and other.size == 1:
+            other = other.item()
         if is_number(other):
-            return region.node(equation, "combine", [x], params=(name, "number", swapped), numbers=[other])
+            line = _line(name, float(other), swapped)
+            return _clamped(region, equation, x, **line) if line else region.node(
+                equation, "combine", [x], params=(name, "number", swapped), numbers=[other])
+        if math.prod(shape) == 1 and not isinstance(other, Node):
+            return region.node(equation, "combine", [x], [jnp.reshape(other, 1)], (name, "scalar", swapped))
         if shape == x.shape:
             return region.node(equation, "combine", [x, other], params=(name, "same", swapped))
         if shape == (1, *ones, x.shape[-1]) and not isinstance(other, Node):
@@ -91,6 +99,28 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
         if ones and shape == (x.shape[0], *ones, x.shape[-1]):
             return region.node(equation, "combine", [x, other], params=(name, "image", swapped))
     return None
+
+
+def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
+    """An operation with a number as a line between two bounds; None for what is none, as a quotient by x."""
+    if not math.isfinite(number):
+        return None
+    if name == "div":
+        return {"scale": 1 / number} if not swapped and 2.0**-126 <= abs(number) <= 2.0**126 else None
+    if name == "sub":
+        return {"scale": -1.0, "shift": number} if swapped else {"shift": -number}
+    return {{"add": "shift", "mul": "scale", "max": "low", "min": "high"}[name]: number}
+
+
+def _clamped(region: Region, equation: Any, x: Node, scale: float = 1.0, shift: float = -0.0, low: float = -math.inf,
+             high: float = math.inf) -> Node | None:
+    """min(max(scale x + shift, low), high); of such a one that waits it makes one, where that adds no number to a number."""
+    if region.is_open(x, "map") and x.params == ("clamp",) and scale > 0 and 0 in (shift, x.numbers[1]):
+        first, second, below, above = x.numbers
+        numbers = scale * first, scale * second + shift, max(scale * below + shift, low), min(scale * above + shift, high)
+        if numbers[2] <= numbers[3] and 2.0**-126 <= abs(numbers[0]) <= 2.0**126:
+            return replace(x, numbers=numbers)
+    return region.node(equation, "map", [x], params=["clamp"], numbers=[scale, shift, low, high])
 
 
 def _max(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
@@ -112,7 +142,7 @@ def _clamp(region: Region, equation: Any, low: Any, x: Any, high: Any) -> Node |
         return None
     if region.is_open(x, *CONVOLUTIONS) and x.activation is None and low == 0 and high == 6:
         return replace(x, activation="relu6")
-    return region.node(equation, "map", [x], params=["clamp"], numbers=[low, high])
+    return _clamped(region, equation, x, low=float(low), high=float(high))
 
 
 def _not_negative(region: Region, equation: Any, x: Any, bound: Any) -> Node | None:
@@ -127,9 +157,9 @@ def _select(_, equation: Any, which: Any, below: Any, above: Any) -> Node | None
         return None
     if which.op != "negative" or which.args[0] is not above:
         return None
-    if below.op != "combine" or below.params[:2] != ("mul", "number") or below.args[0] is not above:
+    if below.params != ("clamp",) or below.numbers[1:] != (0, -math.inf, math.inf) or below.args[0] is not above:
         return None
-    return replace(below, op="map", params=("leaky",), numbers=(below.numbers[0], 0.0), read=1)
+    return replace(below, params=("leaky",), numbers=(below.numbers[0], 0.0), read=1)
 
 
 def _map(name: str) -> Callable[..., Node | None]:
@@ -158,12 +188,52 @@ def _reshape(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
 
 
 def _broadcast(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
-    """That adds dimensions of 1 and nothing else."""
+    """That adds dimensions of 1, or one that repeats the rows or the columns of images."""
     shape, at = equation.outvars[0].aval.shape, equation.params["broadcast_dimensions"]
-    added = [size for axis, size in enumerate(shape) if axis not in at]
-    if sizes or set(added) > {1} or tuple(shape[axis] for axis in at) != x.shape or at[:1] != (0,):
+    added = [axis for axis, size in enumerate(shape) if axis not in at and size != 1]
+    if sizes or tuple(shape[axis] for axis in at) != x.shape or at[:1] != (0,):
         return None
-    return region.again(x, shape)
+    if not added:
+        return region.again(x, shape)
+    if len(x.shape) == 4 and len(shape) == 5 and added in ([2], [3]):
+        return _repeat(region, equation, x, added[0] - 1, shape[added[0]])
+    return None
+
+
+def _gather(region: Region, equation: Any, x: Any, index: Any) -> Node | None:
+    """Of rows or columns that are repeated: how `jax.image.resize` takes the nearest."""
+    params = equation.params
+    numbers, taken = params["dimension_numbers"], params["slice_sizes"]
+    if not isinstance(x, Node) or len(x.shape) != 4 or not isinstance(index, np.ndarray) or index.shape[1:] != (1,):
+        return None
+    axes = [axis for axis, size in enumerate(taken) if size != x.shape[axis]]
+    if axes not in ([1], [2]) or not numbers.start_index_map == numbers.collapsed_slice_dims == tuple(axes) or (
+            numbers.offset_dims != tuple(axis for axis in range(4) if axis != axes[0])):
+        return None
+    factor, rest = divmod(len(index), x.shape[axes[0]])
+    return None if rest or not np.array_equal(index[:, 0], np.arange(len(index)) // max(factor, 1)) else _repeat(
+        region, equation, x, axes[0], factor)
+
+
+def _repeat(region: Region, equation: Any, x: Node, axis: int, factor: int) -> Node | None:
+    """Images (n, h, w, c) with their rows (axis 1) or columns (axis 2) repeated."""
+    (_, h, w, c), (fh, fw) = x.shape, (factor, 1) if axis == 1 else (1, factor)
+    size, source, factors = (fh * h, fw * w, c), x, (fh, fw)
+    if region.is_open(x, "upsample") and x.size == x.shape[1:] and np.shape(x.args[0])[3:] == (c,):
+        source, factors = x.args[0], (fh * x.params[0], fw * x.params[1])
+    return region.node(equation, "upsample", [source], params=factors, size=size)
+
+
+def _transpose(region: Region, equation: Any, x: Node) -> Node | None:
+    """That only moves dimensions of 1, or makes blocks of pixels of channels: (n, h, w, fh, fw, c) to (n, h, fh, w, fw, c)."""
+    order = equation.params["permutation"]
+    if order[0] == 0 and (moved := [axis for axis in order if x.shape[axis] != 1]) == sorted(moved):
+        return region.again(x, equation.outvars[0].aval.shape)
+    if order != (0, 1, 3, 2, 4, 5):
+        return None
+    n, h, w, fh, fw, c = x.shape
+    image = region.again(x, (n, h, w, fh * fw * c))
+    return image and region.node(equation, "upsample", [image], params=(fh, fw), size=(fh * h, fw * w, c))
 
 
 def _squeeze(region: Region, equation: Any, x: Any) -> Node | None:
@@ -202,18 +272,45 @@ def _reduce(region: Region, equation: Any, x: Any) -> Node | None:
     return region.node(equation, "pool", [x], params=(maximum, taps, window), size=(1, 1, x.shape[3]))
 
 
-def _depthwise(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:
+def _convolution(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:
+    """A dense one, if it is depthwise or transposed and follows a step."""
     params = equation.params
     layout, groups = params["dimension_numbers"], params["feature_group_count"]
     nhwc = layout.lhs_spec == layout.out_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
-    if not nhwc or not isinstance(x, Node) or isinstance(kernel, Node) or params["batch_group_count"] != 1 or params[
-            "lhs_dilation"] != (1, 1) or not groups == kernel.shape[3] == x.shape[3] or kernel.dtype != jnp.float32:
+    if not nhwc or not isinstance(x, Node) or isinstance(kernel, Node) or params["batch_group_count"] != 1 or (
+            kernel.dtype != jnp.float32):
+        return None
+    if params["lhs_dilation"] != (1, 1):
+        return _transposed(region, equation, x, kernel) if groups == 1 else None
+    if not groups == kernel.shape[3] == x.shape[3]:
         return None
     top_bottom, left_right = map(tuple, params["padding"])
     window = Window(tuple(params["window_strides"]), (top_bottom, left_right), tuple(params["rhs_dilation"]))
     if min(map(min, window.padding)) < 0:
         return None
     return region.node(equation, "depthwise", [x], [kernel], (kernel.shape[:2], window))
+
+
+def _transposed(region: Region, equation: Any, x: Node, kernel: Any) -> Node | None:
+    """A transposed convolution whose blocks of outputs do not overlap, as one of single pixels, to blocks of channels:
+
+        y[n, kh i + a, kw j + b, o] = sum_c x[n,i,j,c] kernel[kh - 1 - a, kw - 1 - b, c, o]
+    """
+    params, (kh, kw, ic, oc) = equation.params, kernel.shape
+    if params["lhs_dilation"] != (kh, kw) or params["window_strides"] != (1, 1) or params["rhs_dilation"] != (1, 1) or tuple(
+            map(tuple, params["padding"])) != ((kh - 1, kh - 1), (kw - 1, kw - 1)):
+        return None
+    pattern, window = keep_all((1, 1, ic, kh * kw * oc), 1), Window((1, 1), ((0, 0), (0, 0)), (1, 1))
+    if not addressable(pattern, window):
+        return None
+    values = gather(kernel[::-1, ::-1].transpose(2, 0, 1, 3), pattern)
+    (_, h, w, _), (_, *size) = x.shape, equation.outvars[0].aval.shape
+    blocks = region.node(equation, "conv", [x], [values], [window], size=(h, w, kh * kw * oc), pattern=pattern)
+    if blocks is None:
+        return None
+    blocks = replace(blocks, shape=(x.shape[0], *blocks.size))
+    region.is_read([blocks])
+    return region.node(equation, "upsample", [blocks], params=(kh, kw), size=tuple(size))
 
 
 def _concatenate(region: Region, equation: Any, *operands: Any) -> Node | None:
@@ -247,9 +344,10 @@ def _convert(region: Region, equation: Any, x: Any) -> Any:
 # Those that a region can begin with, and those that only move values about.
 FIRST = {conv_p, int8_conv_p, quantize_p}
 MOVES = {primitives.reduce_window_max_p, primitives.reduce_max_p, primitives.concatenate_p, primitives.pad_p,
-         primitives.slice_p, primitives.reshape_p, primitives.broadcast_in_dim_p, primitives.squeeze_p}
+         primitives.slice_p, primitives.reshape_p, primitives.broadcast_in_dim_p, primitives.squeeze_p, primitives.transpose_p,
+         primitives.gather_p}
 STEPS: dict[Any, Callable[..., Node | None]] = {
-    conv_p: _sparse, int8_conv_p: int8.convolution, quantize_p: int8.quantize, primitives.conv_general_dilated_p: _depthwise,
+    conv_p: _sparse, int8_conv_p: int8.convolution, quantize_p: int8.quantize, primitives.conv_general_dilated_p: _convolution,
     primitives.add_p: _add, primitives.sub_p: _combine, primitives.mul_p: _combine, primitives.div_p: _combine,
     primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
     primitives.ge_p: _not_negative, primitives.select_n_p: _select,
@@ -260,4 +358,5 @@ STEPS: dict[Any, Callable[..., Node | None]] = {
     primitives.reduce_sum_p: _reduce, primitives.reduce_max_p: _reduce,
     primitives.concatenate_p: _concatenate, primitives.pad_p: _pad, primitives.slice_p: _slice,
     primitives.reshape_p: _reshape, primitives.broadcast_in_dim_p: _broadcast, primitives.squeeze_p: _squeeze,
+    primitives.transpose_p: _transpose, primitives.gather_p: _gather,
     primitives.convert_element_type_p: _convert}

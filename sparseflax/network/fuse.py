@@ -24,6 +24,7 @@ from sparseflax.network.region import Region, is_number
 from sparseflax.network.rewrites import REWRITES, joins
 from sparseflax.network.unroll import inlined, step_rows
 
+MAX_CONSTANT = 1 << 12  # values of an array that is computed while tracing
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -145,9 +146,12 @@ def _same(before: list[Any] | None, leaf: Any) -> bool:
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], chunk: int) -> Sequence[Any]:
     """The rewritten jaxpr's outputs, with the derivatives of the original."""
 
+    known = {number: np.asarray(const) for number, const in enumerate(consts)
+             if not isinstance(const, jax.Array) and np.size(const) <= MAX_CONSTANT}
+
     def rewritten(consts, arguments):
         trace = _Trace(chunk)
-        values = _evaluate(jaxpr, [*consts, *arguments], trace)
+        values = _evaluate(jaxpr, [*(known.get(number, const) for number, const in enumerate(consts)), *arguments], trace)
         return [jnp.asarray(value) for value in trace.now(values)]
 
     def original(consts, arguments):
@@ -222,7 +226,7 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
         elif equation.primitive is primitives.scan_p and (rows := step_rows(equation)):
             results = _unrolled(equation, operands, rows, [unread[variable] > 0 for variable in equation.outvars], trace)
         else:
-            result = _number(equation, operands)
+            result = _constant(equation, operands)
             result = step(trace.region, equation, operands) if result is None else result
             if result is None:
                 operands = trace.now(operands)
@@ -277,17 +281,17 @@ def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]
     return eval_jaxpr(alone, [], *(by_atom[atom] for atom in inputs))
 
 
-def _number(equation: Any, operands: Sequence[Any]) -> Any:
-    """What is made of numbers alone, known now: a bound of a clip, a factor, the number of a step."""
+def _constant(equation: Any, operands: Sequence[Any]) -> Any:
+    """What is made of numbers alone, known now: a bound of a clip, a factor, the number of a step, which rows to take."""
     known = all(is_number(operand) or isinstance(operand, np.ndarray) for operand in operands)
-    if len(equation.outvars) != 1 or equation.effects or not operands or not known:
+    if len(equation.outvars) != 1 or equation.effects or not known:
         return None
     aval = equation.outvars[0].aval
-    if aval.shape != () or aval.dtype not in (jnp.float32, jnp.int32):
+    if aval.dtype not in (jnp.float32, jnp.int32, jnp.bool_) or aval.size > MAX_CONSTANT:
         return None
     with jax.ensure_compile_time_eval():
         value = equation.primitive.bind(*operands, **equation.params)
-    return value.item() if aval.weak_type else np.asarray(value, aval.dtype)[()]
+    return value.item() if aval.weak_type and aval.shape == () else np.asarray(value, aval.dtype)[()]
 
 
 # What XLA adds to a dense convolution.

@@ -26,15 +26,16 @@ from sparseflax.conv.primitive import ACTIVATIONS, reference
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
-VERSION = 2
+VERSION = 3
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
-       "dequantize")  # as Op in program.h
+       "dequantize", "upsample")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
-OTHERS = "same", "number", "channel", "image"
+OTHERS = "same", "number", "channel", "image", "scalar"
 UNARY: dict[str, Any] = {
-    "clamp": lambda x, p, q: jnp.minimum(jnp.maximum(x, p), q), "leaky": lambda x, p, _: jnp.where(x >= 0, x, p * x),
+    "clamp": lambda x, p, q, low, high: jnp.minimum(jnp.maximum(p * x + q, low), high),
+    "leaky": lambda x, p, *_: jnp.where(x >= 0, x, p * x),
     "logistic": lambda x, *_: jax.lax.logistic(x), "sqrt": lambda x, *_: jnp.sqrt(x), "rsqrt": lambda x, *_: jax.lax.rsqrt(x),
-    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, _: x**p}
+    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p}
 Size = tuple[int, int, int]  # (h, w, c) of an image
 
 
@@ -99,13 +100,16 @@ class Step:
         if self.op == "combine":
             name, kind, swapped = params
             other: Any = np.float32(self.numbers[0]) if kind == "number" else args[-1]
-            other = shared[0].reshape(1, 1, 1, -1) if kind == "channel" else other
+            other = shared[0].reshape(1, 1, 1, -1) if kind in ("channel", "scalar") else other
             return BINARY[name](other, x) if swapped else BINARY[name](x, other)
         if self.op == "map":
             return UNARY[params[0]](x, *map(np.float32, self.numbers))
         if self.op == "window":
             pads = [(-at, at + size - have, 0) for at, size, have in zip(params, self.size, x.shape[1:], strict=True)]
             return jax.lax.pad(x, np.asarray(self.numbers[0], x.dtype), [(0, 0, 0), *pads])
+        if self.op == "upsample":
+            fh, fw = params
+            return upsample(x, fh, fw, self.size[2])
         if self.op == "concat":
             return jnp.concatenate(args, 3)
         assert self.op == "reshape"
@@ -136,6 +140,13 @@ class Step:
         if self.op == "map":
             return [list(UNARY).index(p[0])], list(self.numbers)
         return list(p), list(self.numbers)
+
+
+def upsample(x: jax.Array, fh: int, fw: int, channels: int) -> jax.Array:
+    """Images (n, h, w, c) to (n, fh h, fw w, channels): pixels repeated, or blocks of pixels if c is fh fw channels."""
+    n, h, w, c = x.shape
+    y = x.reshape(n, h, 1, w, 1, c) if c == channels else x.reshape(n, h, w, fh, fw, channels).transpose(0, 1, 3, 2, 4, 5)
+    return jnp.broadcast_to(y, (n, h, fh, w, fw, channels)).reshape(n, fh * h, fw * w, channels)
 
 
 def _filter(taps: tuple[int, int], window: Window) -> list[int]:

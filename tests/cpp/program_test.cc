@@ -48,10 +48,10 @@ struct Code {
 };
 
 // Two convolutions, a depthwise one and a pool into a concatenation; a range of its channels, element by element; a reshape; one layer
-// that meets each weight once; and in eight bits two convolutions, a maximum and a concatenation.
+// that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; and blocks of pixels.
 Code Network(int64_t chunk) {
   Code c;
-  c.words = {2, 1, 19, 3, 9, chunk, 6, 5, 4, 0};
+  c.words = {3, 1, 22, 4, 10, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
@@ -75,7 +75,10 @@ Code Network(int64_t chunk) {
   c.Step(Op::kWindow, {6, 5, 4}, {16}, {}, {0, 0, 4}, {3});                                                                   // 17
   c.Step(Op::kConvInt8, {6, 5, 4}, {17, 14}, {7, 8, 1, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 0, 5, 1, 1}, {-5, 200}, full(3 * 3 * 4));  // 18
   c.Step(Op::kDequantize, {6, 5, 8}, {16}, {}, {}, {2, 3});                                                                   // 19
-  c.words.insert(c.words.end(), {9, 12, 18});
+  c.Step(Op::kUpsample, {12, 10, 1}, {1}, {}, {2, 2});                                                                        // 20
+  c.Step(Op::kUpsample, {12, 20, 1}, {20}, {}, {1, 2});                                                                       // 21
+  c.Step(Op::kCombine, {12, 20, 1}, {21}, {9}, {2, 4, 1});                                                                    // 22
+  c.words.insert(c.words.end(), {9, 12, 18, 22});
   return c;
 }
 
@@ -132,7 +135,7 @@ std::vector<float> Run(const Code& code, int64_t n, int64_t threads, std::string
 int main(int, char** arguments) {
   std::string error;
   const std::vector<float> want = Run(Network(1), 7, 1, &error);
-  if (!error.empty() || want.size() != 7 * (120 + 3 + 120)) return std::printf("%s\n", error.c_str()), 1;
+  if (!error.empty() || want.size() != 7 * (120 + 3 + 120 + 240)) return std::printf("%s\n", error.c_str()), 1;
   for (const int64_t chunk : {1, 2, 16}) {
     for (const int64_t threads : {1, 3, 16}) {
       if (Run(Network(chunk), 7, threads, &error) != want || !error.empty()) return std::printf("differs: %s\n", error.c_str()), 1;
