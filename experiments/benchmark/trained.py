@@ -124,7 +124,8 @@ def table(lines: Sequence[Line]) -> str:
     for line in lines:
         most, least = (choose(line["off"], key=line["off"].__getitem__) for choose in (max, min))
         parts.append(f"{line['layer']}, n={line['n']}: {len(line['seeds'])} seeds, {line['pictures']} pictures held out, "
-                     f"{line['density']:.0%} of the weights kept, {len(line['off'])} layers in eight bits, each off by {line['off'][least]:.1%} ({least}) to {line['off'][most]:.1%} ({most}) of its outputs.")
+                     f"{line['density']:.0%} of the weights kept, {len(line['off'])} layers in eight bits, each off "
+                     f"by {line['off'][least]:.1%} ({least}) to {line['off'][most]:.1%} ({most}) of its outputs.")
     last = max(lines, key=lambda line: line["date"])
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     parts.append(f"{last['cpu']}, {last['isa']} ({versions}). Measured {last['date'][:10]} at {last['commit']}.")
