@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 
 from experiments import plots, report
-from experiments.benchmark import int8, networks_int8, results
+from experiments.benchmark import int8, networks_int8, results, trained
 from experiments.benchmark.asked import asked_table
 from experiments.benchmark.memory import memory_table
 from experiments.benchmark.networks_table import cpus_table, networks_table
@@ -124,6 +124,11 @@ def whole_int8() -> str:
     return _by_cpu(results.by_cpu(results.QUANTIZED), networks_int8.table)
 
 
+def trained_int8() -> str:
+    """A trained network in eight bits, a table for each CPU."""
+    return _by_cpu(results.by_cpu(results.TRAINED), trained.table)
+
+
 def density() -> str:
     """Times of single layers at many densities; of one that was taken twice, the shorter, as the machine was disturbed less."""
     shortest: dict[tuple, results.Line] = {}
@@ -181,7 +186,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results/model.md": {"model": model},
     "docs/results/transfer.md": {"transfer": carries},
     "docs/results/networks.md": {"networks": networks},
-    "docs/results/int8.md": {"networks": whole_int8, "layers": layers_int8},
+    "docs/results/int8.md": {"networks": whole_int8, "trained": trained_int8, "layers": layers_int8},
     "docs/results/layers.md": {"layers": layers},
     "docs/results/threads.md": {"threads": threads},
     "docs/results/memory.md": {"memory": memory},

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import sparseflax
@@ -180,14 +181,14 @@ def steps(packed, x):
     return found[0]
 
 
-def test_what_is_refused(planned, tmp_path):
-    with pytest.raises(ValueError, match="export it as a program"):
-        sparseflax.save(tmp_path / "packed", sparseflax.pack_model(*planned), planned[1])
+def test_what_is_refused():
     model, x = net(), inputs(2)
     with pytest.raises(ValueError, match="wanted one of \\('float32', 'int8', 'auto'\\)"):
         sparseflax.plan(model, x, HERE, precision="int4")
     with pytest.raises(ValueError, match="examples=inputs"):
         sparseflax.plan(model, x, HERE, precision="int8")
+    with pytest.raises(ValueError, match='"auto" of a Linen model, wanted an nnx one'):
+        sparseflax.plan((nn.Dense(3), {}), x, HERE, precision="auto", examples=x)
     with pytest.raises(ValueError, match="examples hold none"):
         sparseflax.plan(model, x, HERE, precision="int8", examples=x[:0])
     bad = inputs(20)

@@ -73,3 +73,31 @@ def test_magnitude_one_shot_and_obs_prune_whole_blocks():
     nnx.update(naive, pruned)
     errors = [float(jnp.linalg.norm(m(x) - want)) for m in (alone, surgeon, naive)]
     assert errors[0] < errors[1] < errors[2]  # blocks cost something, magnitude without making up for it more
+
+
+@pytest.mark.parametrize("ic", [8, 6])  # whole blocks, and a smaller one at the end
+def test_acdc_and_rigl_keep_whole_blocks(ic):
+    """After every step, as many as the guide says; and RigL's pattern moves to where the gradient is."""
+    draw = np.random.default_rng(0)
+    start = {"conv": {"kernel": jnp.asarray(draw.standard_normal((3, 3, ic, 12)), jnp.float32)}}
+    guide = prune.constant({"conv": 0.25})
+    wanted = round(round(0.25 * start["conv"]["kernel"].size) / 4)
+    methods = {"acdc": optax.chain(optax.sgd(0.01), prune.acdc(guide, begin=0, end=4, phase=2, block=4)),
+               "rigl": prune.rigl(optax.sgd(0.01), guide, end=20, every=2, block=4)}
+    for name, tx in methods.items():
+        params, state, seen = start, tx.init(start), []
+        for _ in range(9):
+            gradient = jax.tree.map(lambda p: jnp.asarray(draw.standard_normal(p.shape), p.dtype), params)
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            mask = prune.masks(state)["conv"]
+            seen.append(np.asarray(mask))
+            assert not np.asarray(params["conv"]["kernel"])[~seen[-1]].any()
+            if mask.all():  # a decompressed phase
+                assert name == "acdc"
+                continue
+            kept = blocks(mask).any(2)
+            assert kept.sum() == wanted, name
+            np.testing.assert_array_equal(blocks(mask), blocks(np.ones(mask.shape, bool)) & kept[:, :, None])
+        assert (seen[0] != seen[-1]).any() or name == "acdc"
+        assert name == "acdc" or (seen[1] != seen[0]).any() and (seen[2] == seen[1]).all()

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseflax import prune
+from sparseflax.cost.int8 import int8_seconds
 from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
 from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -305,3 +307,27 @@ def test_refusals():
     assert str(refusal({}, ATOM_C2750, 2)).startswith("there is no layer to prune")
     with pytest.raises(ValueError, match=r"density of layer 'a' must be in \(0, 1\], got 1.5"):
         prune.constant({"a": 1.5})
+
+
+@pytest.mark.parametrize("machine", [*MACHINES, replace(XEON_E5_2697V4, fma_cycles=0.5, int8_cycles=0.5)],
+                         ids=["atom", "xeon", "phi", "xeon with dot products"])
+def test_a_guide_for_eight_bits_goes_by_what_words_cost(machine):
+    guide, single = (prune.guided(NETWORK, machine, speedup=2, precision=precision) for precision in ("int8", "float32"))
+    dense = {name: float(dense_seconds(shape, machine)) for name, shape in NETWORK.items()}
+    times = {name: int8_seconds(NETWORK[name], guide.densities[name], machine) if name in guide.densities else dense[name]
+             for name in NETWORK}
+    assert guide.precision == "int8" and guide.machine == machine
+    assert guide.dense_seconds == pytest.approx(sum(dense.values()), rel=1e-5) == single.dense_seconds
+    for name, seconds in times.items():
+        assert guide.layers[name].seconds == pytest.approx(seconds, rel=1e-4)
+    assert sum(times.values()) == pytest.approx(guide.dense_seconds / 2, rel=1e-3)
+    kept = [sum(g.layers[name].density * shape.weights for name, shape in NETWORK.items()) for g in (guide, single)]
+    assert kept[0] > kept[1]  # a word of four costs 2.3 times a weight at most
+
+
+def test_what_is_not_for_eight_bits_says_so():
+    with pytest.raises(ValueError, match="precision='int4', wanted 'float32' or 'int8'"):
+        prune.guided(NETWORK, ATOM_C2750, precision="int4")  # type: ignore[arg-type]
+    guide = prune.guided(NETWORK, ATOM_C2750, speedup=2, precision="int8")
+    with pytest.raises(ValueError, match="the guide is for int8, and a budget is solved for in float32"):
+        prune.budget(optax.sgd(0.1), guide, ATOM_C2750, prune.ramp(0, 3))

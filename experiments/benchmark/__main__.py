@@ -8,6 +8,7 @@
     python -m experiments.benchmark networks                    # six networks, one image and sixteen, 15 minutes
     python -m experiments.benchmark networks --network resnet50 --batch 1 --threads 2 --explain
     python -m experiments.benchmark networks --int8             # the same and the engines in eight bits, 30 minutes
+    python -m experiments.benchmark trained                     # points lost in eight bits by a trained network, 15 minutes
     python -m experiments.benchmark memory                      # what they need while they run, 5 minutes
     python -m experiments.benchmark asked                       # speedups asked for and measured, from a first start, 4 minutes
     python -m experiments.benchmark plot --out speed.svg
@@ -81,6 +82,15 @@ def main() -> None:
     networks.add_argument("--explain", action="store_true", help="show where our time goes")
     networks.add_argument("--out", type=Path, help="JSON lines, appended; default networks.jsonl or quantized.jsonl")
     networks.set_defaults(run=run_networks)
+    trained = commands.add_parser("trained", help="train, prune, and judge a network in eight bits, append to the results")
+    trained.add_argument("--threads", type=int, default=2)
+    trained.add_argument("--batch", type=int, default=16, metavar="N", help="images in a batch that is timed")
+    trained.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], metavar="S")
+    trained.add_argument("--seconds", type=float, default=5.0, help="for the times, all contenders together")
+    trained.add_argument("--folder", type=Path, default=Path("runs") / "trained",
+                         help="for checkpoints: the same command goes on where it stopped (default: %(default)s)")
+    trained.add_argument("--out", type=Path, default=results.TRAINED, help="JSON lines, appended")
+    trained.set_defaults(run=run_trained)
     memory = commands.add_parser("memory", help="the peak memory of whole networks, packed and dense, append to the results")
     memory.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
     memory.add_argument("--network", nargs="+", default=[], metavar="NAME", help="only these, e.g. resnet50")
@@ -195,6 +205,23 @@ def run_networks(args: argparse.Namespace) -> None:
                 show(rows.row(lines[-1]))
     for text in (*table.disturbed(lines), *(text for line in lines if args.explain for text in networks_table.breakdown(line))):
         console.print(text, soft_wrap=True, highlight=False)
+
+
+def run_trained(args: argparse.Namespace) -> None:
+    use_threads(args.threads)
+    memory = "kept" if keep_memory() else "fresh"
+    from experiments.baselines import network_field
+    from experiments.benchmark import trained
+    from sparseflax import detect_machine
+
+    baselines = [baseline for baseline in network_field()[0] if hasattr(baseline, "network_int8")]
+    origin = results.provenance({"flax", "jax", "jaxlib", *(need for baseline in baselines for need in baseline.needs)})
+    line = trained.measure(args.seed, args.batch, baselines, detect_machine(), folder=args.folder, threads=args.threads,
+                           seconds=args.seconds)
+    results.append(args.out, {"set": "trained"} | line | {"memory": memory} | origin)
+    with shown(Console(), trained.HEAD) as show:
+        for row in trained.rows(line):
+            show(row)
 
 
 def run_memory(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ THREADS = LAYERS.with_name("threads.jsonl")
 MEMORY = LAYERS.with_name("memory.jsonl")
 INT8 = LAYERS.with_name("int8.jsonl")
 QUANTIZED = LAYERS.with_name("quantized.jsonl")
+TRAINED = LAYERS.with_name("trained.jsonl")
 ASKED = LAYERS.with_name("asked.jsonl")
 STORIES = LAYERS.with_name("stories.jsonl")
 OTHER_LAYERS = LAYERS.with_name("layers_zen4.jsonl"), LAYERS.with_name("layers_xeon.jsonl")  # of other CPUs

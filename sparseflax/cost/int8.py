@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 from sparseflax.conv.int8 import LANES
 from sparseflax.cost.machine import Machine
-from sparseflax.cost.model import conv_seconds
+from sparseflax.cost.model import Work, conv_seconds
 from sparseflax.cost.shape import ConvShape
 
 # Cycles of a word over those of a float32 weight where the machine does not say: with AVX2 alone, so that no gain is promised
@@ -30,13 +31,27 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
     Raises:
       ValueError: as `conv_seconds`.
     """
-    channels = shape.groups * -(-shape.ic // shape.groups // LANES)
-    return float(conv_seconds(replace(shape, ic=channels), density, _words(machine)))
+    return float(conv_seconds(_of_words(shape), density, for_words(machine)))
+
+
+def int8_work(shapes: Iterable[ConvShape], machine: Machine) -> Work:
+    """Several layers as one Work, whose sparse kernels run in eight bits and dense ones in float32: for `for_words(machine)`.
+
+    Raises:
+      ValueError: as `Work.stack`.
+    """
+    shapes = list(shapes)
+    return Work.stack(map(_of_words, shapes), machine)._replace(dense=Work.stack(shapes, machine).dense)
+
+
+def _of_words(shape: ConvShape) -> ConvShape:
+    """The layer with a channel for each word."""
+    return replace(shape, ic=shape.groups * -(-shape.ic // shape.groups // LANES))
 
 
 @functools.lru_cache
-def _words(machine: Machine) -> Machine:
-    """The machine as the kernel in eight bits finds it."""
+def for_words(machine: Machine) -> Machine:
+    """The machine as the kernel in eight bits finds it; dense layers take their time in float32."""
     known = machine.int8_cycles > 0 and machine.fma_cycles > 0
     ratio = machine.int8_cycles / machine.fma_cycles if known else USUAL
     if machine.fitted is None:

@@ -19,25 +19,28 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from sparseflax.conv.packing import PackedKernel
+from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.files import linen as linen_store
 from sparseflax.files.linen import PATTERN
 from sparseflax.files.safetensors import mismatches, seal, unseal, write
+from sparseflax.layers.int8 import Int8Conv, Sums
 from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
-from sparseflax.layers.stack import PackedStack, from_arrays
+from sparseflax.layers.stack import from_arrays
 from sparseflax.network.linen.packed import PackedModel
 from sparseflax.network.pack import pack_nnx
 from sparseflax.network.plan import Plan, elsewhere
 
 Model = TypeVar("Model", bound=nnx.Module)
 Linen = tuple[nn.Module, Any]
+Sparse = SparseConv | SparseDense | SparseStack | Int8Conv
 
 
 def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, Any], plan: Plan) -> None:
     """Writes a packed network and its plan, whole or not at all; `load` is the inverse.
 
-    A kept weight takes 5 bytes, where a dense one takes 4. The file is a safetensors file: "conv1/values" (nnz,),
-    "conv1/gaps" and "conv1/layout" of a sparse layer, and every other array of the model by its path, but random state.
+    A kept weight takes 5 bytes, where a dense one takes 4; in eight bits 5 bytes are a word of four. The file is a
+    safetensors file: "conv1/values" (nnz,), "conv1/gaps" and "conv1/layout" of a sparse layer, "conv1/words" (nnz,) and
+    "conv1/scale" (oc,) in place of values in eight bits, and every other array of the model by its path, but random state.
 
     Args:
       path: the file, which is replaced.
@@ -50,17 +53,18 @@ def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, A
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}, wanted the one that the model was packed by")
-    if int8 := [row.path for row in plan.layers if row.inputs is not None]:
-        raise ValueError(f"layers {int8} run in eight bits, which this file does not hold yet: save the network in float32, or "
-                         "export it as a program")
     if isinstance(packed, tuple):
-        layers, arrays = dict(packed[0].patterns), linen_store.arrays_of(*packed)
+        layers, arrays = dict.fromkeys(dict(packed[0].patterns)), linen_store.arrays_of(*packed)
     else:
-        layers, arrays = dict(_sparse_layers(packed)), _arrays_of(packed)
-    planned = {row.path for row in plan.layers if row.choice == "sparse"}
-    if set(layers) != planned:
+        layers = {path: layer.inputs if isinstance(layer, Int8Conv) else None for path, layer in _sparse_layers(packed)}
+        arrays = _arrays_of(packed)
+    planned = {row.path: row.inputs for row in plan.layers if row.choice == "sparse"}
+    if set(layers) != set(planned):
         raise ValueError(f"the model was not packed by this plan: its sparse layers are {sorted(layers)}, the plan has "
                          f"{sorted(planned)}")
+    if other := [path for path in layers if layers[path] != planned[path]]:
+        raise ValueError(f"the model was not packed by this plan: the inputs of {other} are rounded by "
+                         f"{[layers[path] for path in other]}, the plan has {[planned[path] for path in other]}")
     write(path, seal("network", arrays, {"plan": json.dumps(plan.to_dict())}))
 
 
@@ -125,16 +129,16 @@ def _arrays_of(packed: nnx.Module) -> dict[str, Any]:
     return arrays
 
 
-def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, SparseConv | SparseDense | SparseStack]]:
+def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, Sparse]]:
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, (SparseConv, SparseDense, SparseStack)):
+        if isinstance(module, Sparse):
             yield "/".join(map(str, path)), module
 
 
 def _leaves(model: nnx.Module) -> dict[str, tuple[tuple[Any, ...], Any]]:
-    """{name: (path, Variable or array)} of all that is stored of a model but patterns."""
+    """{name: (path, Variable or array)} of all that is stored of a model but patterns, and what follows from them."""
     return {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))
-            if not isinstance(leaf, nnx.RngState)}
+            if not isinstance(leaf, (nnx.RngState, Sums))}
 
 
 def _value(leaf: Any) -> Any:
@@ -164,29 +168,43 @@ def _fill(packed: nnx.Module, tensors: dict[str, np.ndarray]) -> list[str]:
     tensors, wrong = dict(tensors), []
     for name, layer in _sparse_layers(packed):
         stored = {part: tensors.pop(f"{name}/{part}") for part in PATTERN if f"{name}/{part}" in tensors}
-        values = f"{name}/values"
+        weights = ("words", "scale") if isinstance(layer, Int8Conv) else ("values",)
+        stored |= {part: tensors[f"{name}/{part}"] for part in weights if f"{name}/{part}" in tensors}
         try:
-            kernel, wanted = from_arrays(stored | ({"values": tensors[values]} if values in tensors else {})), layer.kernel
-            if (kernel.shape, kernel.groups) != (wanted.shape, wanted.groups):
-                raise ValueError(f"its kernel is {kernel.shape} in {kernel.groups} groups, the model's {wanted.shape} in "
-                                 f"{wanted.groups}")
+            _refill(layer, stored)
         except ValueError as error:
             wrong.append(f"{name!r}: {error}")
-            tensors[values] = np.asarray(layer.values[...])  # told already
-        else:
-            if isinstance(layer, SparseStack):
-                assert isinstance(kernel, PackedStack)  # its shape has a dimension more
-                layer.patterns = kernel.patterns
-            else:
-                assert isinstance(kernel, PackedKernel)
-                layer.pattern = kernel.pattern
-            layer.values.set_value(kernel.values)
+            tensors |= {f"{name}/{part}": np.asarray(getattr(layer, part)[...]) for part in weights}  # told already
     found = _leaves(packed)
     wrong += mismatches(tensors, {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in found.items()})
     if not wrong:
         nnx.update(packed, nnx.from_flat_state([(path, _with_value(leaf, jnp.asarray(tensors[name])))
                                                 for name, (path, leaf) in found.items()]))
     return wrong
+
+
+def _refill(layer: Sparse, stored: dict[str, np.ndarray]) -> None:
+    """Gives a packed layer another kernel of its size.
+
+    Raises:
+      ValueError: the arrays are no kernel's, or one of another size.
+    """
+    wanted: Any = layer.kernel
+    kernel: Any
+    if isinstance(layer, Int8Conv):
+        rounding = wanted.to_arrays()
+        kernel = QuantizedKernel.from_arrays(stored | {name: rounding[name] for name in ("inputs", "outputs")})
+    else:
+        kernel = from_arrays(stored)
+    if (kernel.shape, kernel.groups) != (wanted.shape, wanted.groups):
+        raise ValueError(f"its kernel is {kernel.shape} in {kernel.groups} groups, the model's {wanted.shape} in "
+                         f"{wanted.groups}")
+    if isinstance(layer, SparseStack):
+        layer.patterns = kernel.patterns
+    else:
+        layer.pattern = kernel.pattern
+    for part in ("words", "scale", "sums") if isinstance(layer, Int8Conv) else ("values",):
+        getattr(layer, part).set_value(getattr(kernel, part))
 
 
 def _decode(kind: Any, value: Any) -> Any:

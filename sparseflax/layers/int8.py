@@ -14,6 +14,10 @@ from sparseflax.conv.primitive import Activation
 from sparseflax.layers import rules
 
 
+class Sums(nnx.Variable):
+    """Each output channel's sum of int8 weights, which follows from the words."""
+
+
 class Int8Conv(nnx.Module):
     """A 1-D or 2-D convolution whose inputs are rounded to uint8 and whose weights to int8; sums are exact, outputs float32.
 
@@ -47,7 +51,7 @@ class Int8Conv(nnx.Module):
         kernel = rules.plane(np.asarray(rules.masked(layer, layer.kernel[...])))
         packed = pack_int8(kernel, inputs, self.feature_group_count)
         self.pattern, self.channels, self.inputs, self.outputs = packed.pattern, packed.channels, inputs, outputs
-        self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), nnx.Variable(packed.sums)
+        self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), Sums(packed.sums)
         bias = np.zeros(packed.shape[3], np.float32) if layer.bias is None else np.asarray(layer.bias[...])
         self.bias = nnx.Variable(jnp.asarray(bias if correction is None else bias + np.asarray(correction, np.float32)))
 

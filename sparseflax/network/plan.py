@@ -200,9 +200,11 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r}, wanted one of {get_args(Precision)}")
-    if precision != "float32" and (examples is None or not isinstance(model, nnx.Module)):
-        raise ValueError(f'precision="{precision}" wants an nnx model and examples=inputs, a few hundred like those that it '
-                         'will meet')
+    if precision != "float32" and isinstance(model, tuple):
+        raise ValueError(f'precision="{precision}" of a Linen model, wanted an nnx one, as ranges are not measured in Linen '
+                         'yet: write it with flax.nnx, or leave `precision` out')
+    if precision != "float32" and examples is None:
+        raise ValueError(f'precision="{precision}" wants examples=inputs, a few hundred like those that the model will meet')
     if measure and machine is not None and elsewhere(machine):
         raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or `measure`")
     layers = {layer.path: layer for layer in survey(model, x, **call)}

@@ -31,7 +31,7 @@ class ACDCState(NamedTuple):
     masks: Masks
 
 
-def acdc(guide: Guidance, *, begin: int, end: int, phase: int) -> optax.GradientTransformationExtraArgs:
+def acdc(guide: Guidance, *, begin: int, end: int, phase: int, block: int = 1) -> optax.GradientTransformationExtraArgs:
     """Prune the guide's layers to its densities, and give them back, in turn. Must be the last transformation of a chain:
 
         tx = optax.chain(optax.sgd(rate, 0.9), prune.acdc(guide, begin=100, end=500, phase=50))
@@ -45,6 +45,7 @@ def acdc(guide: Guidance, *, begin: int, end: int, phase: int) -> optax.Gradient
       begin: optimizer steps before the first compression.
       end: optimizer steps before the last one.
       phase: optimizer steps of a phase; the last one before `end` may be shorter.
+      block: prune blocks of so many neighbouring input channels, by their norm: 4 for int8, see `keep_largest`.
 
     Raises:
       ValueError: for phases that do not fit, and in `init`, for a layer of the guide that has no kernel in the parameters.
@@ -66,7 +67,7 @@ def acdc(guide: Guidance, *, begin: int, end: int, phase: int) -> optax.Gradient
 
         def compress() -> Masks:
             def largest(layer: str, _: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
-                return keep_largest((p + u).astype(p.dtype), round(wanted[layer] * p.size))
+                return keep_largest((p + u).astype(p.dtype), round(wanted[layer] * p.size), block=block)
 
             return Masks(map_masks(largest, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode()))
 

@@ -23,11 +23,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseflax.cost.int8 import for_words, int8_work
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -50,6 +52,7 @@ def guided(
     exclude: Layers = (),
     whole: Whole | None = None,
     best_effort: bool = False,
+    precision: Literal["float32", "int8"] = "float32",
 ) -> Guidance:
     """The densities at which the network runs `speedup` times as fast as dense, at the least damage.
 
@@ -67,6 +70,8 @@ def guided(
         predicted of the layers alone.
       best_effort: where that is out of reach, take what can be reached, and say so in the guide's `shortfall`; then
         `speedup=math.inf` asks for as much as there is.
+      precision: in which sparse layers will run; dense ones take their time in float32. Densities for int8 are those of blocks
+        of four input channels, which the method has to prune by (`block=4`).
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
@@ -75,6 +80,8 @@ def guided(
     if not (1 <= speedup < math.inf or best_effort and speedup == math.inf):
         most = "; for as much as there is, pass best_effort=True with it" if speedup == math.inf else ""
         raise ValueError(f"speedup must be at least 1 (the dense network) and finite, got {speedup}{most}")
+    if precision not in ("float32", "int8"):
+        raise ValueError(f"precision={precision!r}, wanted 'float32' or 'int8'")
     if not 0 < min_density < 1:
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
     if seconds is not None and not 0 < seconds < math.inf:
@@ -84,7 +91,11 @@ def guided(
     if not shapes:
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
-    names, work = list(shapes), Work.stack(shapes.values(), machine)
+    names, here = list(shapes), machine
+    if precision == "int8":
+        work, machine = int8_work(shapes.values(), machine), for_words(machine)
+    else:
+        work = Work.stack(shapes.values(), machine)
     # Of a stack each layer does its damage.
     inputs = np.array([math.prod(shape.kernel_shape[:3]) / shape.layers for shape in shapes.values()])
     predicted = np.asarray(dense_seconds(work, machine), float)
@@ -159,7 +170,7 @@ def guided(
         for i, name in enumerate(names)
     }
     total_seconds = whole.seconds(float(times.sum())) if (density < 1).any() else total
-    return Guidance(layers, whole, machine, total_seconds, shortfall)
+    return Guidance(layers, whole, here, total_seconds, shortfall, precision)
 
 
 def _where(shapes: Mapping[str, ConvShape], best: np.ndarray, shortest: float) -> str:

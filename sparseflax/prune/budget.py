@@ -104,8 +104,9 @@ def budget(
       keep_zeros: count weights that are zero at the start as pruned: for pruning a pruned network further.
 
     Raises:
-      ValueError: for a guide without performance model, a time that is not positive and finite, or out of reach (saying the
-        shortest, and which layers bound it), and in `init`, for a layer of the guide that has no kernel in the parameters.
+      ValueError: for a guide without performance model or for int8, a time that is not positive and finite, or out of reach
+        (saying the shortest, and which layers bound it), and in `init`, for a layer of the guide that has no kernel in the
+        parameters.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1 step, got {every}")
@@ -113,6 +114,9 @@ def budget(
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
     if unknown := [name for name, layer in guide.layers.items() if layer.shape is None]:
         raise ValueError(f"the guide has no performance model of layers {unknown}: make it with prune.guided")
+    if guide.precision != "float32":
+        raise ValueError(f"the guide is for {guide.precision}, and a budget is solved for in float32: take "
+                         "prune.magnitude(guide, ..., block=4), or a guide for float32")
     inner = optax.with_extra_args_support(inner)
     names = [name for name, layer in guide.layers.items() if layer.density < 1]
     network = _Network.of(guide, names, machine, min_density) if names else None

@@ -55,6 +55,7 @@ class Guidance:
       machine: of the performance model, if there is one.
       seconds: predicted of the network at the guide's densities; nan without a performance model.
       shortfall: how far it falls short of what was asked for, and where the time goes; empty where it does not.
+      precision: in which its sparse layers are to run: "float32", or "int8", pruned in blocks of four.
     """
 
     layers: Mapping[str, LayerGuide]
@@ -62,6 +63,7 @@ class Guidance:
     machine: Machine | None = None
     seconds: float = math.nan
     shortfall: str = ""
+    precision: str = "float32"
 
     @property
     def densities(self) -> dict[str, float]:

@@ -43,6 +43,7 @@ def rigl(
     end: int,
     every: int = 100,
     drop: float = 0.3,
+    block: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer `inner` on the guide's layers at constant density, rewired every few steps until `end`:
 
@@ -59,6 +60,7 @@ def rigl(
       end: optimizer steps after which the masks are fixed; the paper takes three quarters of the training.
       every: steps between two rewirings.
       drop: share of a layer's weights that the first rewiring exchanges, in (0, 1].
+      block: keep, drop and grow blocks of so many neighbouring input channels, by their norms: 4 for int8, see `keep_largest`.
 
     Raises:
       ValueError: in `init`, for a layer of the guide that has no kernel in the parameters, or in which `inner` prunes already.
@@ -74,7 +76,7 @@ def rigl(
 
         def first(layer: str, mask: jax.Array, p: jax.Array) -> jax.Array:
             score = jax.random.uniform(keys[layer], p.shape) if keys else p
-            return keep_largest(score, round(wanted[layer] * p.size))
+            return keep_largest(score, round(wanted[layer] * p.size), block=block)
 
         masks = map_masks(first, all_kept(params, wanted), params, elsewhere=lambda p: optax.MaskedNode())
         state = RigLState(jnp.int32(0), inner.init(params), Masks(masks))
@@ -89,10 +91,10 @@ def rigl(
 
         def rewire() -> Masks:
             def exchange(layer: str, mask: jax.Array, u: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
-                kept = round(wanted[layer] * p.size)
-                swapped = jnp.minimum(jnp.floor(share * kept).astype(jnp.int32), p.size - kept)
-                stay = keep_largest((p + u).astype(p.dtype), kept - swapped, among=mask)
-                return stay | keep_largest(g, swapped, among=~stay)
+                kept = round(round(wanted[layer] * p.size) / block) * block
+                swapped = jnp.minimum(jnp.floor(share * kept).astype(jnp.int32), p.size - kept) // block * block
+                stay = keep_largest((p + u).astype(p.dtype), kept - swapped, among=mask, block=block)
+                return stay | keep_largest(g, swapped, among=~stay, block=block)
 
             tree = map_masks(exchange, state.masks, updates, params, gradients, elsewhere=lambda u, p, g: optax.MaskedNode())
             return Masks(tree)
