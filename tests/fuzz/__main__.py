@@ -6,7 +6,8 @@
 
 Each case is a function of the seed and its number, and runs in a process of its own kind: Python for packed files, exported
 programs and ONNX files, and C++ under AddressSanitizer and UndefinedBehaviorSanitizer for what reaches the native side through
-the FFI: convolutions ("border") and network programs ("steps"). A case fails if it ends its process, hangs, or raises what is not documented. Ends with 1 if any did.
+the FFI: convolutions ("border") and network programs ("steps"). A case fails if it ends its process, hangs, or raises what is
+not documented. Ends with 1 if any did.
 """
 
 import argparse
