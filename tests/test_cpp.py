@@ -134,7 +134,7 @@ def test_the_handler_with_a_runtime_of_its_own(objects, tmp_path, name):
     assert run(link(name, objects, tmp_path, HANDLER)) == "ok\n"
 
 
-@pytest.mark.parametrize("fuzz, outcome", zip(FUZZ, ("right", "computed"), strict=True))
+@pytest.mark.parametrize("fuzz, outcome", [*zip(FUZZ, ("right", "computed"), strict=True)])
 def test_handlers_given_anything(objects, tmp_path, fuzz, outcome):
     """A few of the cases of `python -m tests.fuzz`."""
     need("address,undefined")

@@ -65,8 +65,7 @@ class Work(NamedTuple):
     def stack(cls, shapes: Iterable[ConvShape], machine: Machine) -> Work:
         """Several layers as one Work of float arrays (layers,), to broadcast or vmap over. Raises as `of`."""
         work = [cls.of(shape, machine) for shape in shapes]
-        kind = jax.dtypes.canonicalize_dtype(float)
-        return jax.tree.map(lambda *numbers: jnp.asarray(np.asarray(numbers, kind)), *work)
+        return jax.tree.map(lambda *numbers: jnp.asarray(numbers, float), *work)
 
 
 class UsefulRange(NamedTuple):
