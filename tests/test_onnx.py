@@ -570,6 +570,8 @@ def test_windows_that_are_too_large(tmp_path):
     """Known by their sizes: nothing is made that is as large."""
     model = load_onnx(save(tmp_path / "m.onnx", [node("AveragePool", "x", "y", kernel_shape=[2**45, 1], pads=[2**44, 0] * 2)]))
     assert model is not None
+    path = save(tmp_path / "m.onnx", [node("LRN", "x", "y", size=2**45)])
+    assert load_onnx(path)(np.ones((2, 9, 8, 6))).shape == (2, 9, 8, 6)
     refuses(save(tmp_path / "m.onnx", [node("AveragePool", "x", "y", kernel_shape=[1, 1], pads=[2**44, 0] * 2)]),
             "AveragePool 'the_y': it makes a constant of shape")
 
