@@ -108,7 +108,7 @@ def save_weights(model: nnx.Module, path: Path) -> dict[str, int]:
         arrays |= {f"{prefix}/{name}": np.asarray(variable[...]) for name, variable in vars(module).items()
                    if isinstance(variable, nnx.Variable) and name != "values"}
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **dict(sorted(arrays.items())))  # in which order a model has them depends on what restored it
     checkpoint.write_atomically(path, content.getvalue())
     return {"disk": path.stat().st_size, "memory": offsets + sum(array.nbytes for array in arrays.values())}
 

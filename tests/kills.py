@@ -2,9 +2,9 @@
 
     python -m tests.kills --times 100
 
-The run `smoke` of experiments (training, pruning, packing, measuring) and a calibration are begun and killed, again and again.
-After each kill every file has to be whole; a run that came through in pieces has to have made the same weights, masks and
-curves, to the bit, as one that nobody killed. Ends with 1 at the first difference.
+The run `smoke` of experiments (training, pruning, packing, measuring), `faster` for a small network, and a calibration are
+begun and killed, again and again. After each kill every file has to be whole; a job that came through in pieces has to have
+made the same weights, masks and curves, to the bit, as one that nobody killed. Ends with 1 at the first difference.
 """
 
 import argparse
@@ -16,56 +16,113 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
-from sparseflax.cost.profile import save_machine
+from sparseflax.cost.machine import TYPICAL
+from sparseflax.cost.profile import save, save_machine
+from sparseflax.files.safetensors import parse, unseal
 from tests.machines import HERE
 
-KEPT = "machine.json", "whole.json"  # measured when a run begins, and never the same twice
-SAME = "accuracy", "curves", "kept", "weights", "bytes", "settings"  # of result.json: what no clock decides
 LOG = "log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is killed.
+
+    Attributes:
+      command: its words, behind which comes the folder that it works in.
+      environment: of it.
+      kept: files of a run that nobody killed, which one that will be killed begins with: measured, and never the same twice.
+      same: raises where the folders of two runs differ in anything that no clock decides.
+    """
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    kept: tuple[str, ...]
+    same: Callable[[Path, Path], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=100, help="kills, of which every fifth is a calibration's")
+    parser.add_argument("--times", type=int, default=100, help="of each job, as a calibration half as often")
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS, metavar="JOB", help=f"of {', '.join(JOBS)}")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        runs = kill_runs(Path(folder), args.times - args.times // 5, draw)
-        calibrations = kill_calibrations(Path(folder) / "cache", args.times // 5, draw)
-    print(f"{args.times - args.times // 5} kills in {runs} runs, {calibrations} of calibrations: all files whole, all results "
-          "the same")
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            if (make := JOBS[name]) is None:
+                kills, times = args.times // 2, kill_calibrations(Path(folder) / "cache", args.times // 2, draw)
+                print(f"calibration: {kills} begun, {times} of them killed: all files whole", flush=True)
+                continue
+            runs = kill_runs(make(Path(folder)), Path(folder), args.times, draw)
+            print(f"{name}: {args.times} kills in {runs} runs: all files whole, all results the same", flush=True)
 
 
-def kill_runs(folder: Path, times: int, draw: random.Random) -> int:
-    """Runs killed so often in all; returns how many came through."""
-    command = [sys.executable, "-m", "experiments.run", "smoke", "--out"]
+def experiment(folder: Path) -> Job:
+    """The run `smoke`."""
     (folder / "straight").mkdir()
     save_machine(folder / "straight" / "machine.json", HERE)  # or it would be calibrated
+
+    def same(one: Path, other: Path) -> None:
+        for name in ("dense.npz", "packed.npz"):
+            with np.load(one / name) as a, np.load(other / name) as b:
+                assert a.files == b.files, (name, a.files, b.files)
+                for array in a.files:
+                    np.testing.assert_array_equal(a[array], b[array], f"{name}, {array}")
+        alike(one, other, ("accuracy", "curves", "kept", "weights", "bytes", "settings"))
+
+    return Job((sys.executable, "-m", "experiments.run", "smoke", "--out"), {}, ("machine.json", "whole.json"), same)
+
+
+def faster(folder: Path) -> Job:
+    """`faster` for two convolutions."""
+    from tests.test_faster import write_network, write_pictures
+
+    network, pictures = write_network(folder / "network.onnx"), write_pictures(folder / "pictures")
+    cache = {"XDG_CACHE_HOME": str(folder / "cache")}
+    with patch.dict(os.environ, cache):
+        save(replace(HERE, fitted=TYPICAL), {})  # or it would be calibrated
+
+    def same(one: Path, other: Path) -> None:
+        files = sorted(path.relative_to(one) for path in one.rglob("*") if path.suffix in (".safetensors", ".onnx"))
+        assert len(files) > 2, files
+        for file in files:
+            assert (one / file).read_bytes() == (other / file).read_bytes(), f"{file} differs between {one} and {other}"
+        alike(one, other, ("fidelity", "kept", "weights"))
+
+    command = (sys.executable, "-m", "sparseflax", "faster", str(network), "--images", str(pictures), "--speedup", "1.5",
+               "--seconds", "0.2", "--out")
+    return Job(command, cache, ("config.json", "machine.json", "whole.json", "aim.json"), same)
+
+
+def kill_runs(job: Job, folder: Path, times: int, draw: random.Random) -> int:
+    """Runs killed so often in all; returns how many came through."""
+    straight, out = folder / "straight", folder / "killed"
     begun = time.monotonic()
-    survive([*command, str(folder / "straight")], folder, {})
+    survive([*job.command, str(straight)], folder, job.environment)
     duration, done, left = time.monotonic() - begun, 0, times
     while left:
-        out = folder / "killed"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        for name in KEPT:
-            shutil.copy(folder / "straight" / name, out)
+        for name in job.kept:
+            shutil.copy(straight / name, out)
         while True:
             wait = draw.uniform(0, duration) if left else None
-            finished = survive([*command, str(out)], folder, {}, wait)
+            finished = survive([*job.command, str(out)], folder, job.environment, wait)
             whole(out)
             if finished:
                 break
             left -= 1
             print(f"killed after {wait:.1f} s, {left} left", flush=True)
-        same(folder / "straight", out)
+        job.same(straight, out)
         done += 1
     return done
 
@@ -114,18 +171,19 @@ def whole(folder: Path) -> None:
         with np.load(file) as arrays:
             for name in arrays.files:
                 arrays[name]
+    for file in folder.rglob("*.safetensors"):
+        data = file.read_bytes()
+        unseal(parse(data)[1]["format"].removeprefix("sparseflax "), data)
 
 
-def same(one: Path, other: Path) -> None:
-    """Raises where two runs' results differ in anything but times."""
-    for name in ("dense.npz", "packed.npz"):
-        with np.load(one / name) as a, np.load(other / name) as b:
-            assert a.files == b.files, (name, a.files, b.files)
-            for array in a.files:
-                np.testing.assert_array_equal(a[array], b[array], f"{name}, {array}")
+def alike(one: Path, other: Path, names: Sequence[str]) -> None:
+    """Raises where entries of two results differ."""
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
-    different = [name for name in SAME if a[name] != b[name]]
+    different = [name for name in names if a[name] != b[name]]
     assert not different, f"{different} differ between {one} and {other}"
+
+
+JOBS: dict[str, Callable[[Path], Job] | None] = {"experiment": experiment, "faster": faster, "calibration": None}
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from sparseflax.conv.ffi import runtime_api
 KERNEL = Path(__file__).parents[1] / "xla_ffi"
 TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
 INT8, PROGRAM = TEST.with_name("int8_test.cc"), TEST.with_name("program_test.cc")
-BORDER = KERNEL / "handler.cc"  # needs XLA's headers, and what tests it:
-HANDLER, FUZZ = TEST.with_name("handler_test.cc"), TEST.with_name("handler_fuzz.cc")
-MAINS = [TEST, INT8, PROGRAM, HANDLER, FUZZ]
+BORDER = [KERNEL / "handler.cc", KERNEL / "program_handler.cc"]  # need XLA's headers, and what tests them:
+HANDLER, *FUZZ = (TEST.with_name(f"{name}.cc") for name in ("handler_test", "handler_fuzz", "program_fuzz"))
+MAINS = [TEST, INT8, PROGRAM, HANDLER, *FUZZ]
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
 OUTSIDE = "handler.cc", "int8_handler.cc", "program_handler.cc", "module.cc"  # what needs XLA or Python
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in OUTSIDE)
@@ -32,8 +32,8 @@ RELEASE = ["-O3", "-DNDEBUG", "-fPIC"]  # as CMakeLists.txt builds the module
 # name: compiler, flags, sources; a file of another architecture compiles to nothing
 BUILDS = {
     "address,undefined": (X86, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
-                                "-fno-sanitize-recover=all"], [*SOURCES, BORDER, *MAINS]),
-    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, BORDER, TEST, PROGRAM, HANDLER]),
+                                "-fno-sanitize-recover=all"], [*SOURCES, *BORDER, *MAINS]),
+    "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, *BORDER, TEST, PROGRAM, HANDLER]),
     "emulated": (X86, ["-O1", "-mavx2", "-mfma", "-DSF_EMULATED", f"-I{TEST.with_name('emulated')}"], EMULATED),
     "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST, INT8]),
     "x86 release": (X86, RELEASE, TILES),
@@ -134,18 +134,20 @@ def test_the_handler_with_a_runtime_of_its_own(objects, tmp_path, name):
     assert run(link(name, objects, tmp_path, HANDLER)) == "ok\n"
 
 
-def test_the_handler_given_anything(objects, tmp_path):
+@pytest.mark.parametrize("fuzz, outcome", [*zip(FUZZ, ("right", "computed"), strict=True)])
+def test_handlers_given_anything(objects, tmp_path, fuzz, outcome):
     """A few of the cases of `python -m tests.fuzz`."""
     need("address,undefined")
     need_headers()
-    assert '"right"' in run(link("address,undefined", objects, tmp_path, FUZZ), 1, 0, 60, 2000)
+    assert f'"{outcome}"' in run(link("address,undefined", objects, tmp_path, fuzz), 1, 0, 60, 2000)
 
 
-@pytest.mark.parametrize("name, cases", [("address,undefined", 300), ("thread", 0)])
-def test_programs(objects, tmp_path, name, cases):
-    """Any number of threads and images at a time gives the same; edited programs are refused or run."""
+@pytest.mark.parametrize("name", ["address,undefined", "thread"])
+def test_programs(objects, tmp_path, name, monkeypatch):
+    """Any number of threads and images at a time gives the same, and what is only claimed takes no memory."""
     need(name)
-    assert run(link(name, objects, tmp_path, PROGRAM), cases).startswith("ok ")
+    monkeypatch.setenv("ASAN_OPTIONS", "max_allocation_size_mb=512")
+    assert run(link(name, objects, tmp_path, PROGRAM)) == "ok\n"
 
 
 def test_neon_under_emulation(objects, tmp_path):

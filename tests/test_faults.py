@@ -6,11 +6,13 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from experiments import checkpoint, run
+from experiments import checkpoint, evaluate, run
 from sparseflax.calibration import calibrate as calibration
 from sparseflax.cost.machine import ATOM_C2750
 from sparseflax.cost.profile import save_machine
+from sparseflax.files.safetensors import seal
 from tests import kills
 from tests.test_train import assert_same
 
@@ -89,7 +91,18 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
         checkpoint.restore(tmp_path, {"v": jnp.zeros(4)})
 
 
-def test_files_that_are_not_whole_are_seen(tmp_path):
-    (tmp_path / "a.json").write_text('{"half": ')
+def test_weights_are_written_in_one_order(tmp_path):
+    """A model that was put together again has its arrays in another."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    again = nnx.merge(*nnx.split(model))
+    assert list(vars(model)) != list(vars(again))
+    for name, one in (("model", model), ("again", again)):
+        evaluate.save_weights(one, tmp_path / f"{name}.npz")
+    assert (tmp_path / "model.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
+
+
+@pytest.mark.parametrize("name, content", [("a.json", b'{"half": '), ("a.safetensors", seal("layer", {}, {})[:-9])])
+def test_files_that_are_not_whole_are_seen(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError):
         kills.whole(tmp_path)

@@ -566,6 +566,16 @@ def test_cycles_and_constants_that_are_too_large(tmp_path):
     refuses(save(tmp_path / "m.onnx", [node("Conv", "x w", "y")], sparse=[sparse]), "it makes a constant of shape")
 
 
+def test_windows_that_are_too_large(tmp_path):
+    """Known by their sizes: nothing is made that is as large."""
+    model = load_onnx(save(tmp_path / "m.onnx", [node("AveragePool", "x", "y", kernel_shape=[2**45, 1], pads=[2**44, 0] * 2)]))
+    assert model is not None
+    path = save(tmp_path / "m.onnx", [node("LRN", "x", "y", size=2**45)])
+    assert load_onnx(path)(np.ones((2, 9, 8, 6))).shape == (2, 9, 8, 6)
+    refuses(save(tmp_path / "m.onnx", [node("AveragePool", "x", "y", kernel_shape=[1, 1], pads=[2**44, 0] * 2)]),
+            "AveragePool 'the_y': it makes a constant of shape")
+
+
 def test_inputs_of_the_wrong_shape(tmp_path):
     nodes, constants = OPERATORS["gemm"]
     model = load_onnx(save(tmp_path / "m.onnx", nodes, constants))

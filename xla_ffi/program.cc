@@ -307,7 +307,7 @@ std::string Program::Run(int64_t n, const std::vector<const void*>& images, cons
   const int64_t threads = executor.threads();
   int64_t units = 1;
   if (n >= threads) {
-    units = (n + chunk_ - 1) / chunk_;
+    units = (n - 1) / chunk_ + 1;
     units = std::min(n, (units + threads - 1) / threads * threads);  // the same for every thread
   }
   const int64_t most = (n + units - 1) / units, slots = std::min(units, threads);
@@ -315,6 +315,7 @@ std::string Program::Run(int64_t n, const std::vector<const void*>& images, cons
   std::unique_ptr<Arena> arena;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    zeros_.resize(static_cast<size_t>(unbiased_));
     if (!arenas_.empty()) {
       arena = std::move(arenas_.back());
       arenas_.pop_back();

@@ -103,14 +103,15 @@ class Program {
   std::vector<Value> values_;
   std::vector<Step> steps_;
   std::vector<Segment> segments_;
-  std::vector<float> zeros_;  // the bias of convolutions without one
   const Isa* isa_ = nullptr;
   const Isa* int8_ = nullptr;
   int64_t inputs_ = 0, chunk_ = 1;
+  int64_t unbiased_ = 0;                      // output channels of the widest convolution without a bias
   int64_t whole_bytes_ = 0, unit_bytes_ = 0;  // per image
   mutable std::vector<std::atomic<int64_t>> nanoseconds_;  // of each step, where it is traced
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> arenas_;  // that no call uses now
+  std::vector<float> zeros_;                    // the bias of convolutions without one: made at the first call, when memory of that size is there
 };
 
 }  // namespace sparseflax

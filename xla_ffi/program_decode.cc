@@ -87,10 +87,10 @@ std::string Program::Decode(const int64_t* words, int64_t count, const float* nu
       std::string error;
       step.conv = Conv::Make(s, gaps + gap_begin, gap_end - gap_begin, int8 ? int8_ : isa_, &error, int8 ? Element::kInt8 : Element::kFloat32);
       if (!error.empty()) return where + error;
-      zeros_.resize(std::max(zeros_.size(), static_cast<size_t>(s.oc)));
     }
     const std::string error = CheckStep(step, &y);
     if (!error.empty()) return where + error;
+    if (step.op == Op::kConv && step.params[15] == 0) unbiased_ = std::max(unbiased_, step.conv->shape().oc);
     steps_.push_back(std::move(step));
     values_.push_back(y);
   }
@@ -196,7 +196,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kPower)) return "malformed";
       return counts(1, 0, 1, static_cast<Unary>(p[0]) == Unary::kClamp ? 4 : 2) && same(*x[0], y) ? "" : wrong;
     case Op::kWindow:  // y[i,j,c] = x[i + p0, j + p1, c + p2], or a number outside
-      if (p.size() != 3 || std::max({std::abs(p[0]), std::abs(p[1]), std::abs(p[2])}) > kMost) return "malformed";
+      if (p.size() != 3 || std::min({p[0], p[1], p[2]}) < -kMost || std::max({p[0], p[1], p[2]}) > kMost) return "malformed";
       return counts(1, 0, 3, 1) && (!bytes || zero(step.numbers[0])) ? "" : wrong;
     case Op::kConcat: {
       int64_t channels = 0;

@@ -2,43 +2,15 @@
 // some attributes, sizes, types and operands are changed. Each has to be refused with a message or computed; one that nothing was
 // changed of has to be right. Memory is told by the sanitizers, which see every buffer at its exact size.
 //
-//   handler_fuzz SEED FIRST SECONDS CASES     cases from number FIRST on; "at N" on stderr says which one runs when one fails
-#include <chrono>
-#include <cinttypes>
-#include <cstdio>
+//   handler_fuzz SEED FIRST SECONDS CASES
 #include <cmath>
-#include <cstdlib>
-#include <iterator>
-#include <map>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "draw.h"
 #include "runtime.h"
 
 namespace {
-
-class Draw {
- public:
-  Draw(uint64_t seed, uint64_t number) : random_(seed * 0x9E3779B97F4A7C15u + number) {}
-  int64_t Below(int64_t n) { return static_cast<int64_t>(random_() % static_cast<uint64_t>(n)); }
-  int64_t Between(int64_t low, int64_t high) { return low + Below(high - low + 1); }
-  bool OneIn(int64_t n) { return Below(n) == 0; }
-  // What another number might become.
-  int64_t Other(int64_t value) {
-    const int64_t edges[] = {0, 1, -1, 2, 255, 65535, 65536, int64_t{1} << 31, (int64_t{1} << 31) - 1, int64_t{1} << 32,
-                             int64_t{1} << 40, INT64_MAX, INT64_MIN, INT64_MAX - 1};
-    switch (Below(4)) {
-      case 0: return edges[Below(std::size(edges))];
-      case 1: return static_cast<int64_t>(static_cast<uint64_t>(value) + static_cast<uint64_t>(Between(-2, 2)));
-      case 2: return Between(0, 40);
-      default: return static_cast<int64_t>(random_());
-    }
-  }
-
- private:
-  std::mt19937_64 random_;
-};
 
 Problem AnyProblem(Draw& draw, uint64_t seed) {
   for (;;) {
@@ -67,25 +39,6 @@ int64_t Count(const std::vector<int64_t>& dims) {
     count *= dim;
   }
   return count;
-}
-
-void Change(Draw& draw, std::vector<int64_t>& numbers) {
-  if (numbers.empty() || draw.OneIn(12)) {
-    if (draw.OneIn(2) && !numbers.empty()) numbers.pop_back();
-    else numbers.push_back(draw.Other(1));
-    return;
-  }
-  int64_t& number = numbers[static_cast<size_t>(draw.Below(static_cast<int64_t>(numbers.size())))];
-  number = draw.Other(number);
-}
-
-void Change(Draw& draw, std::vector<uint8_t>& gaps) {
-  for (int64_t times = draw.Between(1, 3); times > 0; --times) {
-    const auto at = gaps.begin() + draw.Below(static_cast<int64_t>(gaps.size()) + 1);
-    if (at == gaps.end() || draw.OneIn(3)) gaps.insert(at, static_cast<size_t>(draw.Between(1, 300)), static_cast<uint8_t>(draw.Below(256)));
-    else if (draw.OneIn(2)) gaps.erase(at, at + draw.Below(gaps.end() - at + 1));
-    else *at = static_cast<uint8_t>(draw.Below(256));
-  }
 }
 
 void Change(Draw& draw, Attributes& a) {
@@ -139,7 +92,7 @@ std::string Case(uint64_t seed, uint64_t number, Pool& pool) {
   if (message.empty()) {
     std::vector<Operand> operands;
     for (size_t i = 1; i < memory.size(); ++i) operands.push_back(memory[i].operand);
-    message = Execute(&site, operands, memory[0].operand);
+    message = Execute(&site, sparseflax::ConvExecute, operands, {memory[0].operand});
     if (message.empty() && changes > 0) return "computed";
   }
   if (changes == 0) {
@@ -149,28 +102,13 @@ std::string Case(uint64_t seed, uint64_t number, Pool& pool) {
     }
     return "right";
   }
-  for (char& c : message) c = c >= '0' && c <= '9' ? '#' : c;
-  while (message.find("##") != std::string::npos) message.erase(message.find("##"), 1);
-  for (char& c : message) c = c == '"' ? '\'' : c;
-  return message.substr(0, message.find('\n'));
+  return Kind(message);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 5) Fail("usage: handler_fuzz SEED FIRST SECONDS CASES");
-  const uint64_t seed = std::strtoull(argv[1], nullptr, 10), first = std::strtoull(argv[2], nullptr, 10);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[3]));
-  const uint64_t most = std::strtoull(argv[4], nullptr, 10);
   Register();
   Pool pool(2);
-  std::map<std::string, uint64_t> outcomes;
-  for (uint64_t number = first; number - first < most && std::chrono::steady_clock::now() < end; ++number) {
-    std::fprintf(stderr, "at %" PRIu64 "\n", number);
-    ++outcomes[Case(seed, number, pool)];
-  }
-  for (const auto& [outcome, count] : outcomes) {
-    std::printf("{\"outcome\": \"%s\", \"count\": %" PRIu64 "}\n", outcome.c_str(), count);
-  }
-  return 0;
+  return Fuzz(argc, argv, [&](uint64_t seed, uint64_t number) { return Case(seed, number, pool); });
 }

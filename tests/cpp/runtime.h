@@ -30,7 +30,11 @@ struct XLA_FFI_ExecutionContext {
 namespace sparseflax {
 XLA_FFI_Error* ConvInstantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* ConvExecute(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* ProgramInstantiate(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* ProgramExecute(XLA_FFI_CallFrame* frame);
 }  // namespace sparseflax
+
+using Stage = XLA_FFI_Error* (*)(XLA_FFI_CallFrame*);
 
 [[noreturn]] inline void Fail(const std::string& what) {
   std::fprintf(stderr, "FAILED %s\n", what.c_str());
@@ -91,15 +95,15 @@ inline std::string Message(XLA_FFI_Error* error) {
   return owned == nullptr ? "" : owned->message;
 }
 
-// As XLA does at the handler's registration; without it nothing has a type.
-inline void Register() {
+// As XLA does at the handler's registration; without it nothing has a type. One handler in each test.
+inline void Register(Stage instantiate = sparseflax::ConvInstantiate) {
   XLA_FFI_Metadata metadata = {};
   metadata.struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
   XLA_FFI_Metadata_Extension extension = {
       {XLA_FFI_Metadata_Extension_STRUCT_SIZE, XLA_FFI_Extension_Metadata, nullptr}, &metadata};
   XLA_FFI_CallFrame query = Frame(nullptr, XLA_FFI_ExecutionStage_INSTANTIATE);
   query.extension_start = &extension.extension_base;
-  if (const std::string error = Message(sparseflax::ConvInstantiate(&query)); !error.empty()) Fail(error);
+  if (const std::string error = Message(instantiate(&query)); !error.empty()) Fail(error);
   if (metadata.state_type_id.type_id != 1) Fail("the state's type was not registered by the metadata call");
 }
 
@@ -117,52 +121,71 @@ inline Attributes AttributesOf(const Problem& p) {
           {s.sh, s.sw, s.top, s.bottom, s.left, s.right, s.dh, s.dw}};
 }
 
-inline std::string Instantiate(XLA_FFI_ExecutionContext* context, Attributes a) {
-  XLA_FFI_Array arrays[] = {{XLA_FFI_DataType_S64, a.epilogue.size(), a.epilogue.data()},
-                            {XLA_FFI_DataType_U8, a.gaps.size(), a.gaps.data()},
-                            {XLA_FFI_DataType_S64, a.layout.size(), a.layout.data()},
-                            {XLA_FFI_DataType_S64, a.window.size(), a.window.data()}};
-  XLA_FFI_ByteSpan kernel = {a.kernel.data(), a.kernel.size()};
-  XLA_FFI_ByteSpan names[] = {{"epilogue", 8}, {"gaps", 4}, {"kernel", 6}, {"layout", 6}, {"window", 6}};  // sorted
-  XLA_FFI_ByteSpan* name_pointers[] = {&names[0], &names[1], &names[2], &names[3], &names[4]};
-  XLA_FFI_AttrType types[] = {XLA_FFI_AttrType_ARRAY, XLA_FFI_AttrType_ARRAY, XLA_FFI_AttrType_STRING, XLA_FFI_AttrType_ARRAY,
-                              XLA_FFI_AttrType_ARRAY};
-  void* values[] = {&arrays[0], &arrays[1], &kernel, &arrays[2], &arrays[3]};
+// An array, or a string whose type is not looked at.
+struct Attribute {
+  std::string name;
+  XLA_FFI_AttrType kind;
+  XLA_FFI_Array array;
+};
+inline Attribute Of(const char* name, std::vector<int64_t>& v) { return {name, XLA_FFI_AttrType_ARRAY, {XLA_FFI_DataType_S64, v.size(), v.data()}}; }
+inline Attribute Of(const char* name, std::vector<float>& v) { return {name, XLA_FFI_AttrType_ARRAY, {XLA_FFI_DataType_F32, v.size(), v.data()}}; }
+inline Attribute Of(const char* name, std::vector<uint8_t>& v) { return {name, XLA_FFI_AttrType_ARRAY, {XLA_FFI_DataType_U8, v.size(), v.data()}}; }
+inline Attribute Of(const char* name, std::string& v) { return {name, XLA_FFI_AttrType_STRING, {XLA_FFI_DataType_U8, v.size(), v.data()}}; }
+
+// Attributes sorted by their names.
+inline std::string Instantiate(XLA_FFI_ExecutionContext* context, Stage instantiate, std::vector<Attribute> attributes) {
+  std::vector<XLA_FFI_ByteSpan> names, strings;
+  std::vector<XLA_FFI_ByteSpan*> name_pointers;
+  std::vector<XLA_FFI_AttrType> kinds;
+  std::vector<void*> values;
+  names.reserve(attributes.size()), strings.reserve(attributes.size());  // pointed into
+  for (Attribute& each : attributes) {
+    names.push_back({each.name.data(), each.name.size()});
+    name_pointers.push_back(&names.back());
+    kinds.push_back(each.kind);
+    strings.push_back({static_cast<const char*>(each.array.data), each.array.size});
+    values.push_back(each.kind == XLA_FFI_AttrType_STRING ? static_cast<void*>(&strings.back()) : &each.array);
+  }
   XLA_FFI_CallFrame frame = Frame(context, XLA_FFI_ExecutionStage_INSTANTIATE);
-  frame.attrs.size = 5;
-  frame.attrs.types = types;
-  frame.attrs.names = name_pointers;
-  frame.attrs.attrs = values;
-  return Message(sparseflax::ConvInstantiate(&frame));
+  frame.attrs.size = static_cast<int64_t>(attributes.size());
+  frame.attrs.types = kinds.data();
+  frame.attrs.names = name_pointers.data();
+  frame.attrs.attrs = values.data();
+  return Message(instantiate(&frame));
 }
 
-// An operand or the result; `data` has as many elements as `dims` says.
+inline std::string Instantiate(XLA_FFI_ExecutionContext* context, Attributes a) {
+  return Instantiate(context, sparseflax::ConvInstantiate,
+                     {Of("epilogue", a.epilogue), Of("gaps", a.gaps), Of("kernel", a.kernel), Of("layout", a.layout), Of("window", a.window)});
+}
+
+// An operand or a result; `data` has as many elements as `dims` says.
 struct Operand {
   std::vector<int64_t> dims;
-  float* data;
+  void* data;
   XLA_FFI_DataType type = XLA_FFI_DataType_F32;
 };
 
-inline std::string Execute(XLA_FFI_ExecutionContext* context, std::vector<Operand> operands, Operand result) {
-  const auto buffer = [](Operand& o) {
-    return XLA_FFI_Buffer{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, o.type, o.data, static_cast<int64_t>(o.dims.size()), o.dims.data()};
-  };
+inline std::string Execute(XLA_FFI_ExecutionContext* context, Stage execute, std::vector<Operand> operands, std::vector<Operand> results) {
   std::vector<XLA_FFI_Buffer> buffers;
-  for (Operand& operand : operands) buffers.push_back(buffer(operand));
-  std::vector<void*> args;
-  for (XLA_FFI_Buffer& each : buffers) args.push_back(&each);
-  std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
-  XLA_FFI_RetType ret_type = XLA_FFI_RetType_BUFFER;
-  XLA_FFI_Buffer out = buffer(result);
-  void* ret = &out;
+  std::vector<void*> pointers;
+  buffers.reserve(operands.size() + results.size());  // pointed into
+  for (std::vector<Operand>* each : {&operands, &results}) {
+    for (Operand& o : *each) {
+      buffers.push_back({XLA_FFI_Buffer_STRUCT_SIZE, nullptr, o.type, o.data, static_cast<int64_t>(o.dims.size()), o.dims.data()});
+      pointers.push_back(&buffers.back());
+    }
+  }
+  std::vector<XLA_FFI_ArgType> arg_types(operands.size(), XLA_FFI_ArgType_BUFFER);
+  std::vector<XLA_FFI_RetType> ret_types(results.size(), XLA_FFI_RetType_BUFFER);
   XLA_FFI_CallFrame frame = Frame(context, XLA_FFI_ExecutionStage_EXECUTE);
-  frame.args.size = static_cast<int64_t>(args.size());
+  frame.args.size = static_cast<int64_t>(operands.size());
   frame.args.types = arg_types.data();
-  frame.args.args = args.data();
-  frame.rets.size = 1;
-  frame.rets.types = &ret_type;
-  frame.rets.rets = &ret;
-  return Message(sparseflax::ConvExecute(&frame));
+  frame.args.args = pointers.data();
+  frame.rets.size = static_cast<int64_t>(results.size());
+  frame.rets.types = ret_types.data();
+  frame.rets.rets = pointers.data() + operands.size();
+  return Message(execute(&frame));
 }
 
 // A problem's own operands.
@@ -171,5 +194,5 @@ inline std::string Execute(XLA_FFI_ExecutionContext* context, const Problem& p, 
   const auto data = [](const std::vector<float>& v) { return const_cast<float*>(v.data()); };
   std::vector<Operand> operands = {{{s.n, s.ih, s.iw, s.ic()}, data(p.x)}, {{values}, data(p.values)}, {{s.oc}, data(p.bias)}};
   if (!p.residual.empty()) operands.push_back({{s.n, s.oh, s.ow, s.oc}, data(p.residual)});
-  return Execute(context, operands, {{s.n, s.oh, s.ow, s.oc}, y.data()});
+  return Execute(context, sparseflax::ConvExecute, operands, {{{s.n, s.oh, s.ow, s.oc}, y.data()}});
 }

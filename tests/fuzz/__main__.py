@@ -6,7 +6,8 @@
 
 Each case is a function of the seed and its number, and runs in a process of its own kind: Python for packed files, exported
 programs and ONNX files, and C++ under AddressSanitizer and UndefinedBehaviorSanitizer for what reaches the native side through
-the FFI. A case fails if it ends its process, hangs, or raises what is not documented. Ends with 1 if any did.
+the FFI: convolutions ("border") and network programs ("steps"). A case fails if it ends its process, hangs, or raises what is
+not documented. Ends with 1 if any did.
 """
 
 import argparse
@@ -18,12 +19,15 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HANGS = 120.0  # seconds that one case may take
 WORKER = "import sys; from tests.fuzz.__main__ import work; work(*sys.argv[1:])"
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ASAN_OPTIONS": "allocator_may_return_null=1"}
-TARGETS = ("packed", "program", "onnx", "border")
+# An image's memory may be refused; a list that a program makes longer than this ends the process.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=512"}
+NATIVE = {"border": "handler_fuzz.cc", "steps": "program_fuzz.cc"}  # of tests/cpp
+TARGETS = ("packed", "program", "onnx", *NATIVE)
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tupl
     outcomes, failures, end = collections.Counter[str](), list[str](), time.monotonic() + seconds
     last = first + cases
     with tempfile.TemporaryDirectory() as folder:
-        program = border(Path(folder)) if target == "border" else [sys.executable, "-c", WORKER, target]
+        program = native(target, Path(folder)) if target in NATIVE else [sys.executable, "-c", WORKER, target]
         while first < last and (left := end - time.monotonic()) > 0:
             with open(Path(folder, "log"), "w+") as log, open(Path(folder, "out"), "w+") as out:
                 child = subprocess.Popen([*program, str(seed), str(first), str(left), str(last - first)], stdout=out,
@@ -92,13 +96,14 @@ def _wait(child: subprocess.Popen, log: str) -> bool:
                 return True
 
 
-def border(folder: Path) -> list[str]:
-    """The C++ program, built as `tests/test_cpp.py` builds its tests."""
+def native(target: str, folder: Path) -> list[str]:
+    """A C++ program, built as `tests/test_cpp.py` builds its tests."""
     from tests import test_cpp
 
     compiler, flags, sources = test_cpp.BUILDS["address,undefined"]
-    sources = [source for source in sources if source not in test_cpp.MAINS] + [test_cpp.FUZZ]
-    objects = [test_cpp.compiled(compiler, flags, source, folder) for source in sources]
+    sources = [source for source in sources if source not in test_cpp.MAINS or source.name == NATIVE[target]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: test_cpp.compiled(compiler, flags, source, folder), sources))
     test_cpp.run(compiler, *flags, "-pthread", *objects, "-o", folder / "fuzz")
     return [str(folder / "fuzz")]
 

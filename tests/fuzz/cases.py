@@ -3,28 +3,24 @@
 import functools
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
 
 import sparseflax
-from experiments.export_onnx import to_onnx
 from sparseflax.cost.machine import TYPICAL
 from sparseflax.files.safetensors import seal, unseal
+from tests.fuzz.edits import Draw, damaged, edited_array, edited_json, first_words, folder, pick
+from tests.fuzz.onnx_cases import onnx_file
 from tests.machines import HERE
 
 FITTED = replace(HERE, fitted=TYPICAL)  # its plans ask the native side for counts
-Draw = np.random.Generator
-EDGES = (0, 1, -1, 2, 255, 256, 65535, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**63), 2**64, 10**400)
 RUN = 100  # one in so many networks that came through is run and not only traced: that takes the compiling
 
 
@@ -38,18 +34,6 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.block[0](nnx.relu(self.norm(self.conv(x))))).mean((1, 2)))
 
 
-class Residual(nnx.Module):
-    def __init__(self, rngs):
-        self.first, self.second = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs), nnx.Conv(8, 8, (3, 3), feature_group_count=2,
-                                                                                         rngs=rngs)
-        self.norm, self.head = nnx.BatchNorm(8, use_running_average=True, rngs=rngs), nnx.Linear(8, 5, rngs=rngs)
-
-    def __call__(self, x):
-        x = nnx.relu(self.first(x))
-        x = nnx.relu(self.norm(self.second(x)) + x)
-        return self.head(nnx.max_pool(x, (2, 2), strides=(2, 2)).mean((1, 2)))
-
-
 class LinenNet(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -58,13 +42,6 @@ class LinenNet(nn.Module):
 
 
 X = np.ones((1, 6, 6, 4), np.float32)
-
-
-@functools.cache
-def folder() -> Path:
-    made = tempfile.TemporaryDirectory()
-    folder.made = made  # type: ignore[attr-defined]  # lives as long as the process
-    return Path(made.name)
 
 
 def thinned(params: Any) -> Any:
@@ -94,95 +71,6 @@ def program() -> bytes:
     model = Net(nnx.Rngs(0))
     nnx.update(model, thinned(nnx.state(model, nnx.Param)))
     return sparseflax.export(sparseflax.pack_model(model, sparseflax.plan(model, X, HERE)), X, any_batch=True)
-
-
-@functools.cache
-def network() -> Any:
-    """An ONNX model with a convolution of each kind, a batch norm, an addition, a pool and a fully connected layer."""
-    import onnx
-
-    return onnx.load_from_string(to_onnx(Residual(nnx.Rngs(0)), jnp.ones((1, 8, 8, 3))))
-
-
-def pick(draw: Draw, items: Any) -> Any:
-    return items[int(draw.integers(len(items)))]
-
-
-def number(draw: Draw, old: Any) -> Any:
-    """What a number might become."""
-    kind = int(draw.integers(4))
-    return (pick(draw, EDGES), old + int(draw.integers(-2, 3)), int(draw.integers(0, 300)), old * float(draw.normal()))[kind]
-
-
-def damaged(draw: Draw, data: bytes) -> bytes:
-    """Bytes flipped, cut off, put in or taken out."""
-    content = bytearray(data)
-    for _ in range(int(draw.integers(1, 4))):
-        at = int(draw.integers(len(content) + 1))
-        if draw.random() < 0.5:
-            at = min(at, int(draw.integers(400)))  # headers lie in front
-        kind = int(draw.integers(4))
-        if kind == 0 and at < len(content):
-            content[at] ^= int(draw.integers(1, 256))
-        elif kind == 1:
-            del content[at:]
-        elif kind == 2:
-            content[at:at] = draw.bytes(int(draw.integers(1, 9)))
-        else:
-            del content[at:at + int(draw.integers(1, 9))]
-    return bytes(content)
-
-
-def edited_array(draw: Draw, array: np.ndarray) -> np.ndarray:
-    """Other numbers, another length, shape or type."""
-    kind = int(draw.integers(5))
-    if kind == 0 and array.size:
-        array = array.copy()
-        old = array.reshape(-1)[at := int(draw.integers(array.size))]
-        try:
-            array.reshape(-1)[at] = number(draw, old.item())
-        except (OverflowError, ValueError):
-            array.reshape(-1)[at] = 255
-    elif kind == 1 and array.ndim:
-        array = array[:int(draw.integers(len(array) + 1))]
-    elif kind == 2:
-        array = np.concatenate([array.reshape(-1)] * 2)
-    elif kind == 3:
-        array = array.astype(pick(draw, (np.uint8, np.int64, np.float32, np.float64, np.bool_)))
-    else:
-        array = array.reshape(pick(draw, ((-1,), (1, -1), (-1, 1))))
-    return array
-
-
-def edited_json(draw: Draw, tree: Any) -> Any:
-    """A JSON tree, changed in place at one to three places."""
-    for _ in range(int(draw.integers(1, 4))):
-        places = [(parent, key) for parent in _parents(tree)
-                  for key in (parent if isinstance(parent, dict) else range(len(parent)))]
-        if not places:
-            return tree
-        parent, key = pick(draw, places)
-        old = parent[key]
-        kind = int(draw.integers(6))
-        if kind == 0:
-            del parent[key]
-        elif kind == 1:
-            parent[key] = pick(draw, (None, True, "", "conv", [], {}, [old], {"a": old}, 1.5, float("inf"), "head"))
-        elif kind == 2 and isinstance(parent, list):
-            parent.append(old)
-        elif kind == 3:
-            other, there = pick(draw, places)
-            parent[key] = other[there] if there in (other if isinstance(other, dict) else range(len(other))) else None
-        elif isinstance(old, (int, float)) and not isinstance(old, bool):
-            parent[key] = number(draw, old)
-    return tree
-
-
-def _parents(tree: Any, depth: int = 0):
-    if isinstance(tree, (dict, list)) and depth < 20:
-        yield tree
-        for inner in tree.values() if isinstance(tree, dict) else tree:
-            yield from _parents(inner, depth + 1)
 
 
 def resealed(draw: Draw, kind: str, data: bytes) -> bytes:
@@ -221,7 +109,7 @@ def packed_file(draw: Draw) -> str:
         try:
             loaded, plan = sparseflax.load(path, like)
         except ValueError as error:
-            return f"refused: {_first_words(error, path)}"
+            return f"refused: {first_words(error, path)}"
     str(plan)
     run = loaded if isinstance(loaded, nnx.Module) else functools.partial(loaded[0].apply, loaded[1])
     y = run(X) if draw.integers(RUN) == 0 else jax.eval_shape(run, X)
@@ -235,84 +123,15 @@ def exported_program(draw: Draw) -> str:
     try:
         run = sparseflax.load_program(data, other_kernels=bool(draw.integers(2)))
     except ValueError as error:
-        return f"refused: {_first_words(error)}"
+        return f"refused: {first_words(error)}"
     if draw.integers(RUN) == 0:
         try:
             y = run(X)
         except ValueError as error:
-            return f"refused when called: {_first_words(error)}"
+            return f"refused when called: {first_words(error)}"
         assert y.shape == (1, 3), y.shape
         return "runs"
     return "read"
-
-
-def onnx_file(draw: Draw) -> str:
-    import onnx
-
-    model = onnx.ModelProto()
-    model.CopyFrom(network())
-    path = folder() / f"case-{os.getpid()}.onnx"
-    if draw.random() < 0.3:
-        path.write_bytes(damaged(draw, model.SerializeToString()))
-    else:
-        for _ in range(int(draw.integers(1, 4))):
-            _edit_onnx(draw, model)
-        path.write_bytes(model.SerializeToString())
-    try:
-        loaded = sparseflax.onnx.load_onnx(path)
-        x = jax.ShapeDtypeStruct(X.shape[:1] + (8, 8, 3), jnp.float32)
-        jax.eval_shape(loaded, x)
-    except ValueError as error:
-        return f"refused: {_first_words(error, path)}"
-    return "runs"
-
-
-def _edit_onnx(draw: Draw, model: Any) -> None:
-    graph = model.graph
-    kind = int(draw.integers(9))
-    node, tensor = pick(draw, graph.node), pick(draw, graph.initializer)
-    names = sorted({name for each in graph.node for name in (*each.input, *each.output)})
-    if kind == 0 and node.attribute:
-        attribute = pick(draw, node.attribute)
-        low, high = -(2**63), 2**63 - 1
-        if attribute.ints:
-            at = int(draw.integers(len(attribute.ints)))
-            attribute.ints[at] = min(high, max(low, int(number(draw, attribute.ints[at]))))
-        else:
-            attribute.i = min(high, max(low, int(number(draw, attribute.i))))
-    elif kind == 1 and node.attribute:
-        attribute = pick(draw, node.attribute)
-        if draw.integers(2):
-            node.attribute.remove(attribute)
-        else:
-            attribute.type = int(draw.integers(0, 15))
-    elif kind == 2:
-        known = [each.op_type for each in graph.node]
-        node.op_type = pick(draw, [*known, "Gemm", "MatMul", "Reshape", "Pad", "Concat", "If", ""])
-    elif kind == 3 and node.input:
-        at = int(draw.integers(len(node.input)))
-        node.input[at] = pick(draw, [*names, "", "nothing"])
-    elif kind == 4:
-        (graph.node.remove if draw.integers(2) else lambda each: graph.node.append(each))(node)
-    elif kind == 5:
-        at = int(draw.integers(max(1, len(tensor.dims))))
-        if tensor.dims:
-            tensor.dims[at] = min(2**63 - 1, max(-(2**63), int(number(draw, tensor.dims[at]))))
-        else:
-            tensor.dims.append(3)
-    elif kind == 6:
-        tensor.raw_data = tensor.raw_data[:int(draw.integers(len(tensor.raw_data) + 1))]
-    elif kind == 7:
-        tensor.data_type = int(draw.integers(0, 25))
-    else:
-        sizes = pick(draw, [*graph.input, *graph.output]).type.tensor_type.shape.dim
-        if sizes:
-            pick(draw, sizes).dim_value = min(2**63 - 1, max(-(2**63), int(number(draw, 3))))
-
-
-def _first_words(error: Exception, path: Path | None = None) -> str:
-    text = str(error).replace(str(path), "FILE")
-    return f"{type(error).__name__}: {''.join('#' if c.isdigit() else c for c in text)[:40]}"
 
 
 CASES: dict[str, Callable[[Draw], str]] = {"packed": packed_file, "program": exported_program, "onnx": onnx_file}

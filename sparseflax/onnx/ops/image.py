@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparseflax.onnx.value import Unsupported, Value, along, integers, known, last
+from sparseflax.onnx.value import Unsupported, Value, along, bounded, integers, known, last
 
 Sides = tuple[tuple[int, int], ...]
 
@@ -129,6 +129,7 @@ def average_pool(x: Value, kernel_shape: Any, ceil_mode: int = 0, count_include_
     sides = _sides(array, at, ceil_mode)
     taps = [_counts(*sizes, bool(count_include_pad)) for sizes in
             zip(array.shape[1:-1], at.size, at.strides, at.dilations, sides, strict=True)]
+    bounded(tuple(map(len, taps)))
     counts = reduce(np.multiply.outer, taps)
     total = _reduce(array, 0.0, lax.add, at, sides)
     one = np.all(counts == counts.flat[0]) if counts.size else True
@@ -175,9 +176,13 @@ def _counts(length: int, size: int, stride: int, dilation: int, side: tuple[int,
     """How many taps of each window count."""
     low, high, beyond = side
     first, end = (-low, length + high) if padded else (0, length)
-    starts = np.arange(-low, length + high + beyond - (size - 1) * dilation, stride)
-    taps = starts[:, None] + np.arange(size) * dilation
-    return ((taps >= first) & (taps < end)).sum(axis=1)
+    last = length + high + beyond - (size - 1) * dilation  # before it a window begins
+    starts = stride * np.arange(*bounded((max(0, -((-low - last) // stride)),))) - low
+
+    def before(position: int) -> np.ndarray:
+        return np.clip(-((starts - position) // dilation), 0, size)
+
+    return before(end) - before(first)
 
 
 def resize(x: Value, roi: Any = None, scales: Any = None, sizes: Any = None, axes: Any = None, mode: str = "nearest",

@@ -141,8 +141,9 @@ def lrn(x: Value, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: floa
     if size < 1:
         raise Unsupported(f"size={size}, wanted 1 or more channels")
     array, before = x.channels_last(), (size - 1) // 2
-    squares = jnp.pad(array * array, [(0, 0)] * (x.rank - 1) + [(before, size - 1 - before)])
-    scale = bias + alpha / size * sum(squares[..., i:i + array.shape[-1]] for i in range(size))
+    before, after = (min(far, array.shape[-1]) for far in (before, size - 1 - before))  # farther ones are none
+    squares = jnp.pad(array * array, [(0, 0)] * (x.rank - 1) + [(before, after)])
+    scale = bias + alpha / size * sum(squares[..., i:i + array.shape[-1]] for i in range(before + 1 + after))
     if beta == 0.75:  # as in every published network: two square roots take a third of the time of a power
         y = array * jax.lax.rsqrt(scale * jnp.sqrt(scale))
     else:
