@@ -181,6 +181,7 @@ def test_what_cannot_join_stays(f, wanted, kept):
 TRANSPOSED = jnp.asarray(reference.integers(DRAW, 2, 3, 8, 5))
 UPSAMPLED = {
     "jnp.repeat": (lambda x: jnp.repeat(jnp.repeat(conv(x), 2, axis=1), 3, axis=2), (2, 3)),
+    "broadcast of a row": (lambda x: jnp.broadcast_to(conv(x)[:, :, None], (2, 6, 4, 6, 8)).reshape(2, 24, 6, 8), (4, 1)),
     "jax.image.resize": (lambda x: jax.image.resize(conv(x), (2, 18, 6, 8), "nearest"), (3, 1)),
     "depth to space": (lambda x: conv(x).reshape(2, 6, 6, 2, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(2, 12, 12, 2), (2, 2)),
     "transposed convolution": (lambda x: jax.lax.conv_transpose(conv(x), TRANSPOSED, (2, 3), "VALID", dimension_numbers=NHWC),

@@ -54,12 +54,14 @@ void UpsampleRows(const Upsample<T>& d, int64_t row, int64_t end) {
   const bool blocks = d.x.c != d.y.c;
   for (; row < end; ++row) {
     const int64_t image = row / d.y.h, i = row % d.y.h, block = blocks ? i % d.fh * d.fw : 0;
-    const T* x = d.x.Row(image * d.x.h + i / d.fh);
+    const T* x = d.x.Row(image * d.x.h + i / d.fh) + block * d.y.c;
     T* y = d.y.Row(row);
+    const bool run = blocks && d.y.pixel == d.y.c;  // a row of a block is one
+    const int64_t parts = run ? 1 : d.fw, count = run ? d.fw * d.y.c : d.y.c, step = run ? count : d.y.pixel;
     for (int64_t j = 0; j < d.x.w; ++j, x += d.x.pixel) {
-      for (int64_t b = 0; b < d.fw; ++b, y += d.y.pixel) {
-        const T* from = x + (blocks ? (block + b) * d.y.c : 0);
-        std::copy(from, from + d.y.c, y);
+      for (int64_t b = 0; b < parts; ++b, y += step) {
+        const T* from = x + (blocks ? b * d.y.c : 0);
+        for (int64_t c = 0; c < count; ++c) y[c] = from[c];
       }
     }
   }

@@ -49,7 +49,7 @@ from sparseflax.prune.whole import Whole
 SURGERY = 1024  # pictures by which layers are pruned, at most: small late layers have few positions in each
 PIXELS = 1 << 18  # in a batch of those
 STATISTICS = 64  # pictures in a batch by which outputs are corrected, of so many pixels at most:
-STATISTICS_PIXELS = 1 << 20
+STATISTICS_PIXELS = 1 << 19
 ENOUGH = 1 << 21  # pixels of either in all, of at least LEAST pictures: a large one shows a layer many positions
 LEAST = 32
 SEEN = 2  # positions for each input of a layer, without which its weights are not known to be superfluous

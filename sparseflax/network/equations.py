@@ -190,14 +190,19 @@ def _reshape(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
 def _broadcast(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
     """That adds dimensions of 1, or one that repeats the rows or the columns of images."""
     shape, at = equation.outvars[0].aval.shape, equation.params["broadcast_dimensions"]
-    added = [axis for axis, size in enumerate(shape) if axis not in at and size != 1]
-    if sizes or tuple(shape[axis] for axis in at) != x.shape or at[:1] != (0,):
+    if sizes or at[:1] != (0,) or x.shape[:1] != shape[:1]:
         return None
-    if not added:
+    before = [1] * len(shape)
+    for axis, size in zip(at, x.shape, strict=True):
+        before[axis] = size
+    repeated = [axis for axis, size in enumerate(shape) if size != before[axis]]
+    if not repeated:
         return region.again(x, shape)
-    if len(x.shape) == 4 and len(shape) == 5 and added in ([2], [3]):
-        return _repeat(region, equation, x, added[0] - 1, shape[added[0]])
-    return None
+    if len(shape) != 5 or repeated not in ([2], [3]):
+        return None
+    wanted = (*shape[:repeated[0]], *shape[repeated[0] + 1:])
+    image = x if x.shape == wanted else region.again(x, wanted)
+    return image and _repeat(region, equation, image, repeated[0] - 1, shape[repeated[0]])
 
 
 def _gather(region: Region, equation: Any, x: Any, index: Any) -> Node | None:
@@ -219,7 +224,7 @@ def _repeat(region: Region, equation: Any, x: Node, axis: int, factor: int) -> N
     """Images (n, h, w, c) with their rows (axis 1) or columns (axis 2) repeated."""
     (_, h, w, c), (fh, fw) = x.shape, (factor, 1) if axis == 1 else (1, factor)
     size, source, factors = (fh * h, fw * w, c), x, (fh, fw)
-    if region.is_open(x, "upsample") and x.size == x.shape[1:] and np.shape(x.args[0])[3:] == (c,):
+    if region.is_open(x, "upsample") and x.size == x.shape[1:] and np.shape(x.args[0])[-1] == c:
         source, factors = x.args[0], (fh * x.params[0], fw * x.params[1])
     return region.node(equation, "upsample", [source], params=factors, size=size)
 

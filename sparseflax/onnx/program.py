@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,6 +80,7 @@ class Program:
         values: dict[str, Value | None] = {name: value(array) for name, array in {**self.known, **constants}.items()}
         for name, array, image in zip(self.inputs, inputs, self.images, strict=False):
             values[name] = Value(array, (0, 2, 3, 1)) if image and array.ndim == 4 else value(array)
+        unread = Counter(name for names in (*(step.node.inputs for step in self.steps), self.outputs) for name in names)
         for step in self.steps:
             node = step.node
             operands = [values[name] if name else None for name in node.inputs]
@@ -91,6 +93,10 @@ class Program:
             else:
                 results = attempt(node, failures, partial(compute, node, operands))
             values.update((name, result) for name, result in zip(node.outputs, results, strict=True) if name)
+            unread.subtract(node.inputs)
+            for name in node.inputs:  # outside jit all images of a network would stay, gigabytes of them
+                if unread[name] == 0:
+                    values.pop(name, None)
         return [values[name] for name in self.outputs]
 
 
