@@ -243,6 +243,9 @@ def test_how_far_outputs_are_from_the_original():
     assert (found.agreement, found.accuracy, found.original_accuracy) == (0.75, 0.5, 0.75)
     np.testing.assert_allclose(found.errors, (0, 0, 0, 2**0.5))
     assert (found.points, found.measure) == (25, "accuracy")
+    np.testing.assert_allclose(found.doubt, 100 * np.std([0, 0, 0, 1], ddof=1) / 4**0.5)  # one of four was right, and is not
+    assert found.keeps_to(50.0) and not found.keeps_to(49.9)
+    assert compare(after, before).doubt == found.doubt and compare(before, before).keeps_to(0)
     maps = Outputs((np.ones((2, 3, 3, 1)), np.ones((2, 4))))
     found = compare(maps._replace(arrays=(maps.arrays[0], 1.1 * maps.arrays[1])), maps)
     assert (found.agreement, found.measure) == (None, "relative error") and found.points == pytest.approx(10)

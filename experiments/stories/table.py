@@ -54,5 +54,6 @@ def _says(line: Line) -> str:
 def _curve(line: Line) -> list[tuple[str, ...]]:
     dense, engine, _ = _dense(line)
     return [(f"{one['asked']:.2f}x", f"{1e3 * one['seconds']:.2f}", f"{dense / one['seconds']:.2f}x",
-             f"{engine / one['seconds']:.2f}x", f"{one['points']:.2f}" + (" (written)" if one["chosen"] else ""))
+             f"{engine / one['seconds']:.2f}x", f"{one['points']:.2f}" + (
+                 f" ± {one['doubt']:.2f}" if one.get("doubt") else "") + (" (written)" if one["chosen"] else ""))
             for one in line["curve"]]

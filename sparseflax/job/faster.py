@@ -159,7 +159,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
       speedup: wanted, over the dense network as JAX runs it here.
       milliseconds: wanted for one call, in place of a speedup.
       points: that may be lost at most: percent of the score or of the accuracy with labels, else of the same top answers,
-        else of relative error where the network is no classifier. Then the fastest network is taken that keeps to it, of a few.
+        else of relative error where the network is no classifier. Then the fastest network is taken that keeps to it, of a few;
+        where pictures are counted their standard error is added, so that few of them do not promise what they cannot tell.
       labels: a file of lines "picture,class", class a number from 0.
       score: how good a network is in percent, by a measure of your own, such as the boxes that it finds: a function of its
         call, which takes a batch of inputs (batch, h, w, c) and returns what the network does. Has a name that says which.
@@ -241,7 +242,7 @@ def _tries(job: Job, asked: float | None, points: float | None) -> list[Tried]:
     highest, tried = _guide(job, math.inf), []
     if asked is not None:
         tried = _pruned(job, {asked: _guide(job, _aim(job, asked))})
-        if tried[0].fidelity.points <= (POINTS if points is None else points):
+        if tried[0].fidelity.keeps_to(POINTS if points is None else points):
             return tried
     unpruned = job.whole.dense_seconds / job.whole.seconds(sum(layer.dense_seconds for layer in highest.layers.values()))
     most, least = min(highest.speedup, 1.5 * (asked or math.inf)), max(SLOWEST, unpruned)
@@ -250,7 +251,7 @@ def _tries(job: Job, asked: float | None, points: float | None) -> list[Tried]:
     for _ in range(FINER):
         tried.sort(key=lambda one: one.speedup)
         number = tried.index(_chosen(tried, asked, points))
-        if points is None or tried[number].fidelity.points > points or number + 1 == len(tried):
+        if points is None or not tried[number].fidelity.keeps_to(points) or number + 1 == len(tried):
             break
         speed = round(math.sqrt(tried[number].speedup * tried[number + 1].speedup), 2)
         tried += _pruned(job, {speed: _guide(job, speed)})
@@ -287,7 +288,7 @@ def _chosen(tried: list[Tried], asked: float | None, points: float | None) -> Tr
     """The network that is delivered: as asked, or the fastest that keeps to the points, or the one that loses least."""
     if points is None:
         return next(one for one in tried if one.speedup == asked)
-    good = [one for one in tried if one.fidelity.points <= points and one.speedup <= (asked or math.inf)]
+    good = [one for one in tried if one.fidelity.keeps_to(points) and one.speedup <= (asked or math.inf)]
     return max(good, key=lambda one: one.speedup) if good else min(tried, key=lambda one: one.fidelity.points)
 
 
@@ -337,7 +338,7 @@ def _pruned(job: Job, guides: Mapping[float, Guidance]) -> list[Tried]:
         said = outputs(packed, job.unseen, len(job.x))
         fidelity = compare(said, job.said[1], job.labels)
         if job.score is not None:
-            fidelity = fidelity._replace(score=job.score(_call(packed)), original_score=job.original_score)
+            fidelity = fidelity._replace(score=job.score(_call(packed)), original_score=job.original_score, doubt=0.0)
         networks.append(Tried(speedup, guide, model, chosen, packed, said, fidelity))
         print(f"pruned for {speedup:.3g}x: {fidelity.points:.2f} points of {fidelity.measure} lost, relative error "
               f"{fidelity.error:.3g}", flush=True)

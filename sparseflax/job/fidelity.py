@@ -35,6 +35,7 @@ class Fidelity(NamedTuple):
       agreement: share of the same top answers; None for what is no classifier.
       accuracy, original_accuracy: share of right ones; None without labels.
       score, original_score: in percent, by the user's own measure; None without one.
+      doubt: standard error of the points, in percent, where they count pictures: a few say little.
     """
 
     error: float
@@ -44,6 +45,11 @@ class Fidelity(NamedTuple):
     original_accuracy: float | None = None
     score: float | None = None
     original_score: float | None = None
+    doubt: float = 0.0
+
+    def keeps_to(self, points: float) -> bool:
+        """Whether no more points are lost, the standard error on top."""
+        return self.points + self.doubt <= points
 
     @property
     def points(self) -> float:
@@ -97,11 +103,18 @@ def compare(new: Outputs, original: Outputs, labels: np.ndarray | None = None) -
         return Fidelity(total, each)
     agreement = float((answers == before).mean())
     if labels is None:
-        return Fidelity(total, each, agreement)
+        return Fidelity(total, each, agreement, doubt=_doubt(answers != before))
     if answers.ndim != 1 or labels.max() >= original.arrays[0].shape[-1]:
         raise ValueError(f"labels up to {labels.max()} for outputs of shape {original.arrays[0].shape}, wanted one class from "
                          f"0 to {original.arrays[0].shape[-1] - 1} for each picture")
-    return Fidelity(total, each, agreement, float((answers == labels).mean()), float((before == labels).mean()))
+    right, were = answers == labels, before == labels
+    return Fidelity(total, each, agreement, float(right.mean()), float(were.mean()), doubt=_doubt(were.astype(int) - right))
+
+
+def _doubt(lost: np.ndarray) -> float:
+    """Standard error, in percent, of the mean over pictures of what is lost of each (n, ...)."""
+    each = lost.reshape(len(lost), -1).mean(1)
+    return 100 * float(each.std(ddof=1)) / len(each)**0.5 if len(each) > 1 else 0.0
 
 
 def _errors(y: np.ndarray, before: np.ndarray) -> tuple[float, np.ndarray]:

@@ -74,8 +74,9 @@ def headline(result: Mapping[str, Any]) -> str:
     text = (f"Asked for {wish}: {result['network']} now takes {now} where it took {before}, {result['speedup']:.2f} times as "
             f"fast, with {kept:.0f} % of its weights. {lost[0].upper()}{lost[1:]} on {result['pictures']['unseen']} pictures "
             "it was not pruned by.")
-    if asked["points"] and fidelity["points"] > asked["points"]:
-        text += f" No network that was tried keeps to {asked['points']:g} points: this is the one that loses least."
+    if asked["points"] and fidelity["points"] + fidelity["doubt"] > asked["points"]:
+        text += (f" No network that was tried is sure to keep to {asked['points']:g} points{_doubted(fidelity)}: this is "
+                 "the one that loses least.")
     elif asked["speedup"] and result["speedup"] < asked["speedup"] * (1 - MET):
         why = "more would cost more than the points allow" if asked["points"] and len(result["curve"]) > 1 else \
             result["shortfall"] or "the measured network is slower than predicted"
@@ -168,8 +169,13 @@ def _fidelity_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _curve_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [(f"{one['asked']:.2f}x", f"{one['speedup']:.2f}x", f"{1e3 * one['seconds']:.3g}", f"{one['points']:.2f}",
-             f"{one['error']:.3g}", "<- written" if one["chosen"] else "") for one in result["curve"]]
+    return [(f"{one['asked']:.2f}x", f"{one['speedup']:.2f}x", f"{1e3 * one['seconds']:.3g}",
+             f"{one['points']:.2f}{_doubted(one)}", f"{one['error']:.3g}", "<- written" if one["chosen"] else "")
+            for one in result["curve"]]
+
+
+def _doubted(fidelity: Mapping[str, Any]) -> str:
+    return f" ± {fidelity['doubt']:.2f}" if fidelity["doubt"] else ""
 
 
 def _bound(result: Mapping[str, Any]) -> str:

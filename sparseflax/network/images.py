@@ -1,0 +1,183 @@
+"""Equations of a jaxpr that look at images in another way, or move, pool and convolve them, as steps of a program.
+
+Each function takes a region, the equation and its operands; it returns the step, or None where the equation is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives
+
+from sparseflax.conv.window import Window, addressable
+from sparseflax.layers.rules import gather as kept_values
+from sparseflax.layers.rules import keep_all
+from sparseflax.network.region import Node, Region, is_number
+
+MAX_PARTS = 1 << 20  # of a window's size, stride, padding or dilation, as program_decode.cc has it
+
+
+def reshape(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
+    """Of all images alike: only how the values are looked at."""
+    params, shape = equation.params, equation.outvars[0].aval.shape
+    if sizes or params.get("dimensions") is not None or params.get("sharding") is not None or shape[:1] != x.shape[:1]:
+        return None
+    return region.again(x, shape)
+
+
+def broadcast(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
+    """That adds dimensions of 1, or one that repeats the rows or the columns of images."""
+    shape, at = equation.outvars[0].aval.shape, equation.params["broadcast_dimensions"]
+    if sizes or at[:1] != (0,) or x.shape[:1] != shape[:1]:
+        return None
+    before = [1] * len(shape)
+    for axis, size in zip(at, x.shape, strict=True):
+        before[axis] = size
+    repeated = [axis for axis, size in enumerate(shape) if size != before[axis]]
+    if not repeated:
+        return region.again(x, shape)
+    if len(shape) != 5 or repeated not in ([2], [3]):
+        return None
+    wanted = (*shape[:repeated[0]], *shape[repeated[0] + 1:])
+    image = x if x.shape == wanted else region.again(x, wanted)
+    return image and _repeat(region, equation, image, repeated[0] - 1, shape[repeated[0]])
+
+
+def gather(region: Region, equation: Any, x: Any, index: Any) -> Node | None:
+    """Of rows or columns that are repeated: how `jax.image.resize` takes the nearest."""
+    params = equation.params
+    numbers, taken = params["dimension_numbers"], params["slice_sizes"]
+    if not isinstance(x, Node) or len(x.shape) != 4 or not isinstance(index, np.ndarray) or index.shape[1:] != (1,):
+        return None
+    axes = [axis for axis, size in enumerate(taken) if size != x.shape[axis]]
+    if axes not in ([1], [2]) or not numbers.start_index_map == numbers.collapsed_slice_dims == tuple(axes) or (
+            numbers.offset_dims != tuple(axis for axis in range(4) if axis != axes[0])):
+        return None
+    factor, rest = divmod(len(index), x.shape[axes[0]])
+    return None if rest or not np.array_equal(index[:, 0], np.arange(len(index)) // max(factor, 1)) else _repeat(
+        region, equation, x, axes[0], factor)
+
+
+def _repeat(region: Region, equation: Any, x: Node, axis: int, factor: int) -> Node | None:
+    """Images (n, h, w, c) with their rows (axis 1) or columns (axis 2) repeated."""
+    (_, h, w, c), (fh, fw) = x.shape, (factor, 1) if axis == 1 else (1, factor)
+    size, source, factors = (fh * h, fw * w, c), x, (fh, fw)
+    if region.is_open(x, "upsample") and x.size == x.shape[1:] and np.shape(x.args[0])[-1] == c:
+        source, factors = x.args[0], (fh * x.params[0], fw * x.params[1])
+    return region.node(equation, "upsample", [source], params=factors, size=size)
+
+
+def transpose(region: Region, equation: Any, x: Node) -> Node | None:
+    """That only moves dimensions of 1, or makes blocks of pixels of channels: (n, h, w, fh, fw, c) to (n, h, fh, w, fw, c)."""
+    order = equation.params["permutation"]
+    if order[0] == 0 and (moved := [axis for axis in order if x.shape[axis] != 1]) == sorted(moved):
+        return region.again(x, equation.outvars[0].aval.shape)
+    if order != (0, 1, 3, 2, 4, 5):
+        return None
+    n, h, w, fh, fw, c = x.shape
+    image = region.again(x, (n, h, w, fh * fw * c))
+    return image and region.node(equation, "upsample", [image], params=(fh, fw), size=(fh * h, fw * w, c))
+
+
+def squeeze(region: Region, equation: Any, x: Any) -> Node | None:
+    if 0 in equation.params["dimensions"]:
+        return None
+    shape = equation.outvars[0].aval.shape
+    return region.again(x, shape)
+
+
+def pool(region: Region, equation: Any, x: Any) -> Node | None:
+    """Windows over the two dimensions of an image, or a sum over neighbouring channels."""
+    params, maximum = equation.params, equation.primitive is primitives.reduce_window_max_p
+    dimensions, strides, padding, dilation = (params[name] for name in (
+        "window_dimensions", "window_strides", "padding", "window_dilation"))
+    if len(x.shape) != 4 or set(params["base_dilation"]) != {1} or min(map(min, padding)) < 0:
+        return None
+    outside = [axis for axis, what in enumerate(zip(dimensions, strides, padding, dilation, strict=True))
+               if what != (1, 1, (0, 0), 1)]
+    if outside == [3] and not maximum and strides[3] == dilation[3] == 1:
+        size, (low, high) = dimensions[3], padding[3]
+        return region.node(equation, "channel_sum", [x], params=(size, low)) if low + high == size - 1 else None
+    if not set(outside) <= {1, 2} or max(*dimensions, *strides, *dilation, *sum(padding, ())) >= MAX_PARTS:
+        return None
+    window = Window(tuple(strides[1:3]), tuple(padding[1:3]), tuple(dilation[1:3]))
+    return region.node(equation, "pool", [x], params=(maximum, tuple(dimensions[1:3]), window))
+
+
+def reduce(region: Region, equation: Any, x: Any) -> Node | None:
+    """Over all positions of an image: one window."""
+    if len(x.shape) != 4 or equation.params["axes"] != (1, 2):
+        return None
+    maximum, taps = equation.primitive is primitives.reduce_max_p, x.shape[1:3]
+    if max(taps) >= MAX_PARTS:
+        return None
+    window = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
+    return region.node(equation, "pool", [x], params=(maximum, taps, window), size=(1, 1, x.shape[3]))
+
+
+def convolution(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:
+    """A dense one, if it is depthwise or transposed and follows a step."""
+    params = equation.params
+    layout, groups = params["dimension_numbers"], params["feature_group_count"]
+    nhwc = layout.lhs_spec == layout.out_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
+    if not nhwc or not isinstance(x, Node) or isinstance(kernel, Node) or params["batch_group_count"] != 1 or (
+            kernel.dtype != jnp.float32):
+        return None
+    if params["lhs_dilation"] != (1, 1):
+        return _transposed(region, equation, x, kernel) if groups == 1 else None
+    if not groups == kernel.shape[3] == x.shape[3]:
+        return None
+    top_bottom, left_right = map(tuple, params["padding"])
+    window = Window(tuple(params["window_strides"]), (top_bottom, left_right), tuple(params["rhs_dilation"]))
+    if min(map(min, window.padding)) < 0:
+        return None
+    return region.node(equation, "depthwise", [x], [kernel], (kernel.shape[:2], window))
+
+
+def _transposed(region: Region, equation: Any, x: Node, kernel: Any) -> Node | None:
+    """A transposed convolution whose blocks of outputs do not overlap, as one of single pixels, to blocks of channels:
+
+        y[n, kh i + a, kw j + b, o] = sum_c x[n,i,j,c] kernel[kh - 1 - a, kw - 1 - b, c, o]
+    """
+    params, (kh, kw, ic, oc) = equation.params, kernel.shape
+    if params["lhs_dilation"] != (kh, kw) or params["window_strides"] != (1, 1) or params["rhs_dilation"] != (1, 1) or tuple(
+            map(tuple, params["padding"])) != ((kh - 1, kh - 1), (kw - 1, kw - 1)):
+        return None
+    pattern, window = keep_all((1, 1, ic, kh * kw * oc), 1), Window((1, 1), ((0, 0), (0, 0)), (1, 1))
+    if not addressable(pattern, window):
+        return None
+    values = kept_values(kernel[::-1, ::-1].transpose(2, 0, 1, 3), pattern)
+    (_, h, w, _), (_, *size) = x.shape, equation.outvars[0].aval.shape
+    blocks = region.node(equation, "conv", [x], [values], [window], size=(h, w, kh * kw * oc), pattern=pattern)
+    if blocks is None:
+        return None
+    blocks = replace(blocks, shape=(x.shape[0], *blocks.size))
+    region.is_read([blocks])
+    return region.node(equation, "upsample", [blocks], params=(kh, kw), size=tuple(size))
+
+
+def concatenate(region: Region, equation: Any, *operands: Any) -> Node | None:
+    rank = len(equation.outvars[0].aval.shape)
+    if equation.params["dimension"] != rank - 1 or rank < 2:
+        return None
+    return region.node(equation, "concat", operands)
+
+
+def pad(region: Region, equation: Any, x: Any, value: Any) -> Node | None:
+    config = equation.params["padding_config"]
+    if not isinstance(x, Node) or not is_number(value) or len(x.shape) != 4:
+        return None
+    if any(inner for *_, inner in config) or any(config[0]):
+        return None
+    return region.node(equation, "window", [x], params=tuple(-low for low, *_ in config[1:]), numbers=[value])
+
+
+def slice(region: Region, equation: Any, x: Any) -> Node | None:
+    params = equation.params
+    if len(x.shape) != 4 or set(params["strides"] or (1,)) != {1} or params["start_indices"][0] != 0 or params[
+            "limit_indices"][0] != x.shape[0]:
+        return None
+    return region.node(equation, "window", [x], params=tuple(params["start_indices"][1:]), numbers=[0])
