@@ -199,6 +199,8 @@ def test_larger_images_are_a_step(f, factors):
 NOT_UPSAMPLED = {
     "jnp.tile": lambda x: jnp.tile(conv(x), (1, 2, 1, 1)),
     "another order of blocks": lambda x: conv(x).reshape(2, 6, 6, 2, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(2, 12, 12, 2),
+    "no rows": lambda x: jnp.take(conv(x), jnp.zeros(0, jnp.int32), axis=1),
+    "repeated no times": lambda x: jnp.repeat(conv(x), 0, axis=2),
     "no whole number": lambda x: jax.image.resize(conv(x), (2, 9, 6, 8), "nearest"),
     "rows that are drawn": lambda x: conv(x)[:, jnp.argsort(x[0, :, 0, 0])],
     "overlapping blocks": lambda x: jax.lax.conv_transpose(conv(x), TRANSPOSED, (1, 3), "VALID", dimension_numbers=NHWC),

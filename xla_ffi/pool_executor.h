@@ -174,7 +174,7 @@ class Lobby {
     }
     for (;;) {
       const auto called = [&] { return self.called.load(std::memory_order_acquire); };
-      if (AwakeUntil(Clock::now() + kLinger / 4, called)) return std::move(self.loop);
+      if (AwakeUntil(Clock::now() + kLinger / 4, called)) return std::move(self.loop);  // loops that end meanwhile move the end
       std::lock_guard<std::mutex> lock(mutex_);
       if (self.loop != nullptr) return std::move(self.loop);
       if (Clock::now() < ended_ + kLinger) continue;

@@ -57,12 +57,15 @@ def gather(region: Region, equation: Any, x: Any, index: Any) -> Node | None:
             numbers.offset_dims != tuple(axis for axis in range(4) if axis != axes[0])):
         return None
     factor, rest = divmod(len(index), x.shape[axes[0]])
-    return None if rest or not np.array_equal(index[:, 0], np.arange(len(index)) // max(factor, 1)) else _repeat(
-        region, equation, x, axes[0], factor)
+    if rest or not np.array_equal(index[:, 0], np.repeat(np.arange(x.shape[axes[0]]), factor)):
+        return None
+    return _repeat(region, equation, x, axes[0], factor)
 
 
 def _repeat(region: Region, equation: Any, x: Node, axis: int, factor: int) -> Node | None:
-    """Images (n, h, w, c) with their rows (axis 1) or columns (axis 2) repeated."""
+    """Images (n, h, w, c) with their rows (axis 1) or columns (axis 2) repeated; None if nothing is left of them."""
+    if factor == 0:
+        return None
     (_, h, w, c), (fh, fw) = x.shape, (factor, 1) if axis == 1 else (1, factor)
     size, source, factors = (fh * h, fw * w, c), x, (fh, fw)
     if region.is_open(x, "upsample") and x.size == x.shape[1:] and np.shape(x.args[0])[-1] == c:
@@ -73,7 +76,7 @@ def _repeat(region: Region, equation: Any, x: Node, axis: int, factor: int) -> N
 def transpose(region: Region, equation: Any, x: Node) -> Node | None:
     """That only moves dimensions of 1, or makes blocks of pixels of channels: (n, h, w, fh, fw, c) to (n, h, fh, w, fw, c)."""
     order = equation.params["permutation"]
-    if order[0] == 0 and (moved := [axis for axis in order if x.shape[axis] != 1]) == sorted(moved):
+    if order[0] == 0 and (moved := [axis for axis in order[1:] if x.shape[axis] != 1]) == sorted(moved):
         return region.again(x, equation.outvars[0].aval.shape)
     if order != (0, 1, 3, 2, 4, 5):
         return None
