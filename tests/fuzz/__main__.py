@@ -54,10 +54,10 @@ def main() -> None:
 
 def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tuple[dict[str, int], list[str]]:
     """Cases of a target for a while; ({outcome: count}, one text for each kind of failure)."""
-    outcomes, failures, end = collections.Counter[str](), list[str](), time.monotonic() + seconds
-    last = first + cases
+    outcomes, failures, last = collections.Counter[str](), list[str](), first + cases
     with tempfile.TemporaryDirectory() as folder:
         program = native(target, Path(folder)) if target in NATIVE else [sys.executable, "-c", WORKER, target]
+        end = time.monotonic() + seconds  # compiling apart, which alone may take longer
         while first < last and (left := end - time.monotonic()) > 0:
             with open(Path(folder, "log"), "w+") as log, open(Path(folder, "out"), "w+") as out:
                 child = subprocess.Popen([*program, str(seed), str(first), str(left), str(last - first)], stdout=out,
