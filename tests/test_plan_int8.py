@@ -135,7 +135,7 @@ def test_what_lies_between_is_uint8_too(monkeypatch):
         ("quantize", True, 1), ("conv_int8", True, 1), ("conv_int8", True, 1),
         ("dequantize", False, 1), ("conv_int8", True, 2), ("quantize", True, 1),  # as `four` and `three` have other ranges
         ("pool", True, 1), ("concat", True, 2), ("pool", True, 1), ("conv_int8", False, 1), ("pool", False, 1),
-        ("map", False, 1)]
+        ("map", False, 1), ("dense", False, 1)]
     got, want = (np.asarray(jax.jit(lambda m, x: m(x))(m, x[:3])) for m in (packed, apart))
     # The residual is off by half a step of 255; so is each rounded value that falls to the other side of a tie.
     assert np.abs(got - want).max() < 0.02 * np.abs(want).max()

@@ -22,6 +22,7 @@ from tests import reference
 
 pytestmark = pytest.mark.skipif(not ffi.available, reason="the native kernel is not available")
 SAME = Window((1, 1), ((1, 1), (1, 1)), (1, 1))
+PIXELS = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
 SHAPES = [(1, 1, 1), (4, 5, 3), (3, 2, 17), (6, 6, 16)]  # odd, below and above the vectors of all instruction sets
 
 
@@ -58,6 +59,7 @@ STEPS = {
         Step("pool", (1, 1, c), (0,), (), (False, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))), 1, ()),
     "depthwise": lambda h, w, c: (Step("depthwise", (h, w, c), (0,), (0, 1), ((3, 3), SAME, "relu6", True)), 1,
                                   ((3, 3, 1, c), (c,))),
+    "dense": lambda h, w, c: (Step("dense", (h, w, 19), (0,), (0, 1), ((1, 1), PIXELS, 1, "relu", True)), 1, ((c, 19), (19,))),
     "concat": lambda h, w, c: (Step("concat", (h, w, 2 * c), (0, 1)), 2, ()),
     "padded": lambda h, w, c: (Step("window", (h + 3, w + 1, c + 2), (0,), (), (-1, 0, -2), (7.0,)), 1, ()),
     "cropped": lambda h, w, c: (Step("window", (h, 1, 1), (0,), (), (0, w - 1, c - 1), (0.0,)), 1, ()),
@@ -123,6 +125,21 @@ PADDING = st.tuples(st.integers(0, 2), st.integers(0, 2))
 PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
+@given(taps=PAIR, strides=PAIR, dilation=PAIR, groups=st.sampled_from([(1, 1, 1), (4, 20, 2), (300, 7, 1), (6, 9, 3)]),
+       size=st.tuples(st.integers(1, 13), st.integers(1, 13)), activation=st.sampled_from([None, "relu", "relu6"]),
+       bias=st.booleans())
+def test_dense(taps, strides, dilation, groups, size, activation, bias):
+    (ic, oc, count), window = groups, Window(strides, ((0, 0), (0, 0)), dilation)
+    oh, ow = window.output(*size, *taps)
+    if 0 in (oh, ow):
+        return
+    step = Step("dense", (oh, ow, oc), (0,), (0, 1)[:1 + bias], (taps, window, count, activation, bias))
+    draw = np.random.default_rng(1)
+    shared = [jnp.asarray(reference.integers(draw, *taps, ic // count, oc)), jnp.asarray(reference.integers(draw, oc))]
+    for n in (1, 3):
+        check(one(step, (*size, ic)), [images(0, n, (*size, ic))], shared[:1 + bias])
+
+
 @given(taps=PAIR, strides=PAIR, dilation=PAIR, padding=st.tuples(PADDING, PADDING),
        op=st.sampled_from(["max", "sum", "depthwise"]),
        size=st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 5, 8, 33])))
@@ -148,7 +165,8 @@ def programs(draw):
         h, w, c = sizes[x]
         alike = [i for i, size in enumerate(sizes) if size == (h, w, c)]
         beside = [i for i, size in enumerate(sizes) if size[:2] == (h, w)]
-        op = draw(st.sampled_from(["combine", "map", "concat", "reshape", "slice", "pool", "image", "conv", "upsample"]))
+        op = draw(st.sampled_from([
+            "combine", "map", "concat", "reshape", "slice", "pool", "image", "conv", "dense", "upsample"]))
         if op == "combine":
             other = draw(st.sampled_from(alike))
             step = Step("combine", (h, w, c), (x, other), (), (draw(st.sampled_from(["add", "sub", "max"])), "same", False))
@@ -172,6 +190,8 @@ def programs(draw):
         elif op == "conv" and c == 5:
             args = x, draw(st.sampled_from(alike))
             step = Step("conv", (h, w, 5), args, (0, 1), (SAME, "relu6", True, True), (), PACKED.pattern)
+        elif op == "dense" and c == 5:
+            step = Step("dense", (h, w, 5), (x,), (2, 1), ((1, 1), PIXELS, 1, "relu6", True))
         else:
             continue
         if max(step.size) < 200:
@@ -179,20 +199,23 @@ def programs(draw):
             sizes.append(step.size)
     if not any(step.op == "conv" for step in steps):
         steps.append(Step("conv", (3, 4, 5), (0,), (0, 1), (SAME, None, True, False), (), PACKED.pattern))
+    if not any(step.op == "dense" for step in steps):
+        steps.append(Step("dense", (3, 4, 5), (0,), (2,), ((1, 1), PIXELS, 1, None, False)))
     known = [len(inputs) + i for i, step in enumerate(steps) if step.op != "reshape"]
     outputs = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
-    return Program(tuple(inputs), tuple(steps), tuple(outputs), 2, draw(st.integers(1, 3)))
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), 3, draw(st.integers(1, 3)))
 
 
 DRAW = np.random.default_rng(0)
 PACKED = sparseflax.pack(reference.integers(DRAW, 3, 3, 5, 5) * (DRAW.random((3, 3, 5, 5)) < 0.3).astype(np.float32))
 SHARED = [PACKED.values, jnp.asarray(reference.integers(DRAW, 5))]
+MATRIX = jnp.asarray(reference.integers(DRAW, 5, 5))
 
 
 @settings(max_examples=60)
 @given(program=programs(), n=st.sampled_from([1, 2, 5]))
 def test_any_program(program, n):
-    check(program, [images(i, n, size) for i, size in enumerate(program.inputs)], SHARED)
+    check(program, [images(i, n, size) for i, size in enumerate(program.inputs)], [*SHARED, MATRIX])
 
 
 @st.composite

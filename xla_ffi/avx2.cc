@@ -25,6 +25,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "float32.inc"
+#include "dense.inc"
 #include "steps.inc"
 
 bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

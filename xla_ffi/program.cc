@@ -32,8 +32,16 @@ void ForRows(Executor& executor, int64_t rows, int64_t floats, const F& f) {
 template <typename T>
 void CopyWindow(const ImageOf<T>& x, const ImageOf<T>& y, const std::vector<int64_t>& shift, T fill, int64_t row, int64_t end) {
   const int64_t first = std::clamp(-shift[2], int64_t{0}, y.c), last = std::clamp(x.c - shift[2], first, y.c);
+  const bool plain = x.pixel == x.c && y.pixel == y.c && x.c == y.c && shift[2] == 0;  // rows lie side by side
   for (; row < end; ++row) {
     const int64_t image = row / y.h, i = row % y.h + shift[0];
+    if (plain && i >= 0 && i < x.h) {
+      const int64_t from = std::clamp(-shift[1], int64_t{0}, y.w), to = std::clamp(x.w - shift[1], from, y.w);
+      T* const start = std::fill_n(y.Row(row), from * y.c, fill);
+      std::copy_n(x.Row(image * x.h + i) + (from + shift[1]) * x.c, (to - from) * y.c, start);
+      std::fill(start + (to - from) * y.c, y.Row(row) + y.w * y.c, fill);
+      continue;
+    }
     for (int64_t j = 0; j < y.w; ++j) {
       T* to = y.Row(row) + j * y.pixel;
       const int64_t from = j + shift[1];
@@ -248,6 +256,13 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         const Depthwise d{x, y, {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}, operand(0), p[9] != 0 ? operand(1) : nullptr,
                           static_cast<int>(p[8])};
         spread(y.h * y.w * y.c * p[0] * p[1], [&](int64_t row, int64_t end) { loops.depthwise(d, row, end); });
+        break;
+      }
+      case Op::kDense: {
+        const Dense d{x, y, {p[0], p[1], p[2], p[3], 0, 0, p[6], p[7]}, p[8], operand(0), p[10] != 0 ? operand(1) : nullptr,
+                      static_cast<int>(p[9]), rows};
+        const int64_t floats = rows * y.w * y.c * p[0] * p[1] * (x.c / p[8]);
+        ForRows(call.executor, rows * d.Panels(loops.dense_width), floats, [&](int64_t unit, int64_t end) { loops.dense(d, unit, end); });
         break;
       }
       case Op::kPool: {

@@ -173,6 +173,12 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       if (p.size() != 10 || !filter(0) || p[8] < 0 || p[8] > 2 || !flag(p[9])) return "malformed";
       if (!counts(1, 1 + static_cast<size_t>(p[9]), 10, 0) || x[0]->c != y.c) return wrong;
       return operand(0, p[0] * p[1] * y.c) && (p[9] == 0 || operand(1, y.c)) ? "" : wrong;
+    case Op::kDense: {  // filter without padding, groups, activation, has bias
+      if (p.size() != 11 || !filter(0) || p[4] != 0 || p[5] != 0 || p[8] < 1 || p[9] < 0 || p[9] > 2 || !flag(p[10])) return "malformed";
+      if (!counts(1, 1 + static_cast<size_t>(p[10]), 11, 0) || x[0]->c % p[8] != 0 || y.c % p[8] != 0) return wrong;
+      if ((y.h - 1) * p[2] + (p[0] - 1) * p[6] >= x[0]->h || (y.w - 1) * p[3] + (p[1] - 1) * p[7] >= x[0]->w) return "its windows reach beyond the image";
+      return operand(0, p[0] * p[1] * (x[0]->c / p[8]) * y.c) && (p[10] == 0 || operand(1, y.c)) ? "" : wrong;
+    }
     case Op::kPool:  // maximum, filter
       if (p.size() != 9 || !filter(1) || !flag(p[0]) || (bytes && p[0] == 0)) return "malformed";
       return counts(1, 0, 9, 0) && x[0]->c == y.c ? "" : wrong;

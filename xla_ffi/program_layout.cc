@@ -6,7 +6,7 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kHeavy = 256 << 10;  // bytes of weights and offsets from which a layer of single pixels runs together
+constexpr int64_t kHeavy = 256 << 10;  // bytes of weights, and offsets, from which a layer of single pixels runs together
 
 }  // namespace
 
@@ -75,9 +75,10 @@ void Program::Cut() {
   for (size_t i = 0; i < steps_.size(); ++i) {
     const Step& step = steps_[i];
     bool together = false;
-    if (step.conv != nullptr) {
+    if (step.conv != nullptr || step.op == Op::kDense) {
       const Value &x = values_[static_cast<size_t>(step.args[0])], &y = values_[i + static_cast<size_t>(inputs_)];
-      together = x.h * x.w == 1 && y.h * y.w == 1 && step.conv->nnz() * 6 > kHeavy;
+      const int64_t bytes = step.conv != nullptr ? step.conv->nnz() * 6 : x.c / step.params[8] * y.c * 4;
+      together = x.h * x.w == 1 && y.h * y.w == 1 && bytes > kHeavy;
     }
     if (segments_.empty() || segments_.back().together != together) segments_.push_back({i, i, together});
     segments_.back().end = i + 1;

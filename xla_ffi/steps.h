@@ -1,7 +1,8 @@
 // What the steps of a program do beside sparse convolutions: the contract of each instruction set's loops.
 //
 // Images are NHWC, float32 or uint8; `pixel` is the distance in elements from one pixel to the next, at least the channels: a value may
-// be a range of channels of a wider one. Every function does rows [row, end) of its output, counted over all images.
+// be a range of channels of a wider one. Every function does rows [row, end) of its output, counted over all images;
+// the dense convolution units of these.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +29,20 @@ struct Depthwise {
   const float* kernel;
   const float* bias;  // or null
   int activation;     // 0 none, 1 relu, 2 relu6
+};
+
+// y[i,j,o] = act( sum_{r,s,c} x[i*sh + r*dh, j*sw + s*dw, g*icg + c] * kernel[r,s,c,o] + bias[o] ), g = o / (channels of y / groups),
+// icg = channels of x / groups; every window lies inside
+struct Dense {
+  Image x, y;
+  Filter f;  // no padding
+  int64_t groups;
+  const float* kernel;
+  const float* bias;  // or null
+  int activation;     // as above
+  // A group's output channels are done some at a time: unit u is row u % rows of the output of the u / rows-th of these panels.
+  int64_t rows;
+  int64_t Panels(int64_t width) const { return groups * ((y.c / groups + width - 1) / width); }
 };
 
 // y[i,j,c] = max or sum over the window's positions inside the image; a maximum of nothing is -inf, and of nan nan
@@ -93,6 +108,8 @@ struct Dequantize {
 };
 
 struct Steps {
+  int64_t dense_width;  // output channels of a panel
+  void (*dense)(const Dense&, int64_t unit, int64_t end);
   void (*depthwise)(const Depthwise&, int64_t row, int64_t end);
   void (*pool)(const Pooling<float>&, int64_t row, int64_t end);
   void (*pool_bytes)(const Pooling<uint8_t>&, int64_t row, int64_t end);

@@ -181,13 +181,13 @@ def _convert(region: Region, equation: Any, x: Any) -> Any:
 
 
 # Those that a region can begin with, and those that only move values about.
-FIRST = {conv_p, int8_conv_p, quantize_p}
+FIRST = {conv_p, int8_conv_p, quantize_p, primitives.conv_general_dilated_p}
 MOVES = {primitives.reduce_window_max_p, primitives.reduce_max_p, primitives.concatenate_p, primitives.pad_p,
          primitives.slice_p, primitives.reshape_p, primitives.broadcast_in_dim_p, primitives.squeeze_p, primitives.transpose_p,
          primitives.gather_p}
 STEPS: dict[Any, Callable[..., Node | None]] = {
     conv_p: _sparse, int8_conv_p: int8.convolution, quantize_p: int8.quantize,
-    primitives.conv_general_dilated_p: images.convolution,
+    primitives.conv_general_dilated_p: images.convolution, primitives.dot_general_p: images.product,
     primitives.add_p: _add, primitives.sub_p: _combine, primitives.mul_p: _combine, primitives.div_p: _combine,
     primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
     primitives.ge_p: _not_negative, primitives.select_n_p: _select,

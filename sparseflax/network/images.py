@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives
 
-from sparseflax.conv.window import Window, addressable
-from sparseflax.layers.rules import gather as kept_values
-from sparseflax.layers.rules import keep_all
-from sparseflax.network.region import Node, Region, is_number
+from sparseflax.conv import ffi
+from sparseflax.conv.window import Window
+from sparseflax.network.region import Node, Region, is_number, size_of
 
+FLOAT32 = np.dtype(np.float32)
+# NHWC and NWC, the kernels HWIO and WIO.
+LAYOUTS = ((0, 3, 1, 2), (3, 2, 0, 1)), ((0, 2, 1), (2, 1, 0))
+PIXELS = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
 MAX_PARTS = 1 << 20  # of a window's size, stride, padding or dilation, as program_decode.cc has it
 
 
@@ -117,27 +120,44 @@ def reduce(region: Region, equation: Any, x: Any) -> Node | None:
     maximum, taps = equation.primitive is primitives.reduce_max_p, x.shape[1:3]
     if max(taps) >= MAX_PARTS:
         return None
-    window = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
-    return region.node(equation, "pool", [x], params=(maximum, taps, window), size=(1, 1, x.shape[3]))
+    return region.node(equation, "pool", [x], params=(maximum, taps, PIXELS), size=(1, 1, x.shape[3]))
 
 
 def convolution(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:
-    """A dense one, if it is depthwise or transposed and follows a step."""
+    """A dense one, of images NHWC or rows NWC; a padded one reads the image with its border."""
     params = equation.params
     layout, groups = params["dimension_numbers"], params["feature_group_count"]
-    nhwc = layout.lhs_spec == layout.out_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
-    if not nhwc or not isinstance(x, Node) or isinstance(kernel, Node) or params["batch_group_count"] != 1 or (
-            kernel.dtype != jnp.float32):
+    arrays = [array for array in (x, kernel) if not isinstance(array, Node)]
+    if (layout.lhs_spec, layout.rhs_spec) not in LAYOUTS or layout.out_spec != layout.lhs_spec or isinstance(kernel, Node) or (
+            params["batch_group_count"] != 1 or {array.dtype for array in arrays} != {FLOAT32}):
         return None
-    if params["lhs_dilation"] != (1, 1):
-        return _transposed(region, equation, x, kernel) if groups == 1 else None
-    if not groups == kernel.shape[3] == x.shape[3]:
+    if not isinstance(x, Node) and not ffi.available:  # XLA's own are no slower when rewritten for it
         return None
-    top_bottom, left_right = map(tuple, params["padding"])
-    window = Window(tuple(params["window_strides"]), (top_bottom, left_right), tuple(params["rhs_dilation"]))
-    if min(map(min, window.padding)) < 0:
+    if set(params["lhs_dilation"]) != {1}:
+        return _transposed(region, equation, x, kernel) if groups == 1 and isinstance(x, Node) and kernel.ndim == 4 else None
+    row = (1,) * (4 - kernel.ndim)  # of an image that is one
+    taps, strides, dilation = ((*row, *map(int, sizes)) for sizes in (
+        kernel.shape[:-2], params["window_strides"], params["rhs_dilation"]))
+    (top, bottom), (left, right) = padding = (*((0, 0) for _ in row), *map(tuple, params["padding"]))
+    size = size_of(x.shape)
+    if size is None or min(map(min, padding)) < 0 or max(*taps, *strides, *dilation, *map(max, padding)) >= MAX_PARTS:
         return None
-    return region.node(equation, "depthwise", [x], [kernel], (kernel.shape[:2], window))
+    h, w, c = size
+    if groups == kernel.shape[-1] == c:
+        return region.node(equation, "depthwise", [x], [kernel], (taps, Window(strides, padding, dilation)))
+    if any(map(any, padding)):
+        x = region.border(x, (top, left), (top + h + bottom, left + w + right, c))
+    return region.node(equation, "dense", [x], [kernel], (taps, Window(strides, ((0, 0), (0, 0)), dilation), groups))
+
+
+def product(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:
+    """Of each pixel's channels with a matrix: a dense convolution of single pixels, if it follows a step."""
+    contract, batch = equation.params["dimension_numbers"]
+    if not isinstance(x, Node) or isinstance(kernel, Node) or kernel.ndim != 2 or kernel.dtype != jnp.float32:
+        return None
+    if len(x.shape) < 2 or tuple(map(tuple, contract)) != ((len(x.shape) - 1,), (0,)) or any(map(len, batch)):
+        return None
+    return region.node(equation, "dense", [x], [kernel], ((1, 1), PIXELS, 1))
 
 
 def _transposed(region: Region, equation: Any, x: Node, kernel: Any) -> Node | None:
@@ -149,12 +169,9 @@ def _transposed(region: Region, equation: Any, x: Node, kernel: Any) -> Node | N
     if params["lhs_dilation"] != (kh, kw) or params["window_strides"] != (1, 1) or params["rhs_dilation"] != (1, 1) or tuple(
             map(tuple, params["padding"])) != ((kh - 1, kh - 1), (kw - 1, kw - 1)):
         return None
-    pattern, window = keep_all((1, 1, ic, kh * kw * oc), 1), Window((1, 1), ((0, 0), (0, 0)), (1, 1))
-    if not addressable(pattern, window):
-        return None
-    values = kept_values(kernel[::-1, ::-1].transpose(2, 0, 1, 3), pattern)
+    matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(ic, kh * kw * oc)
     (_, h, w, _), (_, *size) = x.shape, equation.outvars[0].aval.shape
-    blocks = region.node(equation, "conv", [x], [values], [window], size=(h, w, kh * kw * oc), pattern=pattern)
+    blocks = region.node(equation, "dense", [x], [matrix], ((1, 1), PIXELS, 1), size=(h, w, kh * kw * oc))
     if blocks is None:
         return None
     blocks = replace(blocks, shape=(x.shape[0], *blocks.size))

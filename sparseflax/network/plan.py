@@ -28,7 +28,7 @@ from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.ranges import Rounded, round_layers
 from sparseflax.network.survey import Layer, join, survey
 
-# The predicted gain from which a layer goes sparse unmeasured, if none else does: the model is about that far off.
+# The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
 MARGIN = 1.1
 CHUNKS = 1, 2, 4, 8, 16  # images that a thread may take through a packed network at a time
 Precision = Literal["float32", "int8", "auto"]
@@ -178,9 +178,9 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
          **call: Any) -> Plan:
     """Chooses dense or sparse for every layer of a pruned model: sparse where that takes less time.
 
-    The cost model decides: if it predicts a gain of MARGIN in a layer that was pruned at all, that layer and all convolutions
-    that the sparse kernel runs no slower than XLA run there, as one program; or a measurement of both, on this machine with
-    the layer's own weights. The model is taken as at inference (`model.eval()`), and traced, not run.
+    The cost model decides, where it predicts a gain of MARGIN in a layer that was pruned at all; or a measurement of both, on
+    this machine with the layer's own weights. Dense convolutions join the program of the sparse ones. The model is taken as at
+    inference (`model.eval()`), and traced, not run.
 
     Args:
       model: an nnx module, or a pair (Linen module, its variables); pruned weights are zeros.
@@ -214,8 +214,6 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     native = machine is not None or ffi.available
     machine = machine or detect_machine()
     rows = [_choose(layer, machine, native) for layer in layers.values()]
-    if any(row.choice == "sparse" for row in rows):  # what stays with XLA would cut their program
-        rows = [_choose(layer, machine, native, joining=layer.convolution) for layer in layers.values()]
     if measure and ffi.available:
         open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows
                      if row.open and row.shape and row.sparse_seconds}
@@ -248,8 +246,8 @@ def elsewhere(machine: Machine) -> str | None:
     return None if there == here else f"for {name(*there)}, this is {name(*here)}"
 
 
-def _choose(layer: Layer, machine: Machine, native: bool, joining: bool = False) -> LayerPlan:
-    """The row of a layer. Where it would be joining others in the sparse kernel, it need not gain much, nor be pruned."""
+def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
+    """The row of a layer."""
     kernel, shape = layer.kernel, layer.shape
     packed = isinstance(kernel, PackedKernel | PackedStack)
     density = kernel.density if packed else np.count_nonzero(kernel) / max(1, kernel.size)
@@ -274,15 +272,13 @@ def _choose(layer: Layer, machine: Machine, native: bool, joining: bool = False)
         reason = f"the native kernel is not available: {ffi.reason}"
     elif sparse >= dense:
         reason = f"denser than the break-even {float(useful_range(shape, machine).upper):.2f}"
-    elif density == 1 and not joining:
+    elif density == 1:
         reason = f"not pruned, and not measured: predicted {dense / sparse:.3g}x"
-    elif dense < MARGIN * sparse and not joining:
+    elif dense < MARGIN * sparse:
         reason = f"predicted {dense / sparse:.3g}x, less than the margin of {MARGIN:g}x"
     else:
         choice = "sparse"
         reason = f"predicted {dense / sparse:.3g}x"
-        if dense < MARGIN * sparse or density == 1:
-            reason += ", in one program with the others"
     return LayerPlan(layer.path, layer.kind, tuple(kernel.shape), shape, density, choice,
                      machine.isa if choice == "sparse" else "xla", dense, sparse, layer.norm, reason,
                      open=not packed and layer.refusal is None)

@@ -22,13 +22,13 @@ from sparseflax.conv import ffi
 from sparseflax.conv.int8 import QuantizedArray
 from sparseflax.conv.int8_primitive import reference as int8_reference
 from sparseflax.conv.packing import Pattern
-from sparseflax.conv.primitive import ACTIVATIONS, reference
+from sparseflax.conv.primitive import ACTIVATIONS, Activation, reference
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
 VERSION = 3
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
-       "dequantize", "upsample")  # as Op in program.h
+       "dequantize", "upsample", "dense")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
 OTHERS = "same", "number", "channel", "image", "scalar"
 UNARY: dict[str, Any] = {
@@ -84,9 +84,13 @@ class Step:
             _, window, activation, has_bias = params
             y = jax.lax.conv_general_dilated(x, shared[0], window.strides, window.padding, rhs_dilation=window.dilation,
                                              dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[3])
-            y = y + shared[1].reshape(1, 1, 1, -1) if has_bias else y
-            y = y if activation is None else jnp.maximum(y, 0)
-            return jnp.minimum(y, 6) if activation == "relu6" else y
+            return _activated(y, shared[1] if has_bias else None, activation)
+        if self.op == "dense":
+            taps, window, groups, activation, has_bias = params
+            kernel = shared[0].reshape(*taps, x.shape[3] // groups, self.size[2])
+            y = jax.lax.conv_general_dilated(x, kernel, window.strides, window.padding, rhs_dilation=window.dilation,
+                                             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+            return _activated(y, shared[1] if has_bias else None, activation)
         if self.op == "pool":
             maximum, taps, window = params
             dimensions, strides, dilation = ((1, *pair, 1) for pair in (taps, window.strides, window.dilation))
@@ -132,6 +136,9 @@ class Step:
         if self.op == "depthwise":
             taps, window, activation, has_bias = p
             return [*_filter(taps, window), ACTIVATIONS[activation], has_bias], []
+        if self.op == "dense":
+            taps, window, groups, activation, has_bias = p
+            return [*_filter(taps, window), groups, ACTIVATIONS[activation], has_bias], []
         if self.op == "pool":
             maximum, taps, window = p
             return [maximum, *_filter(taps, window)], []
@@ -147,6 +154,12 @@ def upsample(x: jax.Array, fh: int, fw: int, channels: int) -> jax.Array:
     n, h, w, c = x.shape
     y = x.reshape(n, h, 1, w, 1, c) if c == channels else x.reshape(n, h, w, fh, fw, channels).transpose(0, 1, 3, 2, 4, 5)
     return jnp.broadcast_to(y, (n, h, fh, w, fw, channels)).reshape(n, fh * h, fw * w, channels)
+
+
+def _activated(y: jax.Array, bias: jax.Array | None, activation: Activation) -> jax.Array:
+    y = y if bias is None else y + bias.reshape(1, 1, 1, -1)
+    y = y if activation is None else jnp.maximum(y, 0)
+    return jnp.minimum(y, 6) if activation == "relu6" else y
 
 
 def _filter(taps: tuple[int, int], window: Window) -> list[int]:

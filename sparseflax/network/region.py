@@ -23,7 +23,7 @@ from sparseflax.conv.packing import Pattern
 from sparseflax.conv.primitive import Activation
 from sparseflax.network.program import Program, Size, Step, run_program
 
-CONVOLUTIONS = "conv", "depthwise", "conv_int8"
+CONVOLUTIONS = "conv", "dense", "depthwise", "conv_int8"
 
 
 @dataclass(eq=False)
@@ -161,6 +161,13 @@ class Region:
         images = [self.viewed(arg) if isinstance(arg, Node) else image(arg) for arg in args]
         return Node(op, size, tuple(images), tuple(map(jnp.asarray, shared)), tuple(params), tuple(map(float, numbers)), shape,
                     next(self.count), uint8=equation.outvars[0].aval.dtype == jnp.uint8, **epilogue)
+
+    def border(self, x: Any, at: tuple[int, int], size: Size) -> Node:
+        """Images (n, h, w, c) within larger ones of zeros, from the pixel `at` on."""
+        border = Node("window", size, (self.viewed(x) if isinstance(x, Node) else image(x),), (), (-at[0], -at[1], 0), (0.0,),
+                      (x.shape[0], *size), next(self.count))
+        self.is_read([border])
+        return border
 
     def viewed(self, x: Node) -> Node:
         """The node as its shape says: reshaped, if it is stored as something else."""

@@ -26,10 +26,11 @@ struct Code {
 };
 
 // Two convolutions, a depthwise one and a pool into a concatenation; a range of its channels, element by element; a reshape; one layer
-// that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; and blocks of pixels.
+// that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; blocks of pixels; two dense
+// layers, of which one meets each weight once.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {3, 1, 22, 4, 10, chunk, 6, 5, 4, 0};
+  c.words = {3, 1, 25, 6, 13, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
@@ -56,6 +57,9 @@ inline Code Network(int64_t chunk) {
   c.Step(Op::kUpsample, {12, 10, 1}, {1}, {}, {2, 2});                                                                        // 20
   c.Step(Op::kUpsample, {12, 20, 1}, {20}, {}, {1, 2});                                                                       // 21
   c.Step(Op::kCombine, {12, 20, 1}, {21}, {9}, {2, 4, 1});                                                                    // 22
-  c.words.insert(c.words.end(), {9, 12, 18, 22});
+  c.Step(Op::kWindow, {8, 7, 4}, {1}, {}, {-1, -1, 0}, {0});                                                                  // 23
+  c.Step(Op::kDense, {6, 5, 4}, {23}, {10, 1}, {3, 3, 1, 1, 0, 0, 1, 1, 2, 1, 1});                                            // 24
+  c.Step(Op::kDense, {1, 1, 200}, {11}, {11, 12}, {1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1});                                         // 25
+  c.words.insert(c.words.end(), {9, 12, 18, 22, 24, 25});
   return c;
 }

@@ -109,6 +109,14 @@ class Grown {
     Add(Op::kConv, y, args, 1 + bias, params, {}, gaps);
   }
 
+  void Dense(int64_t v, int64_t kh, int64_t kw, int64_t s, int64_t d, bool bias) {
+    const Size x = values_[static_cast<size_t>(v)];
+    const int64_t groups = x.c % 2 == 0 && draw_.OneIn(3) ? 2 : 1, high = x.h - (kh - 1) * d - 1, wide = x.w - (kw - 1) * d - 1;
+    if (high < 0 || wide < 0) return Window(v);
+    Add(Op::kDense, {high / s + 1, wide / s + 1, groups * draw_.Between(1, 24), false}, {v}, 1 + bias,
+        {kh, kw, s, s, 0, 0, d, d, groups, draw_.Below(3), bias});
+  }
+
   void Step() {
     const int64_t v = draw_.Below(static_cast<int64_t>(values_.size()));
     const Size x = values_[static_cast<size_t>(v)];
@@ -135,6 +143,7 @@ class Grown {
       const Size y = {draw_.Between(1, 7), draw_.Between(1, 7), x.c, x.bytes};
       if (x.bytes || draw_.OneIn(2)) return Add(Op::kPool, y, {v}, 0, {x.bytes || draw_.OneIn(2), kh, kw, s, s, draw_.Between(0, 3), draw_.Between(0, 3), d, d});
       const bool bias = draw_.OneIn(2);
+      if (draw_.OneIn(2)) return Dense(v, kh, kw, s, d, bias);
       return Add(Op::kDepthwise, y, {v}, 1 + bias, {kh, kw, s, s, draw_.Between(0, 3), draw_.Between(0, 3), d, d, draw_.Below(3), bias});
     }
     if (x.bytes) {
@@ -180,17 +189,25 @@ double Work(const std::vector<int64_t>& words) {
     return items;
   };
   double work = 0;
-  for (int64_t i = 0; i < words[1]; ++i, ++at) work += next() * next() * next();
+  std::vector<double> channels;  // of each value
+  for (int64_t i = 0; i < words[1]; ++i, ++at) {
+    const double pixels = next() * next();
+    channels.push_back(next());
+    work += pixels * channels.back();
+  }
   for (int64_t i = 0; i < words[2]; ++i) {
     const Op op = static_cast<Op>(words[at++]);
     const double h = next(), w = next(), c = next();
-    list(), list();
+    const std::vector<double> args = list();
+    list();
     const std::vector<double> p = list();
+    channels.push_back(c);
     at += 2;
     const double first = next(), gaps = next() - first;
     double times = 1;  // for each element
     if (op == Op::kPool) times = p[1] * p[2];
     if (op == Op::kDepthwise) times = p[0] * p[1];
+    if (op == Op::kDense) times = channels[static_cast<size_t>(args[0])] * p[0] * p[1] / p[8];
     if (op == Op::kChannelSum) times = p[0] + 1;
     work += h * w * c * times;
     if (op != Op::kConv && op != Op::kConvInt8) continue;
