@@ -295,6 +295,16 @@ def test_dense_is_no_speedup():
     assert "the highest is 1.00" in str(refusal(NETWORK, ATOM_C2750, 1.1, whole=slow))
 
 
+def test_what_is_fast_enough_packed_is_not_pruned():
+    layers = whole(ATOM_C2750).dense_seconds
+    slow = prune.Whole(2 * layers, dense_scale=1.0)  # dense it takes twice what it takes packed and unpruned
+    guide = prune.guided(NETWORK, ATOM_C2750, speedup=1.9, whole=slow)
+    assert guide.densities == {} and guide.speedup == pytest.approx(2)
+    assert guide.layers["late"].reason == "dense: packed it is 2x faster unpruned"
+    guide = prune.guided(NETWORK, ATOM_C2750, speedup=2.2, whole=slow)
+    assert guide.densities and guide.speedup == pytest.approx(2.2, rel=1e-3)
+
+
 def test_refusals():
     message = str(refusal(NETWORK, XEON_E5_2697V4, 50, exclude=["stem"], whole=whole(XEON_E5_2697V4, 20e-6)))
     assert re.match(r"a speedup of 50 cannot be reached: the highest is \d\.\d\d, where the time goes to \w+ \d+% \(", message)

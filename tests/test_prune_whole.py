@@ -43,7 +43,7 @@ def test_the_scales_and_the_rest_explain_every_time_that_was_measured():
     """Packed times that are 1.2 times the prediction for dense layers, 1.5 times for sparse ones, and 50 us more."""
     layers = [(900e-6, 100e-6), (500e-6, 200e-6), (0.0, 300e-6)]
     packed = [Packed(dense, sparse, 1.2 * dense + 1.5 * sparse + 50e-6) for dense, sparse in layers]
-    whole = fit(1.3e-3, 1e-3, packed)
+    whole = fit(1.3e-3, packed)
     assert whole.checked() is whole and len(whole.points) == 3
     for dense, sparse, seconds in packed:
         own = whole.dense_scale * dense + whole.scale * sparse
@@ -54,8 +54,8 @@ def test_the_scales_and_the_rest_explain_every_time_that_was_measured():
 
 @pytest.mark.parametrize("times", [(1e-6, 1e-6), (1.0, 1e-3), (1e-3, 1.0)])
 def test_no_noise_makes_a_rest_of_less_than_no_time(times):
-    whole = fit(1e-3, 1e-3, [Packed(5e-4, 1e-4, times[0]), Packed(0.0, 1e-4, times[1])]).checked()
-    assert all(other >= 0 for _, other in whole.points) and 0 < whole.dense_scale <= 1
+    whole = fit(1e-3, [Packed(5e-4, 1e-4, times[0]), Packed(0.0, 1e-4, times[1])]).checked()
+    assert all(other >= 0 for _, other in whole.points) and whole.dense_scale > 0
 
 
 @pytest.mark.parametrize("linen", [False, True])

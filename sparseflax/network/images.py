@@ -135,19 +135,21 @@ def convolution(region: Region, equation: Any, x: Any, kernel: Any) -> Node | No
         return None
     if set(params["lhs_dilation"]) != {1}:
         return _transposed(region, equation, x, kernel) if groups == 1 and isinstance(x, Node) and kernel.ndim == 4 else None
-    row = (1,) * (4 - kernel.ndim)  # of an image that is one
-    taps, strides, dilation = ((*row, *map(int, sizes)) for sizes in (
-        kernel.shape[:-2], params["window_strides"], params["rhs_dilation"]))
-    (top, bottom), (left, right) = padding = (*((0, 0) for _ in row), *map(tuple, params["padding"]))
+    spatial: list[Any] = [kernel.shape[:-2], *(params[name] for name in ("window_strides", "rhs_dilation", "padding"))]
+    if kernel.ndim == 3:  # a row is an image of one
+        spatial = [(one, *sizes) for one, sizes in zip((1, 1, 1, (0, 0)), spatial, strict=True)]
+    taps, strides, dilation, ((top, bottom), (left, right)) = map(tuple, spatial)
+    window = Window(strides, ((top, bottom), (left, right)), dilation)
     size = size_of(x.shape)
-    if size is None or min(map(min, padding)) < 0 or max(*taps, *strides, *dilation, *map(max, padding)) >= MAX_PARTS:
+    if size is None or min(top, bottom, left, right) < 0 or (
+            max(*taps, *strides, *dilation, top, bottom, left, right) >= MAX_PARTS):
         return None
     h, w, c = size
     if groups == kernel.shape[-1] == c:
-        return region.node(equation, "depthwise", [x], [kernel], (taps, Window(strides, padding, dilation)))
-    if any(map(any, padding)):
+        return region.node(equation, "depthwise", [x], [kernel], (taps, window))
+    if max(top, bottom, left, right) > 0:
         x = region.border(x, (top, left), (top + h + bottom, left + w + right, c))
-    return region.node(equation, "dense", [x], [kernel], (taps, Window(strides, ((0, 0), (0, 0)), dilation), groups))
+    return region.node(equation, "dense", [x], [kernel], (taps, window._replace(padding=PIXELS.padding), groups))
 
 
 def product(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:

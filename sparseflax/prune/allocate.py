@@ -148,9 +148,11 @@ def guided(
         given = f"{math.floor(100 * total / goal) / 100:.3g}x" if seconds is None else f"{1e3 * goal:.3g} ms"
         shortfall = f"asked for {wanted}, this machine allows {given}: {_where(shapes, best, shortest)}"
 
-    if goal >= total:
+    unpruned = min(total, whole.seconds(float(dense.sum())))  # packed it may be faster, pruned or not
+    if goal >= unpruned:
         density = np.ones(len(names))
-        dense_because |= {i: "no speedup asked for" for i in np.flatnonzero(pruned)}
+        why = "no speedup asked for" if goal >= total else f"packed it is {total / unpruned:.3g}x faster unpruned"
+        dense_because |= {i: why for i in np.flatnonzero(pruned)}
     else:
         density, given_back = _least_damage(curves, dense, bearable, inputs, pruned, goal - whole.other(goal))
         dense_because |= given_back
@@ -169,7 +171,7 @@ def guided(
         )
         for i, name in enumerate(names)
     }
-    total_seconds = whole.seconds(float(times.sum())) if (density < 1).any() else total
+    total_seconds = whole.seconds(float(times.sum())) if (density < 1).any() else unpruned
     return Guidance(layers, whole, here, total_seconds, shortfall, precision)
 
 

@@ -36,8 +36,8 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
         whole = prune.measure(model, x, machine)
         guide = prune.guided(sparseflax.conv_shapes(model, x), machine, speedup=2.5, whole=whole)
 
-    It is pruned as the guide would, as far as it goes and for some speedups less: the predicted times of its layers, summed,
-    are put right where a guide will use them.
+    Packed it is timed unpruned, and pruned as the guide would, as far as it goes and for some speedups less: the predicted
+    times of its layers, summed, are put right where a guide will use them.
 
     Args:
       model: an nnx module, or a pair (Linen module, its variables), dense; only its shapes matter, so it need not be trained.
@@ -57,12 +57,14 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
     machine = machine or detect_machine()
     all_dense = plan(model, x, machine, **call).all_dense
     shapes = conv_shapes(model, x, **call)
-    programs = [program(network, x, **call) for network in (model, pack_model(model, all_dense, x, fuse=False, **call))]
+    forms = model, pack_model(model, all_dense, x, fuse=False, **call), pack_model(model, all_dense, x, **call)
+    programs = [program(network, x, **call) for network in forms]
     layers, turn, networks = all_dense.seconds, FIRST * seconds / (2 + len(SPEEDUPS)), list[Packed]()
     with progress("timing the network", 4 + len(SPEEDUPS)) as advance:
         # What a process does first is slower: its memory is not mapped yet, and its threads sleep.
         medians(programs, turn, BURST)
-        dense = min(medians(programs, turn, BURST))
+        *dense_times, time = medians(programs, turn, BURST)
+        dense, unpruned = min(dense_times), Packed(layers, 0.0, time)
         advance(1, f"dense {1e3 * dense:.3g} ms")
 
         def packed(whole: Whole, goal: float) -> Packed | None:
@@ -80,24 +82,24 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
             advance(1 + len(networks), f"packed {1e3 * networks[-1].seconds:.3g} ms")
             return networks[-1]
 
-        whole = Whole(dense, 0.0, dense / layers, dense / layers)
+        whole = Whole(dense, 0.0, time / layers, time / layers)
         for _ in range(2):
             found = packed(whole, dense * (networks[0].seconds / dense)**HALFWAY if networks else 0.0)
             if found is None:
                 return whole
-            whole = fit(dense, layers, networks)
+            whole = fit(dense, [*networks, unpruned])
             if found.seconds >= dense:
                 break
         else:
             # The scales stay from here on, so that a guide takes the very densities that are measured.
-            fastest, whole = networks[0].seconds, whole.through(networks[:1])
+            fastest, whole = networks[0].seconds, whole.through([networks[0], unpruned])
             for speedup in reversed(SPEEDUPS):
                 if dense / speedup > MARGIN * fastest and packed(whole, dense / speedup):
-                    whole = whole.through([networks[0], *networks[2:]])
+                    whole = whole.through([networks[0], *networks[2:], unpruned])
         times = medians(programs, (1 - FIRST) * seconds, BURST)
         advance(4 + len(SPEEDUPS), "done")
-    again = [network._replace(seconds=time) for network, time in zip(networks, times[2:], strict=True)]
-    return fit(min(times[:2]), layers, again)
+    again = [network._replace(seconds=time) for network, time in zip((unpruned, *networks), times[2:], strict=True)]
+    return fit(min(times[:2]), again)
 
 
 def pruned(model: Any, densities: Mapping[str, float]) -> Any:

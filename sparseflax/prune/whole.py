@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-# How far the fit trusts the performance model against the times, which repeat within some percent: that dense and sparse
-# layers are off by one factor, and that what is no layer takes as long in the dense network.
-ALIKE, SAME = 0.2, 0.2
+# How far the fit trusts the performance model against the times, which repeat within some percent: that dense and sparse layers
+# are off by one factor.
+ALIKE = 0.2
 
 
 class Packed(NamedTuple):
@@ -86,26 +86,21 @@ class Whole(NamedTuple):
         return self._replace(other_seconds=points[0][1], points=tuple(points))
 
 
-def fit(dense_seconds: float, layers: float, packed: Sequence[Packed]) -> Whole:
+def fit(dense_seconds: float, packed: Sequence[Packed]) -> Whole:
     """The scales and the rest that explain the times of packed networks best, and what of each time they leave.
 
     Args:
       dense_seconds: of the dense network, measured.
-      layers: predicted of its layers.
-      packed: one at least of the same network, layers running dense or sparse at other densities.
+      packed: one at least, of the same network: unpruned, and with layers running sparse at some densities.
     """
     rows = np.array([(p.dense, p.sparse, 1.0) for p in packed])
     times = np.array([p.seconds for p in packed])
-    typical = np.exp(np.log(times).mean())
-    # Columns in seconds of the dense network, so that the two assumptions weigh alike whatever the model is off by.
-    unit = dense_seconds / layers, dense_seconds / layers, typical
-    alike = np.array([ALIKE, -ALIKE, 0])
-    same = np.array([SAME * layers * unit[0], 0, SAME * typical]) / dense_seconds
-    system = np.vstack([rows * unit / times[:, None], alike, same])
-    solution, _ = nnls(system, np.append(np.ones(len(times)), (0, SAME)))
-    dense_scale, scale = (max(float(x), 0.05) * unit[0] for x in solution[:2])
-    # No layer of the dense network takes more than all of it, and the rest of none takes less than no time.
-    dense_scale = min(dense_scale, unit[0])
+    # Columns in typical seconds, so that the assumption weighs the same whatever the model is off by.
+    unit, typical = np.exp(np.log(times / rows[:, :2].sum(1)).mean()), np.exp(np.log(times).mean())
+    system = np.vstack([rows * (unit, unit, typical) / times[:, None], (ALIKE, -ALIKE, 0)])
+    solution, _ = nnls(system, np.append(np.ones(len(times)), 0))
+    dense_scale, scale = (max(float(x), 0.05) * unit for x in solution[:2])
+    # The rest of none takes less than no time.
     most = min(1.0, *(p.seconds / (dense_scale * p.dense + scale * p.sparse) for p in packed))
-    dense_scale, scale = most * dense_scale, most * scale
+    dense_scale, scale = float(most * dense_scale), float(most * scale)
     return Whole(dense_seconds, 0.0, scale, dense_scale).through(packed)
