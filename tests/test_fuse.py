@@ -410,6 +410,39 @@ def test_pooling_stays_with_the_dense_convolution_that_xla_computes_it_with(no_k
     agrees(lambda x: side_by_side(dense(x)), X)
 
 
+@pytest.mark.parametrize("before, size, gap", [(2, 5, 0), (0, 2, 0), (1, 3, 1), (3, 4, 0)])
+def test_sums_of_neighbouring_channels(before, size, gap):
+    """As local response normalization is written with slices; with a gap between them they are no such sum."""
+    def f(x):
+        x = conv(x)
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, size + gap)))
+        starts = [i + gap * (i > 1) for i in range(size)]
+        return sum(padded[..., start:start + 8] for start in starts) * x
+
+    agrees(f, X)
+    found = [(step.op, step.params) for step in steps(fuse(f), X) if step.op in ("channel_sum", "window")]
+    if gap:
+        assert [op for op, _ in found] == ["window", "channel_sum", "window"]
+    else:
+        assert found == [("channel_sum", (size, before))]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("stride, padding, dilation", [(1, "SAME", 1), (2, ((3, 0),), 1), (1, "VALID", 2)])
+def test_rows_are_convolved_in_the_program(groups, stride, padding, dilation):
+    kernel, bias = (jnp.asarray(reference.integers(DRAW, *size)) for size in ((3, 8 // groups, 8), (8,)))
+
+    def f(x):
+        y = jax.lax.conv_general_dilated(x, kernel, (stride,), padding, rhs_dilation=(dilation,), feature_group_count=groups,
+                                         dimension_numbers=("NWC", "WIO", "NWC"))
+        return nnx.relu(y + bias.reshape(1, 1, 8))
+
+    rows = X.reshape(2, 36, 8)
+    agrees(f, rows)
+    made = steps(fuse(f), rows)
+    assert made[-1].op == ("depthwise" if groups == 8 else "dense") and made[-1].params[-2:] == ("relu", True)
+
+
 @given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=PAIR, strides=PAIR, dilation=PAIR,
        padding=st.tuples(PADDING, PADDING), groups=st.sampled_from([(4, 4), (8, 8), (8, 2), (8, 4)]))
 def test_grouped_convolutions_agree_with_xla(size, kernel, strides, dilation, padding, groups):

@@ -72,7 +72,7 @@ def _add(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
         per_channel = np.shape(other) == (*(1 for _ in conv.shape[1:]), channels) and conv.shape[-1] == channels
         if conv.bias is None and per_channel and not isinstance(other, Node):
             return replace(conv, bias=jnp.reshape(other, channels))
-    return _combine(region, equation, a, b)
+    return images.neighbours(region, equation, a, b) or _combine(region, equation, a, b)
 
 
 def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:

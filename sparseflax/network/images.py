@@ -5,6 +5,7 @@ Each function takes a region, the equation and its operands; it returns the step
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -179,6 +180,39 @@ def _transposed(region: Region, equation: Any, x: Node, kernel: Any) -> Node | N
     blocks = replace(blocks, shape=(x.shape[0], *blocks.size))
     region.is_read([blocks])
     return region.node(equation, "upsample", [blocks], params=(kh, kw), size=tuple(size))
+
+
+def neighbours(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
+    """A sum of ranges of channels of one image, each a channel further, as one of neighbouring channels: how local response
+    normalization is written where XLA knows no such sum."""
+    first, second = _range(a), _range(b)
+    if first is None or second is None or first[0] is not second[0]:
+        return None
+    (image, start, size), (_, after, more) = first, second
+    if a.size != image.size or after != start + size or start > 0:
+        return None
+    return region.node(equation, "channel_sum", [image], params=(size + more, -start), size=image.size)
+
+
+def _range(x: Any) -> tuple[Node, int, int] | None:
+    """(image, start, size) where each channel c of x is the sum of the image's from c + start on, zeros outside; or None."""
+    if not isinstance(x, Node):
+        return None
+    if x.op == "channel_sum":
+        return x.args[0], -x.params[1], x.params[0]
+    if x.op == "map" and x.params == ("clamp",) and x.numbers == (1, 0, -math.inf, math.inf):  # 0 + x, where a sum begins
+        return _range(x.args[0])
+    if x.op != "window" or any(x.params[:2]):
+        return None
+    image, start = x.args[0], int(x.params[2])
+    if isinstance(image, Node) and image.op == "window" and image.numbers == (0,) and not any(image.params[:2]):
+        padded, before = image, -int(image.params[2])
+        image = padded.args[0]
+        # Of the border all that this range reads is there.
+        if isinstance(image, Node) and before >= 0 and start >= 0 and start + x.size[2] <= padded.size[2] and (
+                padded.size[:2] == image.size[:2] == x.size[:2]):
+            return image, start - before, 1
+    return None
 
 
 def concatenate(region: Region, equation: Any, *operands: Any) -> Node | None:
