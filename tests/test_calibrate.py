@@ -62,8 +62,7 @@ def test_fit_recovers_the_rates():
     assert found.l3_bytes == MACHINE.l3_bytes
     for kind in ("sparse", "dense"):
         known, rates = getattr(other_rates(), kind)._asdict(), getattr(found.rates, kind)._asdict()
-        for shared in ("split", "lone"):  # nothing is, on one thread
-            known.pop(shared, None)
+        known.pop("split")  # nothing is shared, on one thread
         assert {name: rates[name] for name in known} == pytest.approx(known, rel=1e-3)
     assert errors(samples, found).median < 0.01  # what the smooth minimum over a few tiles adds
     assert found.rates.overlap == 1

@@ -93,9 +93,7 @@ def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Gene
 
     @jax.jit
     @fuse  # what a packed network makes of the layers that stay dense, and so what a sparse layer has to beat
-    def xla(x, kernel, bias):
-        if shape.ih * shape.iw * shape.kh * shape.kw == 1:  # a fully connected layer, which Flax runs as a product
-            return jnp.maximum(x[:, 0, 0] @ kernel[0, 0] + bias[None], 0)
+    def unpruned(x, kernel, bias):
         return jnp.maximum(dense_conv(x, kernel, window, shape.groups) + bias.reshape(1, 1, 1, -1), 0)
 
     @jax.jit
@@ -108,7 +106,7 @@ def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Gene
         return lambda: program(*operands).block_until_ready()
 
     if dense:
-        yield shape, None, call(xla, x, jnp.asarray(kernel), bias)
+        yield shape, None, call(unpruned, x, jnp.asarray(kernel), bias)
     for density in densities:
         packed = shape.pack(kernel * (chance < density))
         yield shape, packed.density, call(ours, x, packed, bias)

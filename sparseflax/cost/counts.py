@@ -23,10 +23,10 @@ MAX_GROUPS = 64  # that a packed network runs as a convolution each; beyond, the
 # Densities at which the kernel is asked for its tile; between them it takes one of these tiles or one about as fast.
 DENSITIES = (0.02, 0.06, 0.2, 0.6)
 KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense weight
-SHARED = 3e7  # operations from which on XLA's threads share a product, about a millisecond of one
-# What XLA's threads share of other convolutions than 1x1 is blocks of output channels: of as many weights as this part of the
-# core's own cache holds, and of no fewer channels.
-BLOCK, BLOCK_CHANNELS = 0.43, 64
+# The tiles of the dense kernel: pixels by vectors of output channels, the sums of which registers hold; taps whose weights are
+# packed at a time; multiply-adds from which on threads share them.
+DENSE_PIXELS, DENSE_VECTORS, FEW_REGISTERS = 6, (4, 2), ("avx2", "portable")
+DENSE_TAPS, ALONE = 256, 1 << 15
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
 
 
@@ -113,42 +113,42 @@ def tile_counts(shape: ConvShape, density: float, machine: Machine) -> SparseCou
 
 
 def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
-    """Counts of the dense convolution as `fuse` leaves it to XLA; without rates of its own, operations and bytes alone."""
+    """Counts of the dense kernel, and of a depthwise convolution; without rates of its own, operations and bytes alone."""
     if machine.fitted is None:
         return FREE_DENSE._replace(flop=float(shape.flops), kernel_bytes=float(shape.weight_bytes), call=1.0,
                                    activation_bytes=float(shape.input_bytes + shape.output_bytes))
     rows, taps, icg = shape.n * shape.oh * shape.ow, shape.kh * shape.kw, shape.ic // shape.groups
-    depthwise = shape.groups > 1 and icg == 1
-    loop, product = shape.groups > MAX_GROUPS and not depthwise, rows > 1
-    lowered = product and not depthwise  # to a product of matrices
-    flop, moved = float(shape.flops * (lowered and not loop)), float(_read_bytes(shape) + shape.output_bytes)
-    # A kernel that is packed first is there twice.
-    outside = _beyond(shape.weight_bytes / shape.groups, 2 * machine.l2_bytes)
-    call = 1.0 if depthwise or loop else float(shape.groups)
+    depthwise, moved = shape.groups > 1 and icg == 1, float(_read_bytes(shape) + shape.output_bytes)
+    product, shared = float(not depthwise), machine.threads > 1 and shape.flops >= 2 * ALONE
+    flop = 0.0 if depthwise else shape.flops * _idle(shape, machine)
     return DenseCounts(
         flop=flop,
         deep=flop * taps * icg / (taps * icg + 1000),
-        far=flop * (taps > 1) * outside,
-        lone=flop * (taps > 1) * (_busiest(shape, machine) - 1 / machine.threads),
         shifted=float(rows * taps * shape.oc * depthwise),
-        group_taps=float(rows * taps * shape.groups * loop),
-        odd=rows * taps * (icg > 1 and icg % 2) * (shape.oc % 64) / 64,
-        patches=float(rows * taps * shape.ic * lowered * (taps > 1)),
-        pixels=float(rows * shape.ic * lowered * (taps == 1)),
-        outputs=float(rows * shape.oc * product),
-        kernel_bytes=shape.weight_bytes * (not product) * (1 + _beyond(shape.weight_bytes, machine.l2_bytes)),
-        packed_bytes=shape.weight_bytes * lowered * (1 + outside),
+        patches=shape.n * shape.ih * shape.iw * shape.ic * product * any(map(any, shape.padding)),
+        pixels=rows * shape.ic * product * (taps == 1),
+        outputs=float(rows * shape.oc * math.ceil(taps * icg / DENSE_TAPS)),
+        kernel_bytes=shape.weight_bytes * product * _beyond(shape.weight_bytes, machine.l2_bytes),
+        packed_bytes=shape.weight_bytes * product,
         activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
-        split=call * (machine.threads > 1) * flop / (flop + SHARED * call),
-        call=call)
+        split=float(shared),
+        call=1.0)
 
 
-def _busiest(shape: ConvShape, machine: Machine) -> float:
-    """The part of a dense convolution's output channels that one thread takes, if it takes whole blocks of them."""
-    channels = shape.oc // shape.groups
-    block = max(BLOCK_CHANNELS, BLOCK * machine.l2_bytes * shape.oc / shape.weight_bytes)
-    taken = math.ceil(channels / block / machine.threads) * block
-    return max(min(1, taken / channels), 1 / machine.threads)
+def _idle(shape: ConvShape, machine: Machine) -> float:
+    """Cycles of the dense kernel's FMAs over those that their number takes: lanes without a channel, and tiles of so few FMAs
+    that each waits for the sum before it, or for the loads."""
+    vectors = DENSE_VECTORS[machine.isa in FEW_REGISTERS]
+    channels, pixels = shape.oc // shape.groups, shape.ow
+    if shape.kh * shape.kw == 1 and shape.strides == (1, 1) and not any(map(any, shape.padding)):
+        pixels = shape.n * shape.oh * shape.ow  # one row
+    lanes = -(-channels // machine.lanes)
+    panels = [vectors] * (lanes // vectors) + [lanes % vectors] * (lanes % vectors > 0)
+    tiles = -(-pixels // DENSE_PIXELS)
+    few, more = divmod(pixels, tiles)
+    cycles = sum(count * max(tile * panel / 2, (tile + panel) / 2, LATENCY)
+                 for tile, count in ((few, tiles - more), (few + 1, more)) for panel in panels)
+    return cycles / (pixels * channels / machine.lanes / 2)
 
 
 def _read_bytes(shape: ConvShape) -> float:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.conv import ffi
-from sparseflax.conv.primitive import dense_conv, sparse_conv
+from sparseflax.conv.primitive import sparse_conv
 from sparseflax.conv.window import Window
 from sparseflax.cost import cpu
-from sparseflax.cost.machine import TYPICAL, Machine
-from sparseflax.cost.model import conv_seconds, dense_seconds
+from sparseflax.cost.machine import TYPICAL, TYPICAL_PEAK, Machine
+from sparseflax.cost.model import conv_seconds
 from sparseflax.cost.rates import Rates
 from sparseflax.cost.shape import ConvShape
 from sparseflax.cost.timing import in_turn
@@ -43,8 +43,7 @@ class Timed(NamedTuple):
 
     shape: ConvShape
     density: float
-    sparse: float
-    dense: float
+    seconds: float
 
 
 def estimate_machine(threads: int, seconds: float, isa: str, because: str) -> Machine:
@@ -56,7 +55,7 @@ def estimate_machine(threads: int, seconds: float, isa: str, because: str) -> Ma
         peak = _peak(seconds / 8)
         bandwidth = _bandwidth(seconds / 8, cache_bytes=max(l3, l2 * cores))
         timed = _time_layers(seconds * 3 / 4, isa)
-        alpha = _mean([t.sparse / (t.density * t.dense) for t in timed]) if timed else ESTIMATED_ALPHA
+        alpha = _mean([t.seconds * peak / (t.density * t.shape.flops) for t in timed]) if timed else ESTIMATED_ALPHA
         source = (f"built-in rates scaled to {len(timed)} timed layers" if timed
                   else "alpha guessed: the native kernel does not run here")
         machine = Machine(
@@ -69,14 +68,12 @@ def estimate_machine(threads: int, seconds: float, isa: str, because: str) -> Ma
 
 
 def _scaled(machine: Machine, timed: Sequence[Timed]) -> Rates:
-    """The built-in rates times what makes them predict the timed layers, on the average."""
-    # XLA's threads do not share dense layers unevenly on every machine, and a layer left dense in doubt is never slower.
-    typical = replace(TYPICAL, dense=TYPICAL.dense._replace(lone=0.0))
-    known = replace(machine, fitted=typical)
-    sparse = _mean([t.sparse / float(conv_seconds(t.shape, t.density, known)) for t in timed])
-    dense = _mean([t.dense / float(dense_seconds(t.shape, known)) for t in timed])
-    return replace(typical, sparse=typical.sparse._make(sparse * rate for rate in typical.sparse),
-                   dense=typical.dense._make(dense * rate for rate in typical.dense))
+    """The built-in rates times what makes them predict the timed layers, on the average, and the matrix product."""
+    known = replace(machine, fitted=TYPICAL)
+    sparse = _mean([t.seconds / float(conv_seconds(t.shape, t.density, known)) for t in timed])
+    dense = TYPICAL_PEAK / machine.peak
+    return replace(TYPICAL, sparse=TYPICAL.sparse._make(sparse * rate for rate in TYPICAL.sparse),
+                   dense=TYPICAL.dense._make(dense * rate for rate in TYPICAL.dense))
 
 
 def _mean(ratios: Sequence[float]) -> float:
@@ -117,7 +114,7 @@ def _bandwidth(seconds: float, cache_bytes: int) -> float:
 
 
 def _time_layers(seconds: float, isa: str) -> list[Timed]:
-    """Each layer of TIMED, sparse and dense; nothing where the kernel cannot run."""
+    """Each layer of TIMED; nothing where the kernel cannot run."""
     if isa not in ffi.kernels():
         return []
     draw = np.random.default_rng(0)
@@ -128,11 +125,9 @@ def _time_layers(seconds: float, isa: str) -> list[Timed]:
         kernel = draw.standard_normal(shape.kernel_shape, np.float32)
         kernel *= draw.random(kernel.shape) < DENSITY
         x = jnp.ones((shape.n, shape.ih, shape.iw, shape.ic), jnp.float32)
-        packed, dense = shape.pack(kernel), jnp.asarray(kernel)
-        sparse = jax.jit(lambda x, packed, window=window: sparse_conv(
+        packed = shape.pack(kernel)
+        run = jax.jit(lambda x, packed, window=window: sparse_conv(
             x, packed, strides=window.strides, padding=window.padding, kernel=forced))
-        xla = jax.jit(lambda x, dense, window=window: dense_conv(x, dense, window, 1))
-        calls += [lambda run=run, x=x, weights=weights: run(x, weights) for run, weights in ((sparse, packed), (xla, dense))]
+        calls.append(lambda run=run, x=x, packed=packed: run(x, packed))
         densities.append(packed.density)
-    times = _quiet(calls, seconds)
-    return [Timed(*each) for each in zip(TIMED, densities, times[::2], times[1::2], strict=True)]
+    return [Timed(*each) for each in zip(TIMED, densities, _quiet(calls, seconds), strict=True)]

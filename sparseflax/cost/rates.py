@@ -47,36 +47,25 @@ class SparseCounts(NamedTuple):
 
 
 class DenseCounts(NamedTuple):
-    """Of the dense convolution, which is a product of a matrix with a row per output position.
+    """Of the dense convolution: of a row of weights for each input of an output, tiles of pixels by vectors of channels.
 
     Attributes:
-      flop: operations, padding included; none of those of a single row, of a depthwise convolution, and of XLA's own loop
-        over more than MAX_GROUPS groups.
+      flop: operations, padding included, and what the tiles leave idle; none of a depthwise convolution.
       deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
-      far: the same, again, but not of a 1x1 convolution, times the part of the kernel that the core's own cache does not hold.
-      lone: what the busiest thread does of them beyond an even part, in the blocks of channels that are shared, but for a 1x1
-        convolution: all but that part, if there is one block.
-      shifted: multiply-adds of a depthwise convolution, which is a sum of shifted images.
-      group_taps: output positions times kernel positions times groups, of more than MAX_GROUPS groups.
-      odd: output positions times kernel positions, times the part of a 64-vector of outputs that is left over, where the
-        number of input channels is odd.
-      patches: inputs copied into the rows of the matrix.
-      pixels: the same of a 1x1 convolution, whose image is that matrix already, if the stride is 1.
-      outputs: written by a product.
-      kernel_bytes: of a kernel that meets a single row; twice those that do not stay in the core's own cache.
-      packed_bytes: of any other kernel but a depthwise one; likewise, with the packed copy in that cache too.
+      shifted: multiply-adds of a depthwise convolution.
+      patches: inputs copied, with a border around them.
+      pixels: inputs of a 1x1 convolution, which meet few operations each.
+      outputs: written, or added to, once for each part of the taps that is packed at a time.
+      kernel_bytes: that do not stay in the core's own cache.
+      packed_bytes: of the kernel.
       activation_bytes: of input and output, that do not stay in a quarter of the last cache.
-      split: the part of `call` that threads share: half of a product of SHARED operations, most of a longer one.
-      call: 1, or as many as there are groups, each a convolution of its own up to MAX_GROUPS of them.
+      split: 1 where threads share the work.
+      call: 1.
     """
 
     flop: Any
     deep: Any
-    far: Any
-    lone: Any
     shifted: Any
-    group_taps: Any
-    odd: Any
     patches: Any
     pixels: Any
     outputs: Any

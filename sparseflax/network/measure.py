@@ -56,13 +56,13 @@ def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured
         first = time_layer(shape.one, kernel[0], seconds)
         return Measured(shape.layers * first.dense, shape.layers * first.sparse)
     window = Window(shape.strides, shape.padding, shape.kernel_dilation)
-    kernel = kernel if shape.connected else kernel.reshape(shape.kernel_shape)
+    kernel = kernel.reshape(shape.kernel_shape)
     packed = shape.pack(kernel)
 
     @jax.jit
-    @fuse  # as in a packed network: XLA's own form of a depthwise convolution is ten times slower
+    @fuse  # as in a packed network
     def dense(x, kernel):
-        return x[:, 0, 0] @ kernel if kernel.ndim == 2 else dense_conv(x, kernel, window, shape.groups)
+        return dense_conv(x, kernel, window, shape.groups)
 
     @jax.jit
     def sparse(x, packed):

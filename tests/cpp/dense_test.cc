@@ -15,13 +15,15 @@ struct Case {
 };
 
 // Tiles of all sizes, panels of all widths and parts of vectors; taps side by side and not; sums of several blocks, cut at rows of the
-// window, at its columns, and within them.
+// window, at its columns, and within them; single pixels, which read the
+// kernel as it lies.
 const Case kCases[] = {
     {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0},   {1, 1, 2, 3, 5, 1, 1, 1, 1, 1, 1, 1, 0},    {2, 3, 3, 8, 16, 1, 1, 1, 1, 1, 1, 1, 3},
     {1, 5, 7, 5, 33, 1, 1, 2, 2, 1, 1, 1, 0},  {2, 4, 13, 3, 17, 3, 3, 1, 1, 1, 1, 1, 0},   {1, 3, 6, 4, 48, 2, 3, 2, 1, 1, 2, 1, 2},
     {1, 2, 11, 6, 70, 3, 2, 1, 2, 2, 1, 2, 0}, {2, 2, 5, 12, 12, 3, 3, 1, 1, 1, 1, 4, 4},   {1, 1, 4, 300, 9, 1, 1, 1, 1, 1, 1, 1, 0},
     {1, 2, 3, 90, 20, 5, 3, 1, 1, 1, 1, 1, 0}, {1, 2, 8, 90, 130, 2, 5, 1, 1, 1, 2, 1, 1},  {1, 1, 9, 520, 64, 2, 2, 1, 1, 1, 1, 1, 0},
-    {3, 1, 1, 64, 40, 1, 1, 1, 1, 1, 1, 1, 0}, {1, 3, 10, 3, 64, 7, 7, 2, 2, 1, 1, 1, 0},
+    {3, 1, 1, 64, 40, 1, 1, 1, 1, 1, 1, 1, 0}, {1, 3, 10, 3, 64, 7, 7, 2, 2, 1, 1, 1, 0},  {1, 1, 1, 70, 2100, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 1, 1, 9, 37, 1, 1, 1, 1, 1, 1, 1, 5},
 };
 
 std::vector<float> Integers(size_t size, std::mt19937& draw) {
