@@ -13,7 +13,7 @@ def detect_machine(threads: int | None = None, seconds: float = 2.0, isa: str | 
     """This machine as `sparseflax.calibrate` has found it, or else an estimate; once per process.
 
     The estimate takes about `seconds`, compiling and allocating come on top: built-in rates, scaled so that the times of
-    three layers at density 0.1, and of a matrix product, come out right on the average. Without the
+    three layers at density 0.1, and that of a matrix product, come out right on the average. Without the
     native module there are no rates, and alpha is a guess. `source` says which of all this it is, and why.
 
     Args:
