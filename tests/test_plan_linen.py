@@ -130,7 +130,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("wrap", [lambda kind: kind, nn.remat, nn.jit])
 @pytest.mark.parametrize("freeze", [lambda tree: tree, flax.core.freeze])
 def test_weights_with_another_reader_stay(wrap, freeze):
-    net: Any = nn.Sequential([nn.Conv(16, (1, 1)), wrap(Tied)()])
+    net: Any = nn.Sequential([nn.Conv(16, (3, 3)), wrap(Tied)()])
     variables = freeze(pruned(net, X))
     table = sparseflax.plan((net, variables), X, HERE)
     rows = {row.path.rpartition("/")[2]: row for row in table.layers}

@@ -1,4 +1,4 @@
-"""A traced function, rewritten for the CPU: what follows a sparse convolution joins its program, the rest takes faster forms.
+"""A traced function, rewritten for the CPU: what follows a convolution joins its program, the rest takes faster forms.
 
 The function's jaxpr is evaluated with its equations replaced: by steps that wait (region.py) until something else needs their
 results, and by what compiles better (rewrites.py).
@@ -32,15 +32,16 @@ Model = TypeVar("Model", bound=nnx.Module)
 def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
     """The function `f`, faster on the CPU once it is compiled: `jax.jit(fuse(f))`.
 
-    - `sparse_conv` and what follows it run as one native program, as far as it knows the steps: a bias, a residual of its
-      output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else uses what lies between;
-      depthwise convolutions, pooling, reductions over an image, concatenation, padding, slices and what is done element by
-      element follow it. A batch runs some images at a time, each of them through the whole program.
+    - Convolutions, sparse, dense and depthwise, and what follows them run as one native program, as far as it knows the steps:
+      a bias, a residual of its output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else
+      uses what lies between; products with a matrix, pooling, reductions over an image, concatenation, padding, slices and what
+      is done element by element follow it. A batch runs some images at a time, each of them through the whole program.
     - `sparse_conv` in eight bits takes relu, relu6 and the rounding to uint8 by another one that reads it, through maxima and
       concatenations: what lies between the two is uint8 then, and so it is for whoever else reads it afterwards, a residual
       for one, which costs half a step of 255.
-    - Elsewhere pooling runs along one dimension after the other, grouped convolutions group by group, depthwise ones as a sum
-      of shifted images, and powers of 1/4, 1/2 and 3/4 are square roots.
+    - Elsewhere pooling runs along one dimension after the other, and powers of 1/4, 1/2 and 3/4 are square roots; without the
+      native kernel, or in layouts other than NHWC, grouped convolutions run group by group, depthwise ones as a sum of shifted
+      images.
 
     Outputs are those of `f` up to rounding; nan and inf propagate alike. Left alone: what is not float32, and what stands
     inside of scan, while, cond, shard_map or a jit with shardings or compiler options. Other calls (jit, remat, custom_jvp,

@@ -45,7 +45,7 @@ class LayerPlan:
       shape: what it computes for the planned input; None if no single 2-D convolution describes that.
       density: kept / all of its weights, times its mask.
       choice: "dense" or "sparse".
-      kernel: what will run it: an instruction set of the sparse kernel, or "xla".
+      kernel: what will run it: the instruction set of a kernel of ours, sparse or dense, or "xla".
       dense_seconds, sparse_seconds: predicted; None without a shape.
       norm: path of the batch norm that is folded into it, or None.
       reason: of the choice, in words.
@@ -220,9 +220,9 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
         times = time_layers(open_rows, seconds)
         # Other programs may have disturbed what nobody expected: that is timed again, and longer.
         unlike = {row.path for row in rows
-                  if row.path in times and _confirm(row, times[row.path], machine).choice != row.choice}
+                  if row.path in times and _confirm(row, times[row.path]).choice != row.choice}
         times |= time_layers({path: layer for path, layer in open_rows.items() if path in unlike}, 4 * seconds)
-        rows = [_confirm(row, times[row.path], machine) if row.path in times else row for row in rows]
+        rows = [_confirm(row, times[row.path]) if row.path in times else row for row in rows]
     rows = [replace(row, reason=f"{row.reason}; {note}") if (note := layers[row.path].note) else row for row in rows]
     planned = Plan(tuple(rows), machine, describe(x))
     if precision == "float32":
@@ -280,18 +280,17 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
         choice = "sparse"
         reason = f"predicted {dense / sparse:.3g}x"
     return LayerPlan(layer.path, layer.kind, tuple(kernel.shape), shape, density, choice,
-                     machine.isa if choice == "sparse" else "xla", dense, sparse, layer.norm, reason,
+                     machine.isa if packed or (native and shape is not None) else "xla", dense, sparse, layer.norm, reason,
                      open=not packed and layer.refusal is None)
 
 
-def _confirm(row: LayerPlan, times: Measured, machine: Machine) -> LayerPlan:
+def _confirm(row: LayerPlan, times: Measured) -> LayerPlan:
     """The row with its measured times, and the faster as its choice."""
     choice: Literal["dense", "sparse"] = "sparse" if times.sparse < times.dense else "dense"
     reason = f"measured {times.dense / times.sparse:.3g}x"
     if choice != row.choice:
         reason += f", unlike the model ({row.reason})"
-    return replace(row, choice=choice, kernel=machine.isa if choice == "sparse" else "xla", reason=reason,
-                   dense_measured=times.dense, sparse_measured=times.sparse)
+    return replace(row, choice=choice, reason=reason, dense_measured=times.dense, sparse_measured=times.sparse)
 
 
 def _in_int8(row: LayerPlan, rounded: Rounded, machine: Machine, faster: bool) -> LayerPlan:
