@@ -1,6 +1,7 @@
 """The cost model against the paper's numbers, against float64 formulas written out here, and by its properties."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,19 @@ def test_useful_range(shape, machine):
         np.testing.assert_allclose(arithmetic * lower, activations + weights * lower, rtol=10 * ROUNDING)
     elif lower < 1:
         np.testing.assert_allclose(weights * lower, activations, rtol=10 * ROUNDING)
+
+
+def test_slopes_of_a_fused_computation():
+    """As the pruner asks for them, many densities at once."""
+    density = np.geomspace(2.0**-13, 1, 200).astype(np.float32)
+    for machine, shape in itertools.product(MACHINES, (CONV5, REDUCE, DENSE, ConvShape(2, 1, 1, 8, 4, 1, 1))):
+        slopes = jax.jit(jax.vmap(jax.grad(lambda d, s=shape, m=machine: conv_seconds(s, d, m))))(density)
+        arithmetic, weights, activations = terms(shape, machine)
+        d = density.astype(np.float64)
+        seconds = smooth_seconds(shape, d, machine)
+        wanted = sum(term * (part / seconds) ** (SHARPNESS - 1) for term, part in (
+            (arithmetic, arithmetic * d), (weights, activations + weights * d)))
+        np.testing.assert_allclose(slopes, wanted, rtol=3 * ROUNDING)
 
 
 def test_layers_at_once_under_jit_vmap_and_grad():

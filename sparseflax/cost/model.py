@@ -178,8 +178,11 @@ def _sparse_terms(tile: SparseCounts, rates: SparseCounts) -> tuple[Any, Any, An
 def _overlapped(a: jax.Array, b: jax.Array, p: float) -> jax.Array:
     """(a^p + b^p)^(1/p) of positive numbers, as the larger one times (1 + r^p)^(1/p), r <= 1: no power overflows, and the
     derivative by either is no difference of large numbers."""
-    larger, smaller = jnp.maximum(a, b), jnp.minimum(a, b)
-    return a + b if p == 1 else larger * jnp.exp(jnp.log1p((smaller / larger) ** p) / p)
+    if p == 1:
+        return a + b
+    first = a > b  # not maximum and minimum: XLA rounds a fused a otherwise each time, and the derivative of neither took it then
+    larger, smaller = jnp.where(first, a, b), jnp.where(first, b, a)
+    return larger * jnp.exp(jnp.log1p((smaller / larger) ** p) / p)
 
 
 def _smooth_min(times: list[jax.Array]) -> jax.Array:
