@@ -49,7 +49,7 @@ def equations(f, *args):
         for equation in jaxpr.eqns:
             inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(
                 equation.params, is_leaf=lambda value: hasattr(getattr(value, "jaxpr", value), "eqns"))]
-            found = [value for value in inner if hasattr(value, "eqns")]
+            found = [value for value in inner if hasattr(value, "eqns") and not equation.primitive.name.startswith("sparse_")]
             yield from (part for value in found for part in walk(value))
             if not found:
                 yield equation

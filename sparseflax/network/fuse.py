@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import eval_jaxpr
+from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, Literal, primitives
 
 from sparseflax.network.equations import step
@@ -276,9 +276,17 @@ def _unrolled(equation: Any, operands: Sequence[Any], rows: set[int], wanted: Se
 def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """What one equation computes, in its own context."""
     inputs = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, Literal)))
-    by_atom = {atom: value for atom, value in zip(equation.invars, operands, strict=True) if not isinstance(atom, Literal)}
+    by_atom = {atom: _varying(value, atom.aval) for atom, value in zip(equation.invars, operands, strict=True)
+               if not isinstance(atom, Literal)}
     alone = jaxpr.replace(constvars=[], invars=inputs, outvars=equation.outvars, eqns=[equation], effects=equation.effects)
     return eval_jaxpr(alone, [], *(by_atom[atom] for atom in inputs))
+
+
+def _varying(value: Any, aval: Any) -> Any:
+    """A value as it is read in a shard_map: a number that is known now varies over a mesh only once it is told to."""
+    if isinstance(value, Tracer) or not isinstance(aval, ShapedArray) or not (axes := tuple(aval.manual_axis_type.varying)):
+        return value
+    return jax.lax.pcast(jnp.asarray(value, aval.dtype), axes, to="varying")
 
 
 def _constant(equation: Any, operands: Sequence[Any]) -> Any:
@@ -289,6 +297,8 @@ def _constant(equation: Any, operands: Sequence[Any]) -> Any:
     aval = equation.outvars[0].aval
     if aval.dtype not in (jnp.float32, jnp.int32, jnp.bool_) or aval.size > MAX_CONSTANT:
         return None
+    if aval.manual_axis_type.varying:  # in a shard_map numbers are cast so
+        return operands[0] if equation.primitive.name == "pvary" else None
     with jax.ensure_compile_time_eval():
         value = equation.primitive.bind(*operands, **equation.params)
     return value.item() if aval.weak_type and aval.shape == () else np.asarray(value, aval.dtype)[()]

@@ -23,6 +23,7 @@ from sparseflax.conv.int8 import QuantizedArray
 from sparseflax.conv.int8_primitive import reference as int8_reference
 from sparseflax.conv.packing import Pattern
 from sparseflax.conv.primitive import ACTIVATIONS, reference
+from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
@@ -67,10 +68,9 @@ class Step:
         """The step in plain JAX: images (n, h, w, c) and shared operands to images (n, *size)."""
         x, params = args[0], self.params
         if self.op == "conv":
-            window, activation, has_bias, has_residual = params
+            window, activation, _, _ = params
             assert self.pattern is not None
-            return reference(x, *shared, *args[1:], pattern=self.pattern, window=window, activation=activation,
-                             has_bias=has_bias, has_residual=has_residual, kernel=None)
+            return reference(x, *shared, *args[1:], pattern=self.pattern, window=window, activation=activation)
         if self.op == "conv_int8":
             window, rescale = params
             assert self.pattern is not None
@@ -219,7 +219,11 @@ def run_program(program: Program, images: Sequence[jax.Array], shared: Sequence[
     operands = vary_together([*images, *shared])
     if images[0].shape[0] == 0:
         return program.compute(*operands)
-    return program_p.bind(*operands, program=program)
+    return _bind(*operands, program=program)
+
+
+def _bind(*operands, program: Program):
+    return program_p.bind(*operands, devices=ask_for_devices(), program=program)
 
 
 program_p = Primitive("sparse_program")
@@ -228,12 +232,12 @@ program_p.def_impl(functools.partial(xla.apply_primitive, program_p))
 
 
 @program_p.def_abstract_eval
-def _abstract(x, *_, program: Program):
+def _abstract(x, *_, program: Program, devices):
     return [x.update(shape=(x.shape[0], *step.size), dtype=np.dtype(np.uint8 if step.uint8 else np.float32), weak_type=False)
             for step in program.results()]
 
 
-def _compute(*operands, program: Program):
+def _compute(*operands, program: Program, devices):
     return program.compute(*operands)
 
 
@@ -241,18 +245,22 @@ def _lower(ctx, *operands, program: Program):
     return jax.ffi.ffi_lowering(ffi.PROGRAM)(ctx, *operands, **program.encode())
 
 
-def _batch(operands, dims, *, program: Program):
+def _images(_, *, program: Program) -> range:
+    return range(len(program.inputs))
+
+
+def _batch(operands, dims, *, program: Program, devices):
     """Mapped images join the batch dimension; mapped weights are looped over."""
-    bind = functools.partial(program_p.bind, program=program)
+    bind = functools.partial(_bind, program=program)
     return batch_images(bind, operands, dims, range(len(program.inputs))), [0] * len(program.outputs)
 
 
-def _jvp(primals, tangents, *, program: Program):
+def _jvp(primals, tangents, *, program: Program, devices):
     return jax.jvp(program.compute, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
 mlir.register_lowering(program_p, mlir.lower_fun(_compute, multiple_results=True))
 if ffi.available:
-    mlir.register_lowering(program_p, _lower, platform="cpu")
+    mlir.register_lowering(program_p, lower_sharded(program_p, _lower, _images), platform="cpu")
 batching.primitive_batchers[program_p] = _batch
 ad.primitive_jvps[program_p] = _jvp
