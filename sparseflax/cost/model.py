@@ -180,7 +180,7 @@ def _overlapped(a: jax.Array, b: jax.Array, p: float) -> jax.Array:
     derivative by either is no difference of large numbers."""
     if p == 1:
         return a + b
-    # Not by maximum and minimum: XLA rounds a fused sum otherwise in one place than in the next, and then it is neither of the two.
+    # Not by maximum and minimum: XLA may round a fused sum in another way each time, and then it is neither of the two.
     first = a > b
     larger, smaller = jnp.where(first, a, b), jnp.where(first, b, a)
     return larger * jnp.exp(jnp.log1p((smaller / larger) ** p) / p)
