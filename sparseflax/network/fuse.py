@@ -34,8 +34,8 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
 
     - `sparse_conv` and what follows it run as one native program, as far as it knows the steps: a bias, a residual of its
       output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else uses what lies between;
-      depthwise convolutions, pooling, reductions over an image, concatenation, padding, slices and what is done element by
-      element follow it. A batch runs some images at a time, each of them through the whole program.
+      depthwise convolutions, pooling, reductions over an image or its channels, softmax, concatenation, padding, slices and
+      what is done element by element follow it. A batch runs some images at a time, each of them through the whole program.
     - `sparse_conv` in eight bits takes relu, relu6 and the rounding to uint8 by another one that reads it, through maxima and
       concatenations: what lies between the two is uint8 then, and so it is for whoever else reads it afterwards, a residual
       for one, which costs half a step of 255.

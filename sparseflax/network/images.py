@@ -15,7 +15,7 @@ from jax.extend.core import primitives
 from sparseflax.conv.window import Window, addressable
 from sparseflax.layers.rules import gather as kept_values
 from sparseflax.layers.rules import keep_all
-from sparseflax.network.region import Node, Region, is_number
+from sparseflax.network.region import Node, Region, is_number, size_of
 
 MAX_PARTS = 1 << 20  # of a window's size, stride, padding or dilation, as program_decode.cc has it
 
@@ -111,10 +111,13 @@ def pool(region: Region, equation: Any, x: Any) -> Node | None:
 
 
 def reduce(region: Region, equation: Any, x: Any) -> Node | None:
-    """Over all positions of an image: one window."""
-    if len(x.shape) != 4 or equation.params["axes"] != (1, 2):
+    """Over all positions of an image: one window; or over the last axis: the channels of a pixel."""
+    maximum, axes = equation.primitive is primitives.reduce_max_p, equation.params["axes"]
+    if axes == (len(x.shape) - 1,) and axes != (0,) and (size := size_of(x.shape)):
+        return region.node(equation, "reduce", [x], params=(maximum,), size=(*size[:2], 1))
+    if len(x.shape) != 4 or axes != (1, 2):
         return None
-    maximum, taps = equation.primitive is primitives.reduce_max_p, x.shape[1:3]
+    taps = x.shape[1:3]
     if max(taps) >= MAX_PARTS:
         return None
     window = Window((1, 1), ((0, 0), (0, 0)), (1, 1))

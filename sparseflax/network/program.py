@@ -29,14 +29,15 @@ from sparseflax.conv.window import Window
 
 VERSION = 3
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
-       "dequantize", "upsample")  # as Op in program.h
+       "dequantize", "upsample", "reduce")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
-OTHERS = "same", "number", "channel", "image", "scalar"
+OTHERS = "same", "number", "channel", "image", "scalar", "pixel"
 UNARY: dict[str, Any] = {
     "clamp": lambda x, p, q, low, high: jnp.minimum(jnp.maximum(p * x + q, low), high),
     "leaky": lambda x, p, *_: jnp.where(x >= 0, x, p * x),
     "logistic": lambda x, *_: jax.lax.logistic(x), "sqrt": lambda x, *_: jnp.sqrt(x), "rsqrt": lambda x, *_: jax.lax.rsqrt(x),
-    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p}
+    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p,
+    "exp": lambda x, *_: jnp.exp(x)}
 Size = tuple[int, int, int]  # (h, w, c) of an image
 
 
@@ -97,6 +98,8 @@ class Step:
             size, low = params
             return jax.lax.reduce_window(x, np.float32(0), jax.lax.add, (1, 1, 1, size), (1, 1, 1, 1),
                                          ((0, 0), (0, 0), (0, 0), (low, size - 1 - low)))
+        if self.op == "reduce":
+            return (jnp.max if params[0] else jnp.sum)(x, 3, keepdims=True)
         if self.op == "combine":
             name, kind, swapped = params
             other: Any = np.float32(self.numbers[0]) if kind == "number" else args[-1]

@@ -26,10 +26,10 @@ struct Code {
 };
 
 // Two convolutions, a depthwise one and a pool into a concatenation; a range of its channels, element by element; a reshape; one layer
-// that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; and blocks of pixels.
+// that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; blocks of pixels; and a softmax.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {3, 1, 22, 4, 10, chunk, 6, 5, 4, 0};
+  c.words = {3, 1, 27, 5, 10, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
@@ -56,6 +56,11 @@ inline Code Network(int64_t chunk) {
   c.Step(Op::kUpsample, {12, 10, 1}, {1}, {}, {2, 2});                                                                        // 20
   c.Step(Op::kUpsample, {12, 20, 1}, {20}, {}, {1, 2});                                                                       // 21
   c.Step(Op::kCombine, {12, 20, 1}, {21}, {9}, {2, 4, 1});                                                                    // 22
-  c.words.insert(c.words.end(), {9, 12, 18, 22});
+  c.Step(Op::kReduce, {6, 5, 1}, {8}, {}, {1});                                                                               // 23
+  c.Step(Op::kCombine, {6, 5, 4}, {8, 23}, {}, {1, 5, 0});                                                                    // 24
+  c.Step(Op::kMap, {6, 5, 4}, {24}, {}, {9}, {0, 0});                                                                         // 25
+  c.Step(Op::kReduce, {6, 5, 1}, {25}, {}, {0});                                                                              // 26
+  c.Step(Op::kCombine, {6, 5, 4}, {25, 26}, {}, {3, 5, 0});                                                                   // 27
+  c.words.insert(c.words.end(), {9, 12, 18, 22, 27});
   return c;
 }
