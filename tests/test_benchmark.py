@@ -211,7 +211,7 @@ def test_the_memory_command(tmp_path):
     assert line["weights"][table.OURS] < line["weights"][memory.DENSE] == 4 * 4_253_864  # of MobileNetV1, with its statistics
     assert all(line["peak"][form] > line["weights"][form] for form in (table.OURS, memory.DENSE))
     results.append(out, line | {"peak": {table.OURS: 12_300_000, memory.DENSE: 45_600_000}})
-    assert "| mobilenet | 1 | 12 | 46 | " in memory.memory_table(results.newest(results.read(out)))
+    assert "| mobilenet | 1 | 12 | 46 | 0.27 | " in memory.memory_table(results.newest(results.read(out)))
 
 
 def test_a_system_that_does_not_tell(monkeypatch, tmp_path):

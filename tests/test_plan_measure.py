@@ -94,7 +94,7 @@ def test_the_faster_one_is_kept_and_disagreement_is_told(monkeypatch):
 
 
 def test_the_dense_form_is_that_of_a_packed_network(monkeypatch):
-    """A depthwise layer is timed as the sum of shifted images that `fuse` makes of it, not as XLA's grouped convolution."""
+    """A depthwise layer is timed as the step of a program that `fuse` makes of it, not as XLA's grouped convolution."""
     programs = []
     monkeypatch.setattr(measure, "medians", lambda calls, seconds: programs.append(jax.make_jaxpr(calls[0])()) or (1.0, 2.0))
     shape = ConvShape(1, 8, 8, 16, 16, 3, 3, padding=((1, 1), (1, 1)), groups=16)
@@ -122,8 +122,8 @@ def test_what_is_timed_computes_the_layer(monkeypatch):
         # A sum of kernel-many products of a weight with 1, bias zero: each rounds by half an ulp of the absolute sum.
         magnitude = np.abs(layer.kernel[...]).sum((0, 1, 2) if layer.kernel.ndim == 4 else 0)
         tolerance = 2 * s.weights / s.oc * np.finfo(np.float32).eps / 2 * magnitude.max()
-        for y in (dense, sparse.reshape(dense.shape)):
-            np.testing.assert_allclose(y, layer(x), rtol=0, atol=tolerance)
+        for y in (dense, sparse):
+            np.testing.assert_allclose(y.reshape(layer(x).shape), layer(x), rtol=0, atol=tolerance)
 
 
 def test_what_the_model_did_not_expect_is_timed_again(monkeypatch):

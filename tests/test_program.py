@@ -55,6 +55,8 @@ STEPS = {
     "neg": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("neg",), (0.0, 0.0)), 1, ()),
     "abs": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("abs",), (0.0, 0.0)), 1, ()),
     "channel sum": lambda h, w, c: (Step("channel_sum", (h, w, c), (0,), (), (5, 2)), 1, ()),
+    "largest channel": lambda h, w, c: (Step("reduce", (h, w, 1), (0,), (), (True,)), 1, ()),
+    "sum of channels": lambda h, w, c: (Step("reduce", (h, w, 1), (0,), (), (False,)), 1, ()),
     "mean over the image": lambda h, w, c: (
         Step("pool", (1, 1, c), (0,), (), (False, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))), 1, ()),
     "depthwise": lambda h, w, c: (Step("depthwise", (h, w, c), (0,), (0, 1), ((3, 3), SAME, "relu6", True)), 1,
@@ -74,6 +76,14 @@ def test_each_step(make, size):
     for n in (1, 5):
         check(program, [images(i, n, size) for i in range(count)],
               [jnp.asarray(reference.integers(np.random.default_rng(9), *shape)) for shape in shared])
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("name", [name for name in BINARY if name != "div"])
+def test_a_number_for_each_pixel(name, size):
+    for swapped in (False, True):
+        program = one(Step("combine", size, (0, 1), (), (name, "pixel", swapped)), size, (*size[:2], 1))
+        check(program, [images(0, 5, size), images(1, 5, (*size[:2], 1))])
 
 
 BYTES = {
@@ -108,6 +118,17 @@ def test_functions_of_any_numbers(name, ulps):
     check(one(Step("map", (10, 10, 10), (0,), (), (name,), (-0.75, 0.0)), (10, 10, 10)), [x], rtol=ulps * 2.0**-24)
 
 
+def test_exponentials_of_any_numbers():
+    ends = [-np.inf, -1e30, -105, -104, -103.9, -88, -87.4, -87.3, -0.0, 88.7, 88.72283, 88.7229, 89, 1e30, np.inf, np.nan]
+    x, size = np.concatenate([np.linspace(-104, 89, 984), ends]).astype(np.float32), (10, 10, 10)
+    (y,) = run_program(one(Step("map", size, (0,), (), ("exp",), (0.0, 0.0)), size), [jnp.reshape(x, (1, *size))], [])
+    with np.errstate(over="ignore"):
+        wanted = np.exp(x.astype(np.float64)).astype(np.float32)
+    # The exponent that is left is off by less than a unit of 2^-24, and so is its product in the sum that ends the polynomial,
+    # which is rounded itself; what is no normal number may be 0.
+    np.testing.assert_allclose(np.ravel(y), wanted, rtol=4 * 2.0**-24, atol=2.0**-126)
+
+
 @pytest.mark.parametrize("name", ["max", "min", "add", "mul"])
 def test_what_is_not_finite(name):
     odd = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0, -0.0, 1.0])
@@ -115,6 +136,7 @@ def test_what_is_not_finite(name):
     check(one(Step("combine", (1, 6, 6), (0, 1), (), (name, "same", False)), (1, 6, 6), (1, 6, 6)), [a, b])
     window = Window((1, 1), ((0, 0), (1, 1)), (1, 1))
     check(one(Step("pool", (1, 6, 6), (0,), (), (name == "max", (1, 3), window)), (1, 6, 6)), [a])
+    check(one(Step("reduce", (1, 6, 1), (0,), (), (name == "max",)), (1, 6, 6)), [a])
     for function, numbers in (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0))):
         check(one(Step("map", (1, 6, 6), (0,), (), (function,), numbers), (1, 6, 6)), [a])
     y = run_program(one(Step("map", (1, 6, 6), (0,), (), ("logistic",), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
@@ -166,7 +188,7 @@ def programs(draw):
         alike = [i for i, size in enumerate(sizes) if size == (h, w, c)]
         beside = [i for i, size in enumerate(sizes) if size[:2] == (h, w)]
         op = draw(st.sampled_from([
-            "combine", "map", "concat", "reshape", "slice", "pool", "image", "conv", "dense", "upsample"]))
+            "combine", "map", "concat", "reshape", "slice", "pool", "image", "conv", "dense", "upsample", "reduce", "pixel"]))
         if op == "combine":
             other = draw(st.sampled_from(alike))
             step = Step("combine", (h, w, c), (x, other), (), (draw(st.sampled_from(["add", "sub", "max"])), "same", False))
@@ -182,6 +204,10 @@ def programs(draw):
             step = Step("window", (h, w, draw(st.integers(1, c - low))), (x,), (), (0, 0, low), (0.0,))
         elif op == "pool":
             step = Step("pool", (1, 1, c), (x,), (), (True, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1))))
+        elif op == "reduce":
+            step = Step("reduce", (h, w, 1), (x,), (), (True,))
+        elif op == "pixel" and (h, w, 1) in sizes:
+            step = Step("combine", (h, w, c), (x, sizes.index((h, w, 1))), (), ("max", "pixel", False))
         elif op == "upsample":
             fw = draw(st.sampled_from([f for f in (1, 2, 5) if f == 2 or c % f == 0]))
             step = Step("upsample", (h, fw * w, c if fw == 2 else c // fw), (x,), (), (1, fw))

@@ -207,6 +207,7 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
             break;
           case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), number(0), number(1), number(2), number(3)}, 0, 1); break;
           case Op::kChannelSum: loops.channel_sum({x, y, p[0], p[1]}, 0, 1); break;
+          case Op::kReduce: loops.reduce({x, y, p[0] != 0}, 0, 1); break;
           default: {
             const Other kind = static_cast<Other>(p[1]);
             Image b = work.b.Strip<float>(row, j, count);
@@ -274,11 +275,12 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         break;
       }
       case Op::kChannelSum:
+      case Op::kReduce:
       case Op::kCombine:
       case Op::kMap:
       case Op::kQuantize:
       case Op::kDequantize:
-        spread(y.h * y.w * y.c * static_cast<int64_t>(step.end - i), [&](int64_t row, int64_t end) { RunPixelwise(i, call, loops, row, end); });
+        spread(y.h * y.w * std::max(x.c, y.c) * static_cast<int64_t>(step.end - i), [&](int64_t row, int64_t end) { RunPixelwise(i, call, loops, row, end); });
         i = step.end - 1;
         break;
       case Op::kWindow:

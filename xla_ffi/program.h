@@ -20,7 +20,8 @@ namespace sparseflax {
 
 // What a step does; the integers that describe it are listed beside its case in program_decode.cc, and written by sparseflax/network/program.py.
 enum class Op : int64_t {
-  kConv, kDepthwise, kPool, kChannelSum, kCombine, kMap, kWindow, kConcat, kReshape, kConvInt8, kQuantize, kDequantize, kUpsample, kDense, kEnd
+  kConv, kDepthwise, kPool, kChannelSum, kCombine, kMap, kWindow, kConcat, kReshape, kConvInt8, kQuantize, kDequantize, kUpsample, kDense,
+  kReduce, kEnd
 };
 
 constexpr int64_t kMost = int64_t{1} << 31;  // images, and elements of one

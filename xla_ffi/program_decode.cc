@@ -185,6 +185,9 @@ std::string Program::CheckStep(const Step& step, Value* result) {
     case Op::kChannelSum:  // size, low
       if (p.size() != 2 || p[0] < 1 || p[0] > kMost || p[1] < 0 || p[1] > kMost) return "malformed";
       return counts(1, 0, 2, 0) && same(*x[0], y) ? "" : wrong;
+    case Op::kReduce:  // maximum
+      if (p.size() != 1 || !flag(p[0])) return "malformed";
+      return counts(1, 0, 1, 0) && x[0]->h == y.h && x[0]->w == y.w && y.c == 1 ? "" : wrong;
     case Op::kCombine: {  // op, kind of the second operand, swapped
       if (p.size() != 3 || p[0] < 0 || p[0] > static_cast<int64_t>(Binary::kMin) || !flag(p[2])) return "malformed";
       const Other kind = static_cast<Other>(p[1]);
@@ -194,12 +197,13 @@ std::string Program::CheckStep(const Step& step, Value* result) {
         case Other::kNumber: return counts(1, 0, 3, 1) ? "" : wrong;
         case Other::kChannel: return counts(1, 1, 3, 0) && operand(0, y.c) ? "" : wrong;
         case Other::kScalar: return counts(1, 1, 3, 0) && operand(0, 1) ? "" : wrong;
+        case Other::kPixel: return counts(2, 0, 3, 0) && x[1]->h == y.h && x[1]->w == y.w && x[1]->c == 1 ? "" : wrong;
         case Other::kImage: return counts(2, 0, 3, 0) && x[1]->h == 1 && x[1]->w == 1 && x[1]->c == y.c ? "" : wrong;
       }
       return "malformed";
     }
     case Op::kMap:  // op
-      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kPower)) return "malformed";
+      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kExp)) return "malformed";
       return counts(1, 0, 1, static_cast<Unary>(p[0]) == Unary::kClamp ? 4 : 2) && same(*x[0], y) ? "" : wrong;
     case Op::kWindow:  // y[i,j,c] = x[i + p0, j + p1, c + p2], or a number outside
       if (p.size() != 3 || std::min({p[0], p[1], p[2]}) < -kMost || std::max({p[0], p[1], p[2]}) > kMost) return "malformed";

@@ -66,7 +66,7 @@ bool Program::Stays(size_t step) const {
 // Whether each pixel of its result is made of the same pixels of others.
 bool Program::Pixelwise(size_t step) const {
   const Op op = steps_[step].op;
-  return op == Op::kCombine || op == Op::kMap || op == Op::kChannelSum || op == Op::kQuantize || op == Op::kDequantize;
+  return op == Op::kCombine || op == Op::kMap || op == Op::kChannelSum || op == Op::kReduce || op == Op::kQuantize || op == Op::kDequantize;
 }
 
 // Segments of steps that run in units, and of those that run together; within them, steps that run pixel by pixel: what lies between

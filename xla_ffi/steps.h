@@ -59,10 +59,16 @@ struct ChannelSum {
   int64_t size, low;
 };
 
+// y[p,0] = max or sum over c of x[p,c]; a maximum of nan is nan
+struct Reduce {
+  Image x, y;
+  bool maximum;
+};
+
 enum class Binary : int64_t { kAdd, kSub, kMul, kDiv, kMax, kMin };
 // What the second operand is: a value like the first, a number, one for each channel of all images, one for each channel of an image,
-// a number that is an operand.
-enum class Other : int64_t { kSame, kNumber, kChannel, kImage, kScalar };
+// a number that is an operand, a number for each pixel.
+enum class Other : int64_t { kSame, kNumber, kChannel, kImage, kScalar, kPixel };
 
 // y = op(a, b), or op(b, a) if `swapped`
 struct Combine {
@@ -70,7 +76,7 @@ struct Combine {
   Binary op;
   Other kind;
   bool swapped;
-  Image b;               // kSame, kImage
+  Image b;               // kSame, kImage, kPixel
   const float* channel;  // kChannel
   float number;          // kNumber, which a kScalar is by now
 };
@@ -82,7 +88,7 @@ struct Upsample {
   int64_t fh, fw;
 };
 
-enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower };
+enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower, kExp };
 
 // y = op(x). kClamp: min(max(p x + q, low), high), p of a normal size; kLeaky: x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4
 struct Map {
@@ -114,6 +120,7 @@ struct Steps {
   void (*pool)(const Pooling<float>&, int64_t row, int64_t end);
   void (*pool_bytes)(const Pooling<uint8_t>&, int64_t row, int64_t end);
   void (*channel_sum)(const ChannelSum&, int64_t row, int64_t end);
+  void (*reduce)(const Reduce&, int64_t row, int64_t end);
   void (*combine)(const Combine&, int64_t row, int64_t end);
   void (*map)(const Map&, int64_t row, int64_t end);
   void (*quantize)(const Quantize&, int64_t row, int64_t end);

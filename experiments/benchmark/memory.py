@@ -16,7 +16,7 @@ from experiments.benchmark.table import OURS, markdown
 from experiments.benchmark.timing import use_threads
 
 DENSE = "dense"
-HEAD = "network", "n", "packed, MB", "dense, MB", "of it weights, packed", "dense"
+HEAD = "network", "n", "packed, MB", "dense, MB", "packed / dense", "of it weights, packed", "dense"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CALLS = 2
 
@@ -36,8 +36,8 @@ def measure(network: str, n: int) -> dict[str, Any]:
 
 def row(line: Line) -> tuple[str, ...]:
     """The cells under HEAD."""
-    megabytes = (f"{line[key][form] / 1e6:.0f}" for key in ("peak", "weights") for form in (OURS, DENSE))
-    return line["layer"], str(line["n"]), *megabytes
+    peak, weights = ([f"{line[key][form] / 1e6:.0f}" for form in (OURS, DENSE)] for key in ("peak", "weights"))
+    return line["layer"], str(line["n"]), *peak, f"{line['peak'][OURS] / line['peak'][DENSE]:.2f}", *weights
 
 
 def memory_table(lines: Iterable[Line]) -> str:

@@ -22,6 +22,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from sparseflax.conv import ffi
 from sparseflax.conv.int8 import LANES, Quantization, QuantizedArray, QuantizedKernel, dense_integers, no_derivative
 from sparseflax.conv.packing import Pattern
+from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window, addressable, make_window
 
@@ -127,7 +128,7 @@ def bind_int8(*operands, **params) -> jax.Array:
     """Operands x, words, sums, scale, offset and, with a residual, residual and ratio; empty images are left to XLA."""
     if 0 in (*operands[0].shape, *_output(operands[0], params["pattern"], params["window"])):
         return reference(*operands, **params)
-    return int8_conv_p.bind(*vary_together(operands), **params)
+    return int8_conv_p.bind(*vary_together(operands), devices=ask_for_devices(), **params)
 
 
 def _output(x, pattern: Pattern, window: Window) -> tuple[int, ...]:
@@ -182,16 +183,19 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Res
         bounds=np.asarray([rescale.low, rescale.high], np.float32))
 
 
+def _images(operands: int, **_) -> list[int]:
+    return [0, RESIDUAL] if operands > RESIDUAL else [0]
+
+
 _lower_to_xla = mlir.lower_fun(reference, multiple_results=False)
 mlir.register_lowering(int8_conv_p, _lower_to_xla)
 if ffi.available:
-    mlir.register_lowering(int8_conv_p, _lower_to_ffi, platform="cpu")
+    mlir.register_lowering(int8_conv_p, lower_sharded(int8_conv_p, _lower_to_ffi, _images), platform="cpu")
 ad.primitive_jvps[int8_conv_p] = no_derivative
 
 
-def _batch(operands, dims, **params):
-    images = [0, RESIDUAL] if len(operands) > RESIDUAL else [0]
-    return batch_images(functools.partial(bind_int8, **params), operands, dims, images), 0
+def _batch(operands, dims, *, devices, **params):
+    return batch_images(functools.partial(bind_int8, **params), operands, dims, _images(len(operands))), 0
 
 
 batching.primitive_batchers[int8_conv_p] = _batch

@@ -20,6 +20,7 @@ from sparseflax.conv import ffi
 from sparseflax.conv.int8 import Quantization, QuantizedArray, QuantizedKernel
 from sparseflax.conv.int8_primitive import int8_conv
 from sparseflax.conv.packing import PackedKernel, Pattern, scatter
+from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window, addressable, make_window
 
@@ -123,7 +124,7 @@ def _bind(*operands, **params):
     """Binds operands that vary together; empty images are left to XLA: the kernel wants something to do."""
     if 0 in (*operands[0].shape, *_output_shape(operands[0], params["pattern"], params["window"])):
         return reference(*operands, **params)
-    return conv_p.bind(*vary_together(operands), **params)
+    return conv_p.bind(*vary_together(operands), devices=ask_for_devices(), **params)
 
 
 def dense_conv(x: jax.Array, dense: jax.Array, window: Window, groups: int) -> jax.Array:
@@ -133,7 +134,7 @@ def dense_conv(x: jax.Array, dense: jax.Array, window: Window, groups: int) -> j
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
 
 
-def reference(x, values, *rest, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+def reference(x, values, *rest, pattern: Pattern, window: Window, activation, **_):
     """What the primitive computes, in plain JAX."""
     y = dense_conv(x, scatter(values, pattern), window, pattern.groups)
     for term in rest:  # bias (oc,) and residual (n, oh, ow, oc)
@@ -150,8 +151,7 @@ def _abstract(x, values, *rest, pattern: Pattern, window: Window, **_):
 
 def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
     if not addressable(pattern, window):
-        return _lower_to_xla(ctx, *operands, pattern=pattern, window=window, activation=activation, has_bias=has_bias,
-                             has_residual=has_residual, kernel=kernel)
+        return _lower_to_xla(ctx, *operands, pattern=pattern, window=window, activation=activation)
     (top, bottom), (left, right) = window.padding
     kh, kw, icg, oc = pattern.shape
     return jax.ffi.ffi_lowering(ffi.TARGET)(
@@ -161,13 +161,17 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, activation, 
         epilogue=np.asarray([ACTIVATIONS[activation], has_bias, has_residual], np.int64))
 
 
+def _images(operands: int, *, has_residual, **_) -> list[int]:
+    return [0, operands - 1] if has_residual else [0]
+
+
 _lower_to_xla = mlir.lower_fun(reference, multiple_results=False)
 mlir.register_lowering(conv_p, _lower_to_xla)
 if ffi.available:
-    mlir.register_lowering(conv_p, _lower_to_ffi, platform="cpu")
+    mlir.register_lowering(conv_p, lower_sharded(conv_p, _lower_to_ffi, _images), platform="cpu")
 
 
-def _jvp(primals, tangents, *, pattern, window, activation, has_bias, has_residual, kernel):
+def _jvp(primals, tangents, *, pattern, window, activation, has_bias, has_residual, kernel, **_):
     """The tangent of a fused call: two bare convolutions, the terms added, gated where the activation is flat."""
     bare = functools.partial(_bind, pattern=pattern, window=window, activation=None, has_bias=False, has_residual=False,
                              kernel=kernel)
@@ -192,7 +196,7 @@ def _jvp(primals, tangents, *, pattern, window, activation, has_bias, has_residu
 ad.primitive_jvps[conv_p] = _jvp
 
 
-def _transpose(ct, x, values, *, pattern: Pattern, window: Window, activation, has_bias, has_residual, kernel):
+def _transpose(ct, x, values, *, pattern: Pattern, window: Window, **_):
     """Cotangents of the bare convolution, through XLA: training is dense, only inference is ours."""
     if type(ct) is ad.Zero:
         return None, None
@@ -206,9 +210,8 @@ def _transpose(ct, x, values, *, pattern: Pattern, window: Window, activation, h
 ad.primitive_transposes[conv_p] = _transpose
 
 
-def _batch(operands, dims, **params):
-    images = [0, *([len(operands) - 1] if params["has_residual"] else [])]
-    return batch_images(functools.partial(_bind, **params), operands, dims, images), 0
+def _batch(operands, dims, *, devices, **params):
+    return batch_images(functools.partial(_bind, **params), operands, dims, _images(len(operands), **params)), 0
 
 
 batching.primitive_batchers[conv_p] = _batch

@@ -175,8 +175,14 @@ def _sparse_terms(tile: SparseCounts, rates: SparseCounts) -> tuple[Any, Any, An
 
 
 def _overlapped(a: jax.Array, b: jax.Array, p: float) -> jax.Array:
-    """(a^p + b^p)^(1/p) of positive numbers, written so that neither power under- nor overflows; b may be 0 if p = 1."""
-    return a + b if p == 1 else a * jnp.exp(jax.nn.softplus(p * jnp.log(b / a)) / p)
+    """(a^p + b^p)^(1/p) of positive numbers, as the larger one times (1 + r^p)^(1/p), r <= 1: no power overflows, and the
+    derivative by either is no difference of large numbers."""
+    if p == 1:
+        return a + b
+    # Not by maximum and minimum: XLA may round a fused sum in another way each time, and then it is neither of the two.
+    first = a > b
+    larger, smaller = jnp.where(first, a, b), jnp.where(first, b, a)
+    return larger * jnp.exp(jnp.log1p((smaller / larger) ** p) / p)
 
 
 def _smooth_min(times: list[jax.Array]) -> jax.Array:

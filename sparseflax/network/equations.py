@@ -95,6 +95,8 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
             return region.node(equation, "combine", [x], [jnp.reshape(other, -1)], (name, "channel", swapped))
         if ones and shape == (x.shape[0], *ones, x.shape[-1]):
             return region.node(equation, "combine", [x, other], params=(name, "image", swapped))
+        if len(shape) > 1 and shape == (*x.shape[:-1], 1):
+            return region.node(equation, "combine", [x, other], params=(name, "pixel", swapped))
     return None
 
 
@@ -122,6 +124,8 @@ def _clamped(region: Region, equation: Any, x: Node, scale: float = 1.0, shift: 
 
 def _max(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
     for conv, bound in ((a, b), (b, a)):
+        if isinstance(conv, Node) and is_number(bound) and bound == -math.inf:
+            return conv
         if region.is_open(conv, *CONVOLUTIONS) and conv.activation is None and is_number(bound) and bound == 0:
             return replace(conv, activation="relu")
     return _combine(region, equation, a, b)
@@ -176,6 +180,10 @@ def _integer_power(region: Region, equation: Any, x: Node) -> Node | None:
     return _map("square")(region, equation, x) if equation.params["y"] == 2 else None
 
 
+def _same(region: Region, equation: Any, x: Any) -> Any:
+    return x
+
+
 def _convert(region: Region, equation: Any, x: Any) -> Any:
     return x if equation.params["new_dtype"] == jnp.float32 else None
 
@@ -193,7 +201,8 @@ STEPS: dict[Any, Callable[..., Node | None]] = {
     primitives.ge_p: _not_negative, primitives.select_n_p: _select,
     primitives.logistic_p: _map("logistic"), primitives.sqrt_p: _map("sqrt"), primitives.rsqrt_p: _map("rsqrt"),
     primitives.neg_p: _map("neg"), primitives.abs_p: _map("abs"), primitives.square_p: _map("square"),
-    primitives.integer_pow_p: _integer_power, primitives.pow_p: _power,
+    primitives.exp_p: _map("exp"), primitives.integer_pow_p: _integer_power, primitives.pow_p: _power,
+    primitives.stop_gradient_p: _same,
     primitives.reduce_window_max_p: images.pool, primitives.reduce_window_sum_p: images.pool,
     primitives.reduce_sum_p: images.reduce, primitives.reduce_max_p: images.reduce,
     primitives.concatenate_p: images.concatenate, primitives.pad_p: images.pad, primitives.slice_p: images.slice,

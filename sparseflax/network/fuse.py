@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import eval_jaxpr
+from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, Literal, primitives
 
 from sparseflax.network.equations import step
@@ -34,8 +34,9 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
 
     - Convolutions, sparse, dense and depthwise, and what follows them run as one native program, as far as it knows the steps:
       a bias, a residual of its output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else
-      uses what lies between; products with a matrix, pooling, reductions over an image, concatenation, padding, slices and what
-      is done element by element follow it. A batch runs some images at a time, each of them through the whole program.
+      uses what lies between; products with a matrix, pooling, reductions over an image or its channels, softmax, concatenation,
+      padding, slices and what is done element by element follow it. A batch runs some images at a time, each of them through
+      the whole program.
     - `sparse_conv` in eight bits takes relu, relu6 and the rounding to uint8 by another one that reads it, through maxima and
       concatenations: what lies between the two is uint8 then, and so it is for whoever else reads it afterwards, a residual
       for one, which costs half a step of 255.
@@ -277,9 +278,17 @@ def _unrolled(equation: Any, operands: Sequence[Any], rows: set[int], wanted: Se
 def _bind(jaxpr: Jaxpr, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """What one equation computes, in its own context."""
     inputs = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, Literal)))
-    by_atom = {atom: value for atom, value in zip(equation.invars, operands, strict=True) if not isinstance(atom, Literal)}
+    by_atom = {atom: _varying(value, atom.aval) for atom, value in zip(equation.invars, operands, strict=True)
+               if not isinstance(atom, Literal)}
     alone = jaxpr.replace(constvars=[], invars=inputs, outvars=equation.outvars, eqns=[equation], effects=equation.effects)
     return eval_jaxpr(alone, [], *(by_atom[atom] for atom in inputs))
+
+
+def _varying(value: Any, aval: Any) -> Any:
+    """A value as it is read in a shard_map: a number that is known now varies over a mesh only once it is told to."""
+    if isinstance(value, Tracer) or not isinstance(aval, ShapedArray) or not (axes := tuple(aval.manual_axis_type.varying)):
+        return value
+    return jax.lax.pcast(jnp.asarray(value, aval.dtype), axes, to="varying")
 
 
 def _constant(equation: Any, operands: Sequence[Any]) -> Any:
@@ -290,6 +299,8 @@ def _constant(equation: Any, operands: Sequence[Any]) -> Any:
     aval = equation.outvars[0].aval
     if aval.dtype not in (jnp.float32, jnp.int32, jnp.bool_) or aval.size > MAX_CONSTANT:
         return None
+    if aval.manual_axis_type.varying:  # in a shard_map numbers are cast so
+        return operands[0] if equation.primitive.name == "pvary" else None
     with jax.ensure_compile_time_eval():
         value = equation.primitive.bind(*operands, **equation.params)
     return value.item() if aval.weak_type and aval.shape == () else np.asarray(value, aval.dtype)[()]

@@ -115,10 +115,13 @@ def pool(region: Region, equation: Any, x: Any) -> Node | None:
 
 
 def reduce(region: Region, equation: Any, x: Any) -> Node | None:
-    """Over all positions of an image: one window."""
-    if len(x.shape) != 4 or equation.params["axes"] != (1, 2):
+    """Over all positions of an image: one window; or over the last axis: the channels of a pixel."""
+    maximum, axes = equation.primitive is primitives.reduce_max_p, equation.params["axes"]
+    if axes == (len(x.shape) - 1,) and axes != (0,) and (size := size_of(x.shape)):
+        return region.node(equation, "reduce", [x], params=(maximum,), size=(*size[:2], 1))
+    if len(x.shape) != 4 or axes != (1, 2):
         return None
-    maximum, taps = equation.primitive is primitives.reduce_max_p, x.shape[1:3]
+    taps = x.shape[1:3]
     if max(taps) >= MAX_PARTS:
         return None
     return region.node(equation, "pool", [x], params=(maximum, taps, PIXELS), size=(1, 1, x.shape[3]))

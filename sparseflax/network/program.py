@@ -23,19 +23,21 @@ from sparseflax.conv.int8 import QuantizedArray
 from sparseflax.conv.int8_primitive import reference as int8_reference
 from sparseflax.conv.packing import Pattern
 from sparseflax.conv.primitive import ACTIVATIONS, Activation, reference
+from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
 VERSION = 3
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
-       "dequantize", "upsample", "dense")  # as Op in program.h
+       "dequantize", "upsample", "dense", "reduce")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
-OTHERS = "same", "number", "channel", "image", "scalar"
+OTHERS = "same", "number", "channel", "image", "scalar", "pixel"
 UNARY: dict[str, Any] = {
     "clamp": lambda x, p, q, low, high: jnp.minimum(jnp.maximum(p * x + q, low), high),
     "leaky": lambda x, p, *_: jnp.where(x >= 0, x, p * x),
     "logistic": lambda x, *_: jax.lax.logistic(x), "sqrt": lambda x, *_: jnp.sqrt(x), "rsqrt": lambda x, *_: jax.lax.rsqrt(x),
-    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p}
+    "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p,
+    "exp": lambda x, *_: jnp.exp(x)}
 Size = tuple[int, int, int]  # (h, w, c) of an image
 
 
@@ -67,10 +69,9 @@ class Step:
         """The step in plain JAX: images (n, h, w, c) and shared operands to images (n, *size)."""
         x, params = args[0], self.params
         if self.op == "conv":
-            window, activation, has_bias, has_residual = params
+            window, activation, _, _ = params
             assert self.pattern is not None
-            return reference(x, *shared, *args[1:], pattern=self.pattern, window=window, activation=activation,
-                             has_bias=has_bias, has_residual=has_residual, kernel=None)
+            return reference(x, *shared, *args[1:], pattern=self.pattern, window=window, activation=activation)
         if self.op == "conv_int8":
             window, rescale = params
             assert self.pattern is not None
@@ -101,6 +102,8 @@ class Step:
             size, low = params
             return jax.lax.reduce_window(x, np.float32(0), jax.lax.add, (1, 1, 1, size), (1, 1, 1, 1),
                                          ((0, 0), (0, 0), (0, 0), (low, size - 1 - low)))
+        if self.op == "reduce":
+            return (jnp.max if params[0] else jnp.sum)(x, 3, keepdims=True)
         if self.op == "combine":
             name, kind, swapped = params
             other: Any = np.float32(self.numbers[0]) if kind == "number" else args[-1]
@@ -232,7 +235,11 @@ def run_program(program: Program, images: Sequence[jax.Array], shared: Sequence[
     operands = vary_together([*images, *shared])
     if images[0].shape[0] == 0:
         return program.compute(*operands)
-    return program_p.bind(*operands, program=program)
+    return _bind(*operands, program=program)
+
+
+def _bind(*operands, program: Program):
+    return program_p.bind(*operands, devices=ask_for_devices(), program=program)
 
 
 program_p = Primitive("sparse_program")
@@ -241,12 +248,12 @@ program_p.def_impl(functools.partial(xla.apply_primitive, program_p))
 
 
 @program_p.def_abstract_eval
-def _abstract(x, *_, program: Program):
+def _abstract(x, *_, program: Program, devices):
     return [x.update(shape=(x.shape[0], *step.size), dtype=np.dtype(np.uint8 if step.uint8 else np.float32), weak_type=False)
             for step in program.results()]
 
 
-def _compute(*operands, program: Program):
+def _compute(*operands, program: Program, devices):
     return program.compute(*operands)
 
 
@@ -254,18 +261,22 @@ def _lower(ctx, *operands, program: Program):
     return jax.ffi.ffi_lowering(ffi.PROGRAM)(ctx, *operands, **program.encode())
 
 
-def _batch(operands, dims, *, program: Program):
+def _images(_, *, program: Program) -> range:
+    return range(len(program.inputs))
+
+
+def _batch(operands, dims, *, program: Program, devices):
     """Mapped images join the batch dimension; mapped weights are looped over."""
-    bind = functools.partial(program_p.bind, program=program)
+    bind = functools.partial(_bind, program=program)
     return batch_images(bind, operands, dims, range(len(program.inputs))), [0] * len(program.outputs)
 
 
-def _jvp(primals, tangents, *, program: Program):
+def _jvp(primals, tangents, *, program: Program, devices):
     return jax.jvp(program.compute, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
 mlir.register_lowering(program_p, mlir.lower_fun(_compute, multiple_results=True))
 if ffi.available:
-    mlir.register_lowering(program_p, _lower, platform="cpu")
+    mlir.register_lowering(program_p, lower_sharded(program_p, _lower, _images), platform="cpu")
 batching.primitive_batchers[program_p] = _batch
 ad.primitive_jvps[program_p] = _jvp

@@ -27,10 +27,10 @@ struct Code {
 
 // Two convolutions, a depthwise one and a pool into a concatenation; a range of its channels, element by element; a reshape; one layer
 // that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; blocks of pixels; two dense
-// layers, of which one meets each weight once.
+// layers, of which one meets each weight once; and a softmax.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {3, 1, 25, 6, 13, chunk, 6, 5, 4, 0};
+  c.words = {3, 1, 30, 7, 13, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
@@ -60,6 +60,11 @@ inline Code Network(int64_t chunk) {
   c.Step(Op::kWindow, {8, 7, 4}, {1}, {}, {-1, -1, 0}, {0});                                                                  // 23
   c.Step(Op::kDense, {6, 5, 4}, {23}, {10, 1}, {3, 3, 1, 1, 0, 0, 1, 1, 2, 1, 1});                                            // 24
   c.Step(Op::kDense, {1, 1, 200}, {11}, {11, 12}, {1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1});                                         // 25
-  c.words.insert(c.words.end(), {9, 12, 18, 22, 24, 25});
+  c.Step(Op::kReduce, {6, 5, 1}, {8}, {}, {1});                                                                               // 26
+  c.Step(Op::kCombine, {6, 5, 4}, {8, 26}, {}, {1, 5, 0});                                                                    // 27
+  c.Step(Op::kMap, {6, 5, 4}, {27}, {}, {9}, {0, 0});                                                                         // 28
+  c.Step(Op::kReduce, {6, 5, 1}, {28}, {}, {0});                                                                              // 29
+  c.Step(Op::kCombine, {6, 5, 4}, {28, 29}, {}, {3, 5, 0});                                                                   // 30
+  c.words.insert(c.words.end(), {9, 12, 18, 22, 24, 25, 30});
   return c;
 }

@@ -150,10 +150,10 @@ class Grown {
       if (draw_.OneIn(2)) return Conv(v, true);
       return Add(Op::kDequantize, {x.h, x.w, x.c, false}, {v}, 0, {}, {0.5f, static_cast<float>(draw_.Below(256))});
     }
-    switch (draw_.Below(6)) {
+    switch (draw_.Below(7)) {
       case 0: return Add(Op::kQuantize, {x.h, x.w, x.c, true}, {v}, 0, {}, {2.0f, static_cast<float>(draw_.Below(256))});
       case 1: {
-        const int64_t op = draw_.Below(9);
+        const int64_t op = draw_.Below(10);
         std::vector<float> numbers = {draw_.OneIn(2) ? 0.25f : 0.75f, 6.0f};
         if (op == 0) numbers.insert(numbers.end(), {-1.0f, 9.0f});
         return Add(Op::kMap, x, {v}, 0, {op}, numbers);
@@ -163,12 +163,15 @@ class Grown {
         const int64_t op = draw_.Below(6), swapped = draw_.Below(2);
         const auto other = std::find(values_.begin() + draw_.Below(v + 1), values_.end(), x);
         if (draw_.OneIn(2)) return Add(Op::kCombine, x, {v, other - values_.begin()}, 0, {op, 0, swapped});
-        const Size pixel = {1, 1, x.c, false};
+        const Size pixel = {1, 1, x.c, false}, channel = {x.h, x.w, 1, false};
+        const auto number = std::find(values_.begin(), values_.end(), channel);
+        if (number != values_.end() && draw_.OneIn(2)) return Add(Op::kCombine, x, {v, number - values_.begin()}, 0, {op, 5, swapped});
         const auto image = std::find(values_.begin(), values_.end(), pixel);
         if (image != values_.end()) return Add(Op::kCombine, x, {v, image - values_.begin()}, 0, {op, 3, swapped});
         return draw_.OneIn(3) ? Add(Op::kCombine, x, {v}, 0, {op, 1, swapped}, {2.0f})
                               : Add(Op::kCombine, x, {v}, 1, {op, draw_.OneIn(2) ? 2 : 4, swapped});
       }
+      case 4: return Add(Op::kReduce, {x.h, x.w, 1, false}, {v}, 0, {draw_.Below(2)});
       default: return Conv(v, false);
     }
   }
