@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.conv.int8 import Quantization
@@ -50,6 +52,39 @@ def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
                    params=(window, rescale._replace(zero_residual=quantization.zero), outputs))
 
 
+def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
+    """The sum of what two uint8 images stand for, in the convolution that makes one of them; None if neither is for the sum alone.
+
+    Its results are rounded before the sum, as they were without it.
+    """
+    def makes(value: Any) -> bool:
+        conv = value.args[0]
+        return conv.op == "conv_int8" and conv.uint8 and len(conv.args) == 1 and region.is_open(value) and not region.is_done(
+            conv) and region.readers(conv) == 1 and value.shape == conv.shape
+
+    both = [value for value in (a, b) if isinstance(value, Node) and value.op == "dequantize" and isinstance(value.args[0], Node)]
+    if len(both) != 2 or a is b or a.shape != b.shape or a.size != b.size:
+        return None
+    terms = sorted(filter(makes, both), key=lambda value: -value.args[0].number)
+    if not terms:
+        return None
+    conv, quantization = terms[0].args[0], terms[0].params[0]
+    other = b if terms[0] is a else a
+    window, rescale, outputs = conv.params
+    words, sums, inner, offset = conv.shared
+    ratio = jax.lax.reduce_precision(np.float32(other.params[0].scale / quantization.scale), 8, 15)
+    scale, ratio = (jnp.broadcast_to(number, inner.shape) for number in (np.float32(quantization.scale), ratio))
+    rescale = rescale._replace(zero=0, zero_residual=other.params[0].zero, low=-math.inf, high=math.inf, to_float=True,
+                               inner=(rescale.low, rescale.high))
+    return replace(conv, args=(conv.args[0], other.args[0]), shared=(words, sums, scale, offset, ratio, inner),
+                   params=(window, rescale, outputs), number=next(region.count), read=1, uint8=False)
+
+
+def dequantize(region: Region, equation: Any, x: Any) -> Node | None:
+    """What uint8 values stand for."""
+    return region.node(equation, "dequantize", [x], params=(equation.params["quantization"],))
+
+
 def quantize(region: Region, equation: Any, x: Any) -> Node | None:
     """The rounding of a value to uint8."""
     if not equation.outvars[0].aval.shape:
@@ -59,10 +94,9 @@ def quantize(region: Region, equation: Any, x: Any) -> Node | None:
 
 def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -> Node:
     """A value as uint8. A convolution, a maximum or a concatenation that nobody else has read so far is computed as such."""
-    now = region.seen(x)
-    if now is not x and now.params[0] == quantization:
-        return now.args[0]
-    x = now
+    x = region.seen(x)
+    if isinstance(x, Node) and x.op == "dequantize" and x.params[0] == quantization and isinstance(x.args[0], Node):
+        return x.args[0] if x.args[0].shape == x.shape else region.again(x.args[0], x.shape)
     free = isinstance(x, Node) and not region.is_done(x) and region.readers(x) == readers
     if free and x.op == "conv_int8":
         window, rescale, outputs = x.params

@@ -16,6 +16,7 @@ from sparseflax.onnx.layers import FEATURES, Layer, call, layer
 from sparseflax.onnx.older import QUANTIZED, newer
 from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
 from sparseflax.onnx.ops.elementwise import dtype_of
+from sparseflax.onnx.pairs import joined
 from sparseflax.onnx.read import malformed
 from sparseflax.onnx.value import MOST, Unsupported, Value, value
 
@@ -136,6 +137,7 @@ def build(graph: Graph) -> Built:
     """Turns nodes into steps, those with constant weights into layers; goes on after a node that it cannot turn."""
     refused = [f"{node}: {UNREAD.get(node.op, 'unknown operator')}" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
+    scales = dict[str, tuple[np.ndarray, int]]()  # of weights that were dequantized, and the axis that they are along
     flat = _flattened(graph)
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
     for older in graph.nodes:
@@ -162,18 +164,21 @@ def build(graph: Graph) -> Built:
                 absent.update(name for name, result in outputs.items() if result is None)
                 folded = {name: np.asarray(result.plain()) for name, result in outputs.items() if result is not None}
                 constants |= folded
+                if node.op == "DequantizeLinear":
+                    scales |= {name: (constants[node.inputs[1]], node.attributes.get("axis", 1)) for name in folded}
                 made += sum(array.size for array in folded.values())
                 if made > 2 * MOST:
                     raise ValueError(f"the graph computes constants of {made} numbers up to {node}, wanted {2 * MOST} at most: "
                                      "it was damaged, export it again")
             else:
                 try:
-                    found = layer(node, constants, flat.get(node.inputs[0])) if node.inputs else None
+                    found = layer(node, constants, flat.get(node.inputs[0]), scales) if node.inputs else None
                 except Exception as error:
                     refused.append(f"{older}: {error}")
                     absent.update(node.outputs)
                     continue
                 steps.append(_step(node, found, layers, flat))
+    steps = joined(steps, constants, graph.outputs)
     program = _program(graph, steps, constants)
     used = {name for step in steps for name in step.node.inputs} | set(graph.outputs)
     left = {name: array for name, array in constants.items() if name in used}

@@ -101,8 +101,11 @@ class Grown {
     const bool more = args.size() == 2;
     if (int8) {
       const int64_t zero = draw_.Below(256);
-      params.insert(params.end(), {draw_.Below(256), zero, draw_.Below(256), floats, more});
-      return Add(Op::kConvInt8, y, args, 4 + more, params, {static_cast<float>(-zero), static_cast<float>(255 - zero)}, gaps);
+      const bool inner = more && draw_.OneIn(2);
+      params.insert(params.end(), {draw_.Below(256), zero, draw_.Below(256), floats, more, inner});
+      std::vector<float> bounds = {static_cast<float>(-zero), static_cast<float>(255 - zero)};
+      if (inner) bounds.insert(bounds.end(), {-100, 155});
+      return Add(Op::kConvInt8, y, args, 4 + more + inner, params, bounds, gaps);
     }
     const bool bias = draw_.OneIn(2);
     params.insert(params.end(), {draw_.Below(3), bias, more});
