@@ -241,8 +241,8 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1, o
         scale = np.maximum(np.where(largest > 0, largest, 1) / np.float32(127), np.float32(2**-100))
     scale = np.asarray(scale, np.float32)
     if scale.shape != (oc,) or not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"scale has shape {scale.shape} and is at least {scale.min(initial=np.inf)}, wanted ({oc},), finite and "
-                         "positive: None takes what fits the kernel")
+        raise ValueError(f"scale has shape {scale.shape} and is at least {scale.min(initial=np.inf)}, wanted ({oc},), finite "
+                         "and positive: None takes what fits the kernel")
     integers = np.clip(np.rint(dense / scale), -127, 127).astype(np.int32)
     padding = [(0, 0)] * (dense.ndim - 2) + [(0, -channels % LANES), (0, 0)]
     lanes = np.pad(integers, padding).reshape(*dense.shape[:-2], -1, LANES, oc)

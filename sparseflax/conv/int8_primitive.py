@@ -29,8 +29,8 @@ BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6
 
 
 class Rescale(NamedTuple):
-    """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers. `inner` has the
-    bounds between which the sum is rounded before the residual is added, or is None."""
+    """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers. `inner` has
+    the bounds between which the sum is rounded before the residual is added, or is None."""
 
     zero_in: int
     zero: int

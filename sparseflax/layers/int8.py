@@ -19,8 +19,8 @@ class Sums(nnx.Variable):
 
 
 class Scale(nnx.Variable):
-    """As the attribute `kernel_scale` of an nnx.Conv or nnx.Linear whose weights are integers already: (oc,), what one of 1 stands
-    for."""
+    """What an integer weight of 1 stands for, (oc,): the attribute `kernel_scale` of an nnx.Conv or nnx.Linear whose kernel is
+    whole multiples of it."""
 
 
 def integers(layer: Any) -> np.ndarray | None:

@@ -53,16 +53,16 @@ def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
 
 
 def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
-    """The sum of what two uint8 images stand for, in the convolution that makes one of them; None if neither is for the sum alone.
+    """The sum of what two uint8 images stand for, in the convolution that makes one of them for nothing else; or None.
 
     Its results are rounded before the sum, as they were without it.
     """
     def makes(value: Any) -> bool:
         conv = value.args[0]
-        return conv.op == "conv_int8" and conv.uint8 and len(conv.args) == 1 and region.is_open(value) and not region.is_done(
-            conv) and region.readers(conv) == 1 and value.shape == conv.shape
+        return (isinstance(conv, Node) and conv.op == "conv_int8" and len(conv.args) == 1 and value.shape == conv.shape
+                and region.is_open(value) and not region.is_done(conv) and region.readers(conv) == 1)
 
-    both = [value for value in (a, b) if isinstance(value, Node) and value.op == "dequantize" and isinstance(value.args[0], Node)]
+    both = [value for value in (a, b) if isinstance(value, Node) and value.op == "dequantize"]
     if len(both) != 2 or a is b or a.shape != b.shape or a.size != b.size:
         return None
     terms = sorted(filter(makes, both), key=lambda value: -value.args[0].number)
@@ -96,7 +96,9 @@ def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -
     """A value as uint8. A convolution, a maximum or a concatenation that nobody else has read so far is computed as such."""
     x = region.seen(x)
     if isinstance(x, Node) and x.op == "dequantize" and x.params[0] == quantization and isinstance(x.args[0], Node):
-        return x.args[0] if x.args[0].shape == x.shape else region.again(x.args[0], x.shape)
+        uint8 = region.again(x.args[0], x.shape) if x.args[0].shape != x.shape else x.args[0]
+        if uint8 is not None:
+            return uint8
     free = isinstance(x, Node) and not region.is_done(x) and region.readers(x) == readers
     if free and x.op == "conv_int8":
         window, rescale, outputs = x.params

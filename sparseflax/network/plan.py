@@ -197,8 +197,8 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
 
     Raises:
       TypeError: `model` is neither, cannot be traced, or its weights are not concrete.
-      ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples of a model that
-        does not round anything itself, with values that are not finite, or of a Linen model.
+      ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples of a model
+        that rounds nothing itself, with values that are not finite, or of a Linen model.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r}, wanted one of {get_args(Precision)}")
@@ -242,8 +242,8 @@ def in_eight_bits(plan: Plan, model: Any, x: Any, examples: Any, faster: bool = 
     if examples is not None:
         layers |= round_layers(model, others, examples, stated, **call) if others or not layers else {}
     elif not layers:
-        raise ValueError("int8 wants examples=inputs, a few hundred like those that the model will meet: the model does not say "
-                         "itself to what it rounds inputs and weights of its layers")
+        raise ValueError(f'precision="{"auto" if faster else "int8"}" wants examples=inputs, a few hundred like those that the '
+                         "model will meet, as the model does not round its layers' inputs and weights itself")
     else:
         reason = "float32: the model does not round its inputs and weights to eight bits, give examples"
         layers |= {path: Rounded(None, None, (), reason) for path in others}

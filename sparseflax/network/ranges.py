@@ -63,7 +63,7 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
       model: an nnx module; it stays as it is and is run eagerly, as at inference.
       norms: {path of a layer: path of the batch norm that is folded into it, or None}.
       examples: inputs, unlabelled, with a leading axis of examples: an array or a pytree of them.
-      stated: what the inputs of some of these layers are rounded to already; those of the others take the range of the examples.
+      stated: what the inputs of some of these layers are rounded to already; the others take the range of the examples.
       **call: further keyword arguments of the call.
 
     Raises:

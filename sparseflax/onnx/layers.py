@@ -73,13 +73,15 @@ def layer(node: Node, constants: Constants, image: int | None = None, scales: Sc
         return None
     if unusable := [array.dtype for array in given if array is not None and array.dtype.kind != "f"]:
         raise Unsupported(f"its weights are {unusable[0]}, wanted floating point")
-    found = make(node, given, image)
-    if found is not None and node.inputs[1] in scales and isinstance(found.module, (nnx.Conv, nnx.Linear)):
+    found, weights = make(node, given, image), given[0]
+    if found is None or weights is None or not isinstance(found.module, nnx.Conv | nnx.Linear):
+        return found
+    if node.inputs[1] in scales:
         scale, axis = scales[node.inputs[1]]
-        rank, oc = given[0].ndim, found.module.kernel.shape[-1]
-        outputs = 0 if node.op == "Conv" or node.attributes.get("transB", 0) else rank - 1
-        if scale.size == 1 or (scale.shape == (oc,) and axis % rank == outputs):
-            found.module.kernel_scale = Scale(jnp.asarray(np.broadcast_to(scale.reshape(-1), (oc,)), jnp.float32))
+        oc, along = found.module.kernel.shape[-1], 0 if node.op == "Conv" or node.attributes.get("transB", 0) else 1
+        if scale.size == 1 or (scale.shape == (oc,) and axis % weights.ndim == along):
+            own = np.broadcast_to(scale.reshape(-1), (oc,)).astype(np.float32)
+            setattr(found.module, "kernel_scale", Scale(jnp.asarray(own)))  # noqa: B010
     return found
 
 

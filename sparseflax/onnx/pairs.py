@@ -33,8 +33,8 @@ class Rule(NamedTuple):
 def joined(steps: Sequence[Any], constants: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[Any]:
     """The steps with each pair of QuantizeLinear and DequantizeLinear as one RoundedTo, what is between them on float32.
 
-    A pair has one scale and one zero point, which are constants; others stay as they are, as does an integer that something else
-    takes, too.
+    A pair has one scale and one zero point, which are constants; others stay as they are, and so do integers that something
+    else takes, too.
 
     Args:
       steps: of a program, each after those whose outputs it takes.
@@ -68,7 +68,8 @@ def joined(steps: Sequence[Any], constants: Mapping[str, np.ndarray], outputs: S
             made = node._replace(inputs=(*moved, *node.inputs[count:]))
         else:
             return None
-        made = made._replace(name=f"{node.name} {suffix}", outputs=tuple(given and f"{given} {suffix}" for given in node.outputs))
+        renamed = tuple(given and f"{given} {suffix}" for given in node.outputs)
+        made = made._replace(name=f"{node.name} {suffix}", outputs=renamed)
         if made.name not in {step.node.name for step in before.get(id(step), ())}:
             before.setdefault(id(step), []).append(step._replace(node=made))
         return f"{name} {suffix}"
@@ -81,8 +82,9 @@ def joined(steps: Sequence[Any], constants: Mapping[str, np.ndarray], outputs: S
                 instead[id(step)] = step._replace(node=step.node._replace(op="Identity", inputs=(found,), attributes={}))
     if not instead:
         return list(steps)
-    wanted, kept = set(outputs), []
-    for step in reversed([made for step in steps for made in (*before.get(id(step), ()), instead.get(id(step), step))]):
+    wanted, kept = set(outputs), list[Any]()
+    everything = [made for step in steps for made in (*before.get(id(step), ()), instead.get(id(step), step))]
+    for step in reversed(everything):
         if wanted.intersection(step.node.outputs):  # the integers may be nobody's now
             wanted.update(step.node.inputs)
             kept.append(step)

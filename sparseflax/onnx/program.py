@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseflax.onnx.graph import Body, Graph, Node, Shape
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
-from sparseflax.onnx.older import QUANTIZED, newer
+from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, newer
 from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
 from sparseflax.onnx.ops.elementwise import dtype_of
 from sparseflax.onnx.pairs import joined
@@ -26,7 +26,8 @@ UNREAD = {
                     "how much it returns depends on the data, take its inputs instead"),
     **dict.fromkeys(("Scan", "SequenceMap"), "it holds a graph of its own, which is not read"),
 }
-MICROSOFT = "DynamicQuantizeLSTM",  # of ONNX Runtime's own quantization
+MICROSOFT = "DynamicQuantizeLSTM", *CONTRIBUTED  # of ONNX Runtime's own quantization
+SHARED = "QuantizeLinear", "DequantizeLinear"  # which it has as ONNX does
 SIZES = 64  # numbers in a list of sizes: what is longer is a weight
 
 
@@ -139,6 +140,7 @@ def build(graph: Graph) -> Built:
     constants, made = dict(graph.constants), 0
     scales = dict[str, tuple[np.ndarray, int]]()  # of weights that were dequantized, and the axis that they are along
     flat = _flattened(graph)
+    rows = dict(flat)  # as these, but rounded since
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
     for older in graph.nodes:
         if not _is_known(older):
@@ -171,8 +173,10 @@ def build(graph: Graph) -> Built:
                     raise ValueError(f"the graph computes constants of {made} numbers up to {node}, wanted {2 * MOST} at most: "
                                      "it was damaged, export it again")
             else:
+                if node.op in SHARED and node.inputs[0] in rows:
+                    rows |= dict.fromkeys(node.outputs, rows[node.inputs[0]])
                 try:
-                    found = layer(node, constants, flat.get(node.inputs[0]), scales) if node.inputs else None
+                    found = layer(node, constants, rows.get(node.inputs[0]), scales) if node.inputs else None
                 except Exception as error:
                     refused.append(f"{older}: {error}")
                     absent.update(node.outputs)
@@ -203,8 +207,9 @@ def _readied(node: Node, opset: int, refused: list[str]) -> Node:
 
 
 def _is_known(node: Node) -> bool:
-    own = (node.op in OPERATORS or node.op in control.OPERATORS) and node.op not in MICROSOFT or node.op in QUANTIZED
-    return own if not node.domain else node.domain == "com.microsoft" and node.op in MICROSOFT
+    if node.domain:
+        return node.domain == "com.microsoft" and node.op in (*MICROSOFT, *SHARED)
+    return node.op not in MICROSOFT and any(node.op in known for known in (OPERATORS, control.OPERATORS, QUANTIZED))
 
 
 def _step(node: Node, found: Layer | None, layers: dict[str, Any], flat: Mapping[str, int]) -> Step:
@@ -239,20 +244,47 @@ def _flattened(graph: Graph) -> dict[str, int]:
             given: Any = graph.constants.get(node.inputs[-1], node.attributes.get("shape", ()))
             sizes = np.ravel(given).tolist()
             flat = len(sizes) == 2 and sizes[0] in (0, -1, image[0]) and (sizes[1] > 0 or sizes[0] != -1) and None not in image
-        users = graph.users(result)
-        if flat and users and all(_is_layer(graph, user, result) for user in users):
+        if flat and _only_rows(graph, result):
             found[result] = image[1]
     return found
 
 
-def _is_layer(graph: Graph, node: Node, x: str) -> bool:
-    """Whether a node is sure to become a fully connected layer of `x`."""
-    weights = [graph.constants.get(name) for name in node.inputs[1:]]
-    if node.domain or node.op not in FEATURES or node.inputs[0] != x or node.attributes.get("transA"):
+def _only_rows(graph: Graph, name: str) -> bool:
+    """Whether nothing but fully connected layers is sure to take a matrix, as it is or rounded."""
+    def takes(user: Node) -> bool:
+        if user.inputs[0] != name:
+            return False
+        if user.op in SHARED:  # by one scale
+            return user.outputs[0] not in graph.outputs and np.size(graph.constants.get(user.inputs[1], ())) == 1 and _only_rows(
+                graph, user.outputs[0])
+        return _is_layer(graph, user)
+
+    users = graph.users(name)
+    return bool(users) and all(map(takes, users))
+
+
+def _is_layer(graph: Graph, node: Node) -> bool:
+    """Whether a node is sure to become a fully connected layer of its first input."""
+    if node.attributes.get("transA") or node.domain and node.op != "QGemm":
         return False
-    if not weights or any(array is None or array.dtype != np.float32 for array in weights):
+    if node.op in FEATURES:
+        weights = [_dequantized(graph, name) for name in node.inputs[1:]]
+    elif node.op in ("QGemm", "QLinearMatMul") and all(name in graph.constants for name in node.inputs[1:] if name):
+        bias = node.inputs[6:7] if node.op == "QGemm" else ()
+        weights = [graph.constants[name] for name in (node.inputs[3], *bias) if name]
+    else:
         return False
-    return [array.ndim for array in weights if array is not None] in ([2], [2, 1])
+    return all(array is not None for array in weights) and [np.ndim(array) for array in weights] in ([2], [2, 1])
+
+
+def _dequantized(graph: Graph, name: str) -> np.ndarray | None:
+    """A constant of float32, or the integers that are dequantized to it; None for what is no constant."""
+    if name in graph.constants:
+        return graph.constants[name] if graph.constants[name].dtype == np.float32 else None
+    maker = next((node for node in graph.nodes if name in node.outputs), None)
+    if maker is None or maker.op != "DequantizeLinear" or any(given and given not in graph.constants for given in maker.inputs):
+        return None
+    return graph.constants[maker.inputs[0]]
 
 
 def check(graph: Graph, program: Program, layers: Mapping[str, Any], constants: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ struct Code {
 // that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; and blocks of pixels.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {3, 1, 22, 4, 10, chunk, 6, 5, 4, 0};
+  c.words = {4, 1, 22, 4, 10, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseflax.conv.int8 import Quantization, QuantizedArray
+from sparseflax.conv.int8 import Quantization
 from sparseflax.onnx.ops.elementwise import converted, dtype_of
 from sparseflax.onnx.value import Unsupported, Value, along, module, value
 
