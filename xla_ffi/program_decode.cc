@@ -160,7 +160,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       }
       const Shape& s = step.conv->shape();
       const size_t residual = static_cast<size_t>(p[18]), inner = static_cast<size_t>(p[19]);
-      if (!counts(1 + residual, 4 + residual + inner, 20, 2 + 2 * inner) || x[0]->c != 4 * s.ic() || y.c != s.oc) return wrong;
+      if (!counts(1 + residual, 4 + residual + inner, 20, 2 + 3 * inner) || x[0]->c != 4 * s.ic() || y.c != s.oc) return wrong;
       const float low = step.numbers[0], high = step.numbers[1];
       if (p[17] == 0 && !(static_cast<float>(-p[15]) <= low && low <= high && high <= static_cast<float>(255 - p[15]))) {
         return "its bounds do not fit uint8";

@@ -30,7 +30,7 @@ BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6
 
 class Rescale(NamedTuple):
     """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers. `inner` has
-    the bounds between which the sum is rounded before the residual is added, or is None."""
+    the bounds between which the sum is rounded before the residual is added, and what the ratio has beyond 16 bits."""
 
     zero_in: int
     zero: int
@@ -38,7 +38,7 @@ class Rescale(NamedTuple):
     low: float
     high: float
     to_float: bool
-    inner: tuple[float, float] | None = None
+    inner: tuple[float, float, float] | None = None
 
     def quantized(self, output: Quantization) -> Rescale:
         """The same with uint8 outputs."""
@@ -162,9 +162,11 @@ def reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window
     total = (total if empty else jax.lax.fori_loop(0, kh * kw, add, total)).reshape(n, oh, ow, oc)
     y = total.astype(jnp.float32) + offset.reshape(1, 1, 1, -1)
     if rescale.inner is not None:
-        y = jnp.round(_clamped(y * residual[2].reshape(1, 1, 1, -1), *rescale.inner))
+        y = jnp.round(_clamped(y * residual[2].reshape(1, 1, 1, -1), *rescale.inner[:2]))
     if residual:
-        y = y + (residual[0].astype(jnp.int32) - rescale.zero_residual).astype(jnp.float32) * residual[1].reshape(1, 1, 1, -1)
+        other = (residual[0].astype(jnp.int32) - rescale.zero_residual).astype(jnp.float32)
+        y = y + other * residual[1].reshape(1, 1, 1, -1)
+        y = y if rescale.inner is None else y + other * np.float32(rescale.inner[2])
     y = y * scale.reshape(1, 1, 1, -1)
     if rescale.to_float:
         return jnp.minimum(jnp.maximum(y, np.float32(rescale.low)), np.float32(rescale.high))

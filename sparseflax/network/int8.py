@@ -72,12 +72,19 @@ def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
     other = b if terms[0] is a else a
     window, rescale, outputs = conv.params
     words, sums, inner, offset = conv.shared
-    ratio = jax.lax.reduce_precision(np.float32(other.params[0].scale / quantization.scale), 8, 15)
-    scale, ratio = (jnp.broadcast_to(number, inner.shape) for number in (np.float32(quantization.scale), ratio))
+    whole = other.params[0].scale / quantization.scale
+    first = _of_16_bits(whole)
+    scale, ratio = (jnp.full(inner.shape, number, jnp.float32) for number in (quantization.scale, first))
     rescale = rescale._replace(zero=0, zero_residual=other.params[0].zero, low=-math.inf, high=math.inf, to_float=True,
-                               inner=(rescale.low, rescale.high))
+                               inner=(rescale.low, rescale.high, _of_16_bits(whole - first)))
     return replace(conv, args=(conv.args[0], other.args[0]), shared=(words, sums, scale, offset, ratio, inner),
                    params=(window, rescale, outputs), number=next(region.count), read=1, uint8=False)
+
+
+def _of_16_bits(number: float) -> float:
+    """The nearest number of so many significant bits."""
+    fraction, exponent = math.frexp(number)
+    return math.ldexp(round(math.ldexp(fraction, 16)), exponent - 16)
 
 
 def dequantize(region: Region, equation: Any, x: Any) -> Node | None:

@@ -11,8 +11,8 @@ def newer(node: Node, opset: int) -> Iterator[Node]:
     """Nodes that compute what `node` computes in operator set `opset`; quantized ones on float32 between."""
     attributes = {name: given for name, given in node.attributes.items() if name != "consumed_inputs"}
     node = node._replace(attributes=attributes)
-    if node.op in ("QuantizeLinear", "DequantizeLinear"):
-        node = node._replace(domain="")  # ONNX Runtime has the same ones of its own
+    if node.op in SHARED:
+        node = node._replace(domain="")
     if node.op in ("Softmax", "LogSoftmax", "Hardmax") and opset < 13:
         node = node._replace(attributes={"axis": 1} | attributes | {"joint": True})
     elif node.op == "Resize" and opset < 11:
@@ -108,7 +108,8 @@ def _part(node: Node, op: str, name: str, *inputs: str, **attributes: int) -> No
     return Node(op, "", f"{node.name}.{name}", inputs, (f"{node.name}.{name}",), attributes)
 
 
-# Of ONNX Runtime's own, in the domain com.microsoft.
+SHARED = "QuantizeLinear", "DequantizeLinear"  # which ONNX Runtime has of its own, too, in the domain com.microsoft
+# Of ONNX Runtime's own alone, in that domain.
 CONTRIBUTED = {
     "QGemm": _qgemm, "QLinearAdd": _on_floats("Add", 2), "QLinearAveragePool": _on_floats("AveragePool"),
     "QLinearConcat": _qlinear_concat, "QLinearGlobalAveragePool": _on_floats("GlobalAveragePool"),

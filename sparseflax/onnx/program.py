@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sparseflax.onnx.flattened import flattened
 from sparseflax.onnx.graph import Body, Graph, Node, Shape
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
-from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, newer
+from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, SHARED, newer
 from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
 from sparseflax.onnx.ops.elementwise import dtype_of
 from sparseflax.onnx.pairs import joined
@@ -27,7 +28,6 @@ UNREAD = {
     **dict.fromkeys(("Scan", "SequenceMap"), "it holds a graph of its own, which is not read"),
 }
 MICROSOFT = "DynamicQuantizeLSTM", *CONTRIBUTED  # of ONNX Runtime's own quantization
-SHARED = "QuantizeLinear", "DequantizeLinear"  # which it has as ONNX does
 SIZES = 64  # numbers in a list of sizes: what is longer is a weight
 
 
@@ -139,7 +139,7 @@ def build(graph: Graph) -> Built:
     refused = [f"{node}: {UNREAD.get(node.op, 'unknown operator')}" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
     scales = dict[str, tuple[np.ndarray, int]]()  # of weights that were dequantized, and the axis that they are along
-    flat = _flattened(graph)
+    flat = flattened(graph)
     rows = dict(flat)  # as these, but rounded since
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
     for older in graph.nodes:
@@ -226,65 +226,6 @@ def _program(graph: Graph, steps: Sequence[Step], constants: Mapping[str, np.nda
     shapes = tuple(graph.shapes.get(name) for name in graph.inputs)
     images = (*(not graph.channels_last(name) for name in graph.inputs), *map(graph.image, graph.outputs))
     return Program(graph.inputs, shapes, images, graph.outputs, tuple(steps), {})
-
-
-def _flattened(graph: Graph) -> dict[str, int]:
-    """Images that may be flattened in our order, as nothing but fully connected layers takes them: (name of the result,
-    channels)."""
-    found = {}
-    for node in graph.nodes:
-        if node.domain or node.op not in ("Flatten", "Reshape") or len(node.outputs) != 1 or not node.inputs:
-            continue
-        image, (result,) = graph.shapes.get(node.inputs[0], ()), node.outputs
-        if len(image) != 4 or image[1] is None or result in graph.outputs:
-            continue
-        if node.op == "Flatten":
-            flat = node.attributes.get("axis", 1) == 1
-        else:
-            given: Any = graph.constants.get(node.inputs[-1], node.attributes.get("shape", ()))
-            sizes = np.ravel(given).tolist()
-            flat = len(sizes) == 2 and sizes[0] in (0, -1, image[0]) and (sizes[1] > 0 or sizes[0] != -1) and None not in image
-        if flat and _only_rows(graph, result):
-            found[result] = image[1]
-    return found
-
-
-def _only_rows(graph: Graph, name: str) -> bool:
-    """Whether nothing but fully connected layers is sure to take a matrix, as it is or rounded."""
-    def takes(user: Node) -> bool:
-        if user.inputs[0] != name:
-            return False
-        if user.op in SHARED:  # by one scale
-            return user.outputs[0] not in graph.outputs and np.size(graph.constants.get(user.inputs[1], ())) == 1 and _only_rows(
-                graph, user.outputs[0])
-        return _is_layer(graph, user)
-
-    users = graph.users(name)
-    return bool(users) and all(map(takes, users))
-
-
-def _is_layer(graph: Graph, node: Node) -> bool:
-    """Whether a node is sure to become a fully connected layer of its first input."""
-    if node.attributes.get("transA") or node.domain and node.op != "QGemm":
-        return False
-    if node.op in FEATURES:
-        weights = [_dequantized(graph, name) for name in node.inputs[1:]]
-    elif node.op in ("QGemm", "QLinearMatMul") and all(name in graph.constants for name in node.inputs[1:] if name):
-        bias = node.inputs[6:7] if node.op == "QGemm" else ()
-        weights = [graph.constants[name] for name in (node.inputs[3], *bias) if name]
-    else:
-        return False
-    return all(array is not None for array in weights) and [np.ndim(array) for array in weights] in ([2], [2, 1])
-
-
-def _dequantized(graph: Graph, name: str) -> np.ndarray | None:
-    """A constant of float32, or the integers that are dequantized to it; None for what is no constant."""
-    if name in graph.constants:
-        return graph.constants[name] if graph.constants[name].dtype == np.float32 else None
-    maker = next((node for node in graph.nodes if name in node.outputs), None)
-    if maker is None or maker.op != "DequantizeLinear" or any(given and given not in graph.constants for given in maker.inputs):
-        return None
-    return graph.constants[maker.inputs[0]]
 
 
 def check(graph: Graph, program: Program, layers: Mapping[str, Any], constants: Mapping[str, Any]) -> list[str]:

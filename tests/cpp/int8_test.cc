@@ -71,7 +71,9 @@ void Solve(Int8Problem& p) {
       y = std::nearbyint(step > q.inner_low ? std::min(step, q.inner_high) : q.inner_low);
     }
     if (!p.residual.empty()) {
-      y += static_cast<float>(p.residual[static_cast<size_t>(i)] - q.zero_residual) * p.ratio[static_cast<size_t>(k)];
+      const float other = static_cast<float>(p.residual[static_cast<size_t>(i)] - q.zero_residual);
+      y += other * p.ratio[static_cast<size_t>(k)];
+      if (!p.inner.empty()) y += other * q.ratio_rest;
     }
     y *= p.scale[static_cast<size_t>(k)];
     p.y.push_back(std::isnan(y) ? y : std::min(std::max(y, q.low), q.high));
@@ -130,6 +132,7 @@ Int8Problem MakeInt8Problem(const Shape& shape, double density, bool residual, b
     for (float& ratio : p.ratio) ratio = std::ldexp(ratio, -8);
     p.rescale.inner_low = -static_cast<float>(Byte(random, 0, 255));
     p.rescale.inner_high = 255 + p.rescale.inner_low;
+    p.rescale.ratio_rest = std::ldexp(static_cast<float>(32768 + random() % 32768), -32);
   }
   if (shape.oc > 3) p.offset[3] = std::numeric_limits<float>::quiet_NaN();
   Solve(p);

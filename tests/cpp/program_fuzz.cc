@@ -104,7 +104,7 @@ class Grown {
       const bool inner = more && draw_.OneIn(2);
       params.insert(params.end(), {draw_.Below(256), zero, draw_.Below(256), floats, more, inner});
       std::vector<float> bounds = {static_cast<float>(-zero), static_cast<float>(255 - zero)};
-      if (inner) bounds.insert(bounds.end(), {-100, 155});
+      if (inner) bounds.insert(bounds.end(), {-100, 155, 0.01f});
       return Add(Op::kConvInt8, y, args, 4 + more + inner, params, bounds, gaps);
     }
     const bool bias = draw_.OneIn(2);
