@@ -86,7 +86,7 @@ def residual(path):
 
 
 def branches(path):
-    """A leaky rectifier, a concatenation, a depthwise convolution, a mean over windows, a gate, and images that are flattened."""
+    """A leaky rectifier, a concatenation, a depthwise convolution, a mean over windows, a gate, flattened images."""
     graph = Graph()
     graph.conv("x", "a", 3, 8)
     graph.node("Relu", "a", "ar")
