@@ -235,25 +235,38 @@ def test_layers_that_were_changed_want_examples(tmp_path):
     assert changed.inputs == {row.path: row for row in plan.layers}["layers/b"].inputs
 
 
-def test_a_model_can_say_its_ranges_itself():
-    """Nothing here is of ONNX."""
+class Stated(nnx.Module):
+    """Two layers that say their ranges; nothing here is of ONNX."""
+
     ranges = sparseflax.Quantization(0.0517, 128), sparseflax.Quantization(0.0213, 0)
 
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.first, self.second = nnx.Conv(8, 16, (3, 3), rngs=rngs), nnx.Conv(16, 8, (3, 3), rngs=rngs)
-            for layer in (self.first, self.second):
-                layer.kernel.set_value(np.round(np.asarray(layer.kernel[...]) * 100) / np.float32(100))
-                layer.kernel_scale = nnx.Variable(np.full(layer.kernel.shape[-1], 0.01, np.float32))
+    def __init__(self, between=lambda x: 0):
+        rngs, self.between = nnx.Rngs(0), between
+        self.first, self.second = nnx.Conv(8, 16, (3, 3), rngs=rngs), nnx.Conv(16, 16, (3, 3), rngs=rngs)
+        for layer in (self.first, self.second):
+            layer.kernel.set_value(np.round(np.asarray(layer.kernel[...]) * 100) / np.float32(100))
+            layer.kernel_scale = nnx.Variable(np.full(layer.kernel.shape[-1], 0.01, np.float32))
 
-        def __call__(self, x):
-            x = nnx.relu(self.first(ranges[0].quantize(x).dequantize()))
-            return self.second(ranges[1].quantize(x).dequantize())
+    def __call__(self, x):
+        x = nnx.relu(self.first(self.ranges[0].quantize(x).dequantize()))
+        x = self.ranges[1].quantize(x).dequantize()
+        return self.between(x) + self.second(x)
 
-    model, x = Net(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((2, 8, 8, 8)).astype(np.float32)
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_model_can_say_its_ranges_itself(cut):
+    """Also where what is rounded is needed by what is no step, too: it is not computed twice."""
+    model = Stated(lambda x: jax.lax.sort(x) if cut else 0)
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 8)).astype(np.float32)
     plan = sparseflax.plan(model, x, precision="int8")
-    assert [row.inputs for row in plan.layers] == list(ranges)
+    assert [row.inputs for row in plan.layers] == list(Stated.ranges)
     packed = sparseflax.pack_model(model, plan)
-    (program,) = programs(packed, x)
-    assert [step.op for step in program.steps] == ["quantize", "conv_int8", "conv_int8"]
+    made = [step.op for program in programs(packed, x) for step in program.steps]
+    assert made.count("conv_int8") == 2 and (cut or len(programs(packed, x)) == 1)
     np.testing.assert_allclose(run(packed, x), model(x), rtol=0, atol=1e-4)
+
+
+def test_what_says_nothing_wants_examples():
+    model = nnx.Sequential(nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
+    with pytest.raises(ValueError, match='precision="auto" wants examples=inputs, .* does not round its layers'):
+        sparseflax.plan(model, np.ones((1, 8, 8, 8), np.float32), precision="auto")

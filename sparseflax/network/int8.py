@@ -41,9 +41,10 @@ def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
     if other.op == "conv_int8" and region.is_open(other) and other.params[2] is not None and other.number < conv.number:
         _rounded(region, other, other.params[2], 0)
         other = region.seen(other)
-    if other.op != "dequantize":
+    values = _integers(region, other)
+    if values is None:
         return None
-    values, quantization = other.args[0], other.params[0]
+    quantization = other.params[0]
     if values.size != conv.size or other.shape != conv.shape or values.number > conv.number:
         return None
     window, rescale, outputs = conv.params
@@ -59,13 +60,12 @@ def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
     """
     def makes(value: Any) -> bool:
         conv = value.args[0]
-        return (isinstance(conv, Node) and conv.op == "conv_int8" and len(conv.args) == 1 and value.shape == conv.shape
-                and region.is_open(value) and not region.is_done(conv) and region.readers(conv) == 1)
+        return (conv.op == "conv_int8" and len(conv.args) == 1 and value.shape == conv.shape and region.is_open(value)
+                and not region.is_done(conv) and region.readers(conv) == 1)
 
-    both = [value for value in (a, b) if isinstance(value, Node) and value.op == "dequantize"]
-    if len(both) != 2 or a is b or a.shape != b.shape or a.size != b.size:
+    if _integers(region, a) is None or _integers(region, b) is None or a is b or a.shape != b.shape or a.size != b.size:
         return None
-    terms = sorted(filter(makes, both), key=lambda value: -value.args[0].number)
+    terms = sorted(filter(makes, (a, b)), key=lambda value: -value.args[0].number)
     if not terms:
         return None
     conv, quantization = terms[0].args[0], terms[0].params[0]
@@ -79,6 +79,13 @@ def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
                                inner=(rescale.low, rescale.high, _of_16_bits(whole - first)))
     return replace(conv, args=(conv.args[0], other.args[0]), shared=(words, sums, scale, offset, ratio, inner),
                    params=(window, rescale, outputs), number=next(region.count), read=1, uint8=False)
+
+
+def _integers(region: Region, x: Any) -> Node | None:
+    """The uint8 values that a value is made of, where they wait; None where they would have to be computed again for that."""
+    if not isinstance(x, Node) or x.op != "dequantize" or not isinstance(x.args[0], Node):
+        return None
+    return x.args[0] if region.is_done(x.args[0]) or not region.is_done(x) else None
 
 
 def _of_16_bits(number: float) -> float:
@@ -102,8 +109,9 @@ def quantize(region: Region, equation: Any, x: Any) -> Node | None:
 def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -> Node:
     """A value as uint8. A convolution, a maximum or a concatenation that nobody else has read so far is computed as such."""
     x = region.seen(x)
-    if isinstance(x, Node) and x.op == "dequantize" and x.params[0] == quantization and isinstance(x.args[0], Node):
-        uint8 = region.again(x.args[0], x.shape) if x.args[0].shape != x.shape else x.args[0]
+    values = _integers(region, x)
+    if values is not None and x.params[0] == quantization:
+        uint8 = region.again(values, x.shape) if values.shape != x.shape else values
         if uint8 is not None:
             return uint8
     free = isinstance(x, Node) and not region.is_done(x) and region.readers(x) == readers
