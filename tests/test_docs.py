@@ -38,6 +38,9 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     if any("load_onnx" in block for block in code):
         pytest.importorskip("onnx")
         write_network(tmp_path / "network.onnx")
+    if any("network.int8.onnx" in block for block in code):
+        pytest.importorskip("onnxruntime")
+        write_quantized(tmp_path)
     for package in ("torch", "qwix"):
         if importlib.util.find_spec(package) is None:
             code = [block for block in code if f"import {package}" not in block]
@@ -58,6 +61,14 @@ def write_network(path: Path) -> None:
     conv, head = nnx.Conv(3, 16, (3, 3), rngs=rngs), nnx.Linear(16, 10, rngs=rngs)
     model = nnx.Sequential(conv, nnx.relu, lambda x: x.mean((1, 2)), head)
     path.write_bytes(to_onnx(model, np.ones((1, 32, 32, 3), np.float32)))
+
+
+def write_quantized(folder: Path) -> None:
+    """The same in eight bits."""
+    from experiments.baselines.quantized import quantized
+
+    examples = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
+    (folder / "network.int8.onnx").write_bytes(quantized((folder / "network.onnx").read_bytes(), examples, 1))
 
 
 def commands(page: Path) -> set[str]:

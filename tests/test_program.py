@@ -257,10 +257,11 @@ def byte_programs(draw):
         op = draw(st.sampled_from(["conv", "concat", "slice", "pool", "rounding", "add"]))
         if op == "conv" and uint8 and c == 8:
             residual, to_float = draw(st.booleans()), draw(st.booleans())
+            inner = draw(st.sampled_from([None, (-30.0, 60.0, 0.001)])) if residual else None
             args = (x, draw(st.sampled_from(alike))) if residual else (x,)
             zeros = draw(st.tuples(*[st.integers(0, 255)] * 3))
-            rescale = Rescale(*zeros, *((-9.0, 9.0) if to_float else (-float(zeros[1]), 255.0 - zeros[1])), to_float)
-            shared = (0, 1, 2, 3, 4)[:4 + residual]
+            rescale = Rescale(*zeros, *((-9.0, 9.0) if to_float else (-float(zeros[1]), 255.0 - zeros[1])), to_float, inner)
+            shared = (0, 1, 2, 3, 4)[:4 + residual] + (2,) * (inner is not None)
             step = Step("conv_int8", (h, w, 8), args, shared, (SAME, rescale), (), INT8.pattern, not to_float)
         elif op == "concat":
             args = (x, *draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2)))

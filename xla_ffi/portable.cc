@@ -107,13 +107,19 @@ struct V {
     }
     return y;
   }
+  static SF_INLINE Reg Nearest(F::Reg y) {  // ties to even
+    Reg r = {};
+    for (int i = 0; i < 4; ++i) r[i] = static_cast<Value>(std::nearbyint(y[i]));
+    return r;
+  }
   static SF_INLINE Reg FromBytes(const uint8_t* p, int m) {
     Reg r = {};
     for (int i = 0; i < m; ++i) r[i] = p[i];
     return r;
   }
   static SF_INLINE void StoreBytes(uint8_t* p, F::Reg y, Reg zero, int m) {
-    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(y[i])) + zero[i]);
+    const Reg q = Nearest(y) + zero;
+    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(q[i]);
   }
 };
 

@@ -7,7 +7,7 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kVersion = 3;
+constexpr int64_t kVersion = 4;
 
 // Reads words in order; 0 and `ended` past the end.
 struct Reader {
@@ -79,7 +79,7 @@ std::string Program::Decode(const int64_t* words, int64_t count, const float* nu
     }
     if (step.op == Op::kConv || step.op == Op::kConvInt8) {
       const bool int8 = step.op == Op::kConvInt8;
-      if (step.params.size() != (int8 ? 19 : 17)) return where + "malformed";
+      if (step.params.size() != (int8 ? 20 : 17)) return where + "malformed";
       const int64_t* p = step.params.data();
       Shape s{};
       s.kh = p[0], s.kw = p[1], s.icg = p[2], s.oc = p[3], s.groups = p[4], s.block = p[5];
@@ -154,20 +154,25 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       if (!error.empty()) return error;
       return operand(0, step.conv->nnz()) && (p[15] == 0 || operand(1, s.oc)) ? "" : wrong;
     }
-    case Op::kConvInt8: {  // 6 of the layout, 8 of the window, zeros of x, y and the residual, to float, has residual; bounds
-      if (std::min({p[14], p[15], p[16]}) < 0 || std::max({p[14], p[15], p[16]}) > 255 || !flag(p[17]) || !flag(p[18])) return "unknown epilogue";
+    case Op::kConvInt8: {  // 6 of the layout, 8 of the window, zeros of x, y and the residual, to float, has residual, inner; bounds
+      if (std::min({p[14], p[15], p[16]}) < 0 || std::max({p[14], p[15], p[16]}) > 255 || !flag(p[17]) || !flag(p[18]) || !flag(p[19]) || p[19] > p[18]) {
+        return "unknown epilogue";
+      }
       const Shape& s = step.conv->shape();
-      const size_t residual = static_cast<size_t>(p[18]);
-      if (!counts(1 + residual, 4 + residual, 19, 2) || x[0]->c != 4 * s.ic() || y.c != s.oc) return wrong;
+      const size_t residual = static_cast<size_t>(p[18]), inner = static_cast<size_t>(p[19]);
+      if (!counts(1 + residual, 4 + residual + inner, 20, 2 + 3 * inner) || x[0]->c != 4 * s.ic() || y.c != s.oc) return wrong;
       const float low = step.numbers[0], high = step.numbers[1];
       if (p[17] == 0 && !(static_cast<float>(-p[15]) <= low && low <= high && high <= static_cast<float>(255 - p[15]))) {
         return "its bounds do not fit uint8";
+      }
+      if (inner == 1 && !(-255 <= step.numbers[2] && step.numbers[2] <= step.numbers[3] && step.numbers[3] <= 255)) {
+        return "its inner bounds do not fit uint8";
       }
       if (residual == 1 && !same(*x[1], y)) return wrong;
       const std::string error = step.conv->Fits(x[0]->h, x[0]->w, y.h, y.w);
       if (!error.empty()) return error;
       return operand(0, step.conv->nnz(), Type::kInt32) && operand(1, s.oc, Type::kInt32) && operand(2, s.oc) && operand(3, s.oc) &&
-                     (residual == 0 || operand(4, s.oc)) ? "" : wrong;
+                     (residual == 0 || operand(4, s.oc)) && (inner == 0 || operand(5, s.oc)) ? "" : wrong;
     }
     case Op::kDepthwise:  // filter, activation, has bias
       if (p.size() != 10 || !filter(0) || p[8] < 0 || p[8] > 2 || !flag(p[9])) return "malformed";
@@ -222,7 +227,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       const bool sizes = counts(1, 0, 2, 0) && x[0]->h * p[0] == y.h && x[0]->w * p[1] == y.w;
       return sizes && (x[0]->c == y.c || x[0]->c == p[0] * p[1] * y.c) ? "" : wrong;
     }
-    case Op::kQuantize:  // 1 / scale, zero
+    case Op::kQuantize:  // scale, zero
     case Op::kDequantize:  // scale, zero
       return counts(1, 0, 0, 2) && same(*x[0], y) && step.numbers[0] > 0 && zero(step.numbers[1]) ? "" : wrong;
     case Op::kEnd: break;

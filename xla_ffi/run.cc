@@ -99,6 +99,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
     rescale.scale += first;
     rescale.offset += first;
     if (rescale.ratio != nullptr) rescale.ratio += first;
+    if (rescale.inner != nullptr) rescale.inner += first;
   }
   c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(at.tile * accumulators * lanes)], out,
                 b.residual != nullptr ? residual : nullptr, activation, stream, &rescale});

@@ -93,6 +93,11 @@ struct Pack {
 //
 //   y = (float(sum (x - zero_in) w) + offset[k] + (residual - zero_residual) ratio[k]) scale[k]
 //
+// With `inner` the sum is rounded before the residual is added. Ratio and scale are those of its steps, and the ratio has another 16 bits:
+//
+//   step = clamp(round((float(sum (x - zero_in) w) + offset[k]) inner[k]), inner_low, inner_high)
+//   y = ((step + (residual - zero_residual) ratio[k]) + (residual - zero_residual) ratio_rest) scale[k]
+//
 // Rounded to nearest, ties to even; every operation rounds by itself. The ratio has at most 16 significant bits, so that its product
 // is exact: y is then the same whether or not a compiler joins products and sums. A nan becomes low as uint8, stays as float32.
 struct Rescale {
@@ -102,6 +107,8 @@ struct Rescale {
   float low, high;      // whole numbers for uint8
   int32_t zero_in, zero, zero_residual;
   bool to_float;        // whether y is float32
+  const float* inner = nullptr;  // (oc), or null; only with a residual
+  float inner_low = 0, inner_high = 0, ratio_rest = 0;  // bounds are whole numbers
   int64_t bytes() const { return to_float ? 4 : 1; }
 };
 

@@ -97,11 +97,11 @@ struct Map {
   float p, q, low, high;
 };
 
-// y = clamp(round(x * inverse), -zero, 255 - zero) + zero, to nearest, ties to even; of nan 0
+// y = clamp(round(x / scale), -zero, 255 - zero) + zero, to nearest, ties to even; of nan 0
 struct Quantize {
   Image x;
   Bytes y;
-  float inverse;
+  float scale;
   int32_t zero;
 };
 

@@ -96,7 +96,7 @@ def in_int8(model: nnx.Module, x: np.ndarray, file: bytes, planned: Plan, baseli
       threads: to run on.
     """
     examples = np.random.default_rng(2).standard_normal((EXAMPLES, *x.shape[1:]), np.float32)
-    packed = pack_model(model, in_eight_bits(planned, model, examples, faster=True))
+    packed = pack_model(model, in_eight_bits(planned, model, x, examples, faster=True))
     ours = Rival(INT8, program(packed, x), np.asarray, dense=False, exact=False)
     engines = [baseline.network_int8 for baseline in baselines if hasattr(baseline, "network_int8")]
     file = quantized(file, examples, len(x)) if engines else file

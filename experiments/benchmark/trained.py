@@ -64,7 +64,7 @@ def measure(seeds: Sequence[int], n: int, baselines: Iterable[ModuleType], machi
     for seed in seeds:
         dense, pruned = networks(seed, data, folder / f"seed{seed}")
         planned = plan(pruned, x, machine)
-        rounded = in_eight_bits(planned, pruned, examples)
+        rounded = in_eight_bits(planned, pruned, x, examples)
         off = {row.path: row.error for row in rounded.layers if row.inputs is not None and row.error is not None}
         ours = {DENSE: dense, OURS: pack_model(pruned, planned), INT8: pack_model(pruned, rounded)}
         for name, model in ours.items():

@@ -8,6 +8,7 @@ packing.py), of a kernel with a quarter of the input channels. So weights pay wh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,8 +93,7 @@ class QuantizedArray:
 
     def dequantize(self) -> jax.Array:
         """The float32 that the values stand for."""
-        steps = self.values.astype(jnp.int32) - self.quantization.zero
-        return steps.astype(jnp.float32) * np.float32(self.quantization.scale)
+        return dequantize_p.bind(self.values, quantization=self.quantization)
 
 
 def no_derivative(*_, **__):
@@ -102,21 +102,31 @@ def no_derivative(*_, **__):
                     "and pack it for int8 afterwards")
 
 
-quantize_p = Primitive("sparseflax_quantize")
-quantize_p.def_impl(lambda *operands, **params: xla.apply_primitive(quantize_p, *operands, **params))
-quantize_p.def_abstract_eval(lambda x, *, quantization: x.update(dtype=np.dtype(np.uint8), weak_type=False))
-
-
 def _quantize(x, *, quantization: Quantization):
-    steps = x * np.float32(1 / quantization.scale)
+    # A quotient as IEEE has it: XLA would multiply by the reciprocal of a number that it knows, and ties would go elsewhere.
+    steps = x / jax.lax.optimization_barrier(jnp.broadcast_to(np.float32(quantization.scale), x.shape))
     low, high = np.float32(-quantization.zero), np.float32(255 - quantization.zero)
     steps = jnp.minimum(jnp.where(steps > low, steps, low), high)
     return (jnp.round(steps).astype(jnp.int32) + quantization.zero).astype(jnp.uint8)
 
 
-mlir.register_lowering(quantize_p, mlir.lower_fun(_quantize, multiple_results=False))
-ad.primitive_jvps[quantize_p] = no_derivative
-batching.primitive_batchers[quantize_p] = lambda operands, dims, **params: (quantize_p.bind(*operands, **params), dims[0])
+def _dequantize(x, *, quantization: Quantization):
+    return (x.astype(jnp.int32) - quantization.zero).astype(jnp.float32) * np.float32(quantization.scale)
+
+
+def _primitive(name: str, dtype: Any, compute: Any) -> Primitive:
+    """What is done to each value by itself, given a Quantization."""
+    made = Primitive(f"sparseflax_{name}")
+    made.def_impl(functools.partial(xla.apply_primitive, made))
+    made.def_abstract_eval(lambda x, *, quantization: x.update(dtype=np.dtype(dtype), weak_type=False))
+    mlir.register_lowering(made, mlir.lower_fun(compute, multiple_results=False))
+    ad.primitive_jvps[made] = no_derivative
+    batching.primitive_batchers[made] = lambda operands, dims, **params: (made.bind(*operands, **params), dims[0])
+    return made
+
+
+quantize_p = _primitive("quantize", np.uint8, _quantize)
+dequantize_p = _primitive("dequantize", np.float32, _dequantize)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -204,8 +214,8 @@ def _numbers(quantization: Quantization | None) -> np.ndarray:
     return np.asarray([] if quantization is None else [quantization.scale, quantization.zero], np.float64)
 
 
-def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1,
-              outputs: Quantization | None = None) -> QuantizedKernel:
+def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1, outputs: Quantization | None = None,
+              scale: Any = None) -> QuantizedKernel:
     """Rounds a convolution kernel to int8 and packs the words that hold a weight other than 0.
 
     Args:
@@ -213,6 +223,7 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1,
       inputs: what the uint8 inputs stand for.
       feature_group_count: groups, as in `jax.lax.conv_general_dilated`.
       outputs: by which a network may round the results where that saves time, as of a shortcut; None keeps them float32.
+      scale: (oc,) what an int8 weight of 1 stands for, which larger weights than 127 of are clamped by; None takes the finest.
 
     Raises:
       TypeError: `kernel` is traced or not float32, `inputs` is no Quantization.
@@ -225,8 +236,13 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1,
     dense = np.asarray(kernel)
     pack(dense, feature_group_count)  # refuses what cannot be packed
     *_, channels, oc = dense.shape
-    largest = np.abs(dense).max(axis=tuple(range(dense.ndim - 1)))
-    scale = np.maximum(np.where(largest > 0, largest, 1) / np.float32(127), np.float32(2**-100))
+    if scale is None:
+        largest = np.abs(dense).max(axis=tuple(range(dense.ndim - 1)))
+        scale = np.maximum(np.where(largest > 0, largest, 1) / np.float32(127), np.float32(2**-100))
+    scale = np.asarray(scale, np.float32)
+    if scale.shape != (oc,) or not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"scale has shape {scale.shape} and is at least {scale.min(initial=np.inf)}, wanted ({oc},), finite "
+                         "and positive: None takes what fits the kernel")
     integers = np.clip(np.rint(dense / scale), -127, 127).astype(np.int32)
     padding = [(0, 0)] * (dense.ndim - 2) + [(0, -channels % LANES), (0, 0)]
     lanes = np.pad(integers, padding).reshape(*dense.shape[:-2], -1, LANES, oc)

@@ -2,8 +2,8 @@
 
     y[n,i,j,k] = (float(sum (x - zero_in) w) + offset[k] + (residual - zero_residual) ratio[k]) scale[k]
 
-clamped, and rounded to uint8 where that is asked for. The ratio has 16 bits, so that its product is exact: whether a compiler
-joins products and sums makes no difference.
+clamped, and rounded to uint8 where that is asked for; a step of a program can round the sum before the residual is added. The
+ratio has 16 bits, so that its product is exact: whether a compiler joins products and sums makes no difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6
 
 
 class Rescale(NamedTuple):
-    """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers."""
+    """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers. `inner` has
+    the bounds between which the sum is rounded before the residual is added, and what the ratio has beyond 16 bits."""
 
     zero_in: int
     zero: int
@@ -38,6 +39,7 @@ class Rescale(NamedTuple):
     low: float
     high: float
     to_float: bool
+    inner: tuple[float, float, float] | None = None
 
     def quantized(self, output: Quantization) -> Rescale:
         """The same with uint8 outputs."""
@@ -160,14 +162,21 @@ def reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window
     total = jnp.zeros((n, oh, ow, groups, oc // groups), jnp.int32)
     total = (total if empty else jax.lax.fori_loop(0, kh * kw, add, total)).reshape(n, oh, ow, oc)
     y = total.astype(jnp.float32) + offset.reshape(1, 1, 1, -1)
+    if rescale.inner is not None:
+        y = jnp.round(_clamped(y * residual[2].reshape(1, 1, 1, -1), *rescale.inner[:2]))
     if residual:
-        y = y + (residual[0].astype(jnp.int32) - rescale.zero_residual).astype(jnp.float32) * residual[1].reshape(1, 1, 1, -1)
+        other = (residual[0].astype(jnp.int32) - rescale.zero_residual).astype(jnp.float32)
+        y = y + other * residual[1].reshape(1, 1, 1, -1)
+        y = y if rescale.inner is None else y + other * np.float32(rescale.inner[2])
     y = y * scale.reshape(1, 1, 1, -1)
-    low, high = np.float32(rescale.low), np.float32(rescale.high)
     if rescale.to_float:
-        return jnp.minimum(jnp.maximum(y, low), high)
-    y = jnp.minimum(jnp.where(y > low, y, low), high)
-    return (jnp.round(y).astype(jnp.int32) + rescale.zero).astype(jnp.uint8)
+        return jnp.minimum(jnp.maximum(y, np.float32(rescale.low)), np.float32(rescale.high))
+    return (jnp.round(_clamped(y, rescale.low, rescale.high)).astype(jnp.int32) + rescale.zero).astype(jnp.uint8)
+
+
+def _clamped(y, low: float, high: float):
+    """Between two bounds; a nan becomes the lower one."""
+    return jnp.minimum(jnp.where(y > np.float32(low), y, np.float32(low)), np.float32(high))
 
 
 def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Rescale, kernel, **_):

@@ -18,10 +18,27 @@ class Sums(nnx.Variable):
     """Each output channel's sum of int8 weights, which follows from the words."""
 
 
+class Scale(nnx.Variable):
+    """What an integer weight of 1 stands for, (oc,): the attribute `kernel_scale` of an nnx.Conv or nnx.Linear whose kernel is
+    whole multiples of it."""
+
+
+def integers(layer: Any) -> np.ndarray | None:
+    """A layer's kernel divided by its `kernel_scale`, where all quotients are whole numbers; None for other kernels."""
+    if not hasattr(layer, "kernel_scale"):
+        return None
+    steps = np.asarray(rules.masked(layer, layer.kernel[...])) / np.asarray(layer.kernel_scale[...])
+    whole = np.rint(steps)
+    # A product and a quotient of float32: each is off by at most a part in 2^24, of numbers below 2^9.
+    return whole.astype(np.int32) if np.abs(steps - whole).max(initial=0) < 2**-14 else None
+
+
 class Int8Conv(nnx.Module):
     """A 1-D or 2-D convolution whose inputs are rounded to uint8 and whose weights to int8; sums are exact, outputs float32.
 
     y = act(conv(quantize(inputs), kernel) + bias + residual)
+
+    Weights that are whole multiples of the layer's `kernel_scale`, up to 127, stay what they are.
 
     Args:
       layer: what it is made of; it stays as it is.
@@ -49,7 +66,9 @@ class Int8Conv(nnx.Module):
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.dtype, self.activation = layer.dtype, activation
         kernel = rules.plane(np.asarray(rules.masked(layer, layer.kernel[...])))
-        packed = pack_int8(kernel, inputs, self.feature_group_count)
+        whole = integers(layer)
+        own = whole is not None and np.abs(whole).max(initial=0) <= 127
+        packed = pack_int8(kernel, inputs, self.feature_group_count, scale=layer.kernel_scale[...] if own else None)
         self.pattern, self.channels, self.inputs, self.outputs = packed.pattern, packed.channels, inputs, outputs
         self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), Sums(packed.sums)
         bias = np.zeros(packed.shape[3], np.float32) if layer.bias is None else np.asarray(layer.bias[...])

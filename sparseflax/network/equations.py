@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives
 
-from sparseflax.conv.int8 import quantize_p
+from sparseflax.conv.int8 import dequantize_p, quantize_p
 from sparseflax.conv.int8_primitive import int8_conv_p
 from sparseflax.conv.primitive import conv_p
 from sparseflax.conv.window import addressable
@@ -30,7 +30,7 @@ def step(region: Region, equation: Any, operands: Sequence[Any]) -> Node | None:
     dtype = equation.outvars[0].aval.dtype
     if not nodes and primitive not in FIRST:
         return None
-    if any(node.uint8 for node in nodes) and primitive not in MOVES and primitive is not int8_conv_p:
+    if any(node.uint8 for node in nodes) and primitive not in MOVES and primitive not in (int8_conv_p, dequantize_p):
         return None
     if dtype not in (jnp.float32, jnp.bool_) and not (dtype == jnp.uint8 and (primitive in FIRST or nodes)):
         return None
@@ -56,6 +56,8 @@ def _sparse(region: Region, equation: Any, x: Any, values: Any, *rest: Any) -> N
 
 def _add(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
     """Of two convolutions that wait the later takes the sum of the earlier."""
+    if (joined := int8.rounded_sum(region, a, b)) is not None:
+        return joined
     waiting = [(conv, other) for conv, other in ((a, b), (b, a))
                if region.is_open(conv, *CONVOLUTIONS) and conv.activation is None]
     for conv, other in sorted(waiting, key=lambda pair: -pair[0].number):
@@ -189,12 +191,12 @@ def _convert(region: Region, equation: Any, x: Any) -> Any:
 
 
 # Those that a region can begin with, and those that only move values about.
-FIRST = {conv_p, int8_conv_p, quantize_p, primitives.conv_general_dilated_p}
+FIRST = {conv_p, int8_conv_p, quantize_p, dequantize_p, primitives.conv_general_dilated_p}
 MOVES = {primitives.reduce_window_max_p, primitives.reduce_max_p, primitives.concatenate_p, primitives.pad_p,
          primitives.slice_p, primitives.reshape_p, primitives.broadcast_in_dim_p, primitives.squeeze_p, primitives.transpose_p,
          primitives.gather_p}
 STEPS: dict[Any, Callable[..., Node | None]] = {
-    conv_p: _sparse, int8_conv_p: int8.convolution, quantize_p: int8.quantize,
+    conv_p: _sparse, int8_conv_p: int8.convolution, quantize_p: int8.quantize, dequantize_p: int8.dequantize,
     primitives.conv_general_dilated_p: images.convolution, primitives.dot_general_p: images.product,
     primitives.add_p: _add, primitives.sub_p: _combine, primitives.mul_p: _combine, primitives.div_p: _combine,
     primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,

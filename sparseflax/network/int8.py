@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.conv.int8 import Quantization
@@ -39,15 +41,62 @@ def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
     if other.op == "conv_int8" and region.is_open(other) and other.params[2] is not None and other.number < conv.number:
         _rounded(region, other, other.params[2], 0)
         other = region.seen(other)
-    if other.op != "dequantize":
+    values = _integers(region, other)
+    if values is None:
         return None
-    values, quantization = other.args[0], other.params[0]
+    quantization = other.params[0]
     if values.size != conv.size or other.shape != conv.shape or values.number > conv.number:
         return None
     window, rescale, outputs = conv.params
     ratio = jax.lax.reduce_precision(np.float32(quantization.scale) / conv.shared[2], 8, 15)
     return replace(conv, args=(*conv.args, values), shared=(*conv.shared, ratio),
                    params=(window, rescale._replace(zero_residual=quantization.zero), outputs))
+
+
+def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
+    """The sum of what two uint8 images stand for, in the convolution that makes one of them for nothing else; or None.
+
+    Its results are rounded before the sum, as they were without it.
+    """
+    def makes(value: Any) -> bool:
+        conv = value.args[0]
+        return (conv.op == "conv_int8" and len(conv.args) == 1 and value.shape == conv.shape and region.is_open(value)
+                and not region.is_done(conv) and region.readers(conv) == 1)
+
+    if _integers(region, a) is None or _integers(region, b) is None or a is b or a.shape != b.shape or a.size != b.size:
+        return None
+    terms = sorted(filter(makes, (a, b)), key=lambda value: -value.args[0].number)
+    if not terms:
+        return None
+    conv, quantization = terms[0].args[0], terms[0].params[0]
+    other = b if terms[0] is a else a
+    window, rescale, outputs = conv.params
+    words, sums, inner, offset = conv.shared
+    whole = other.params[0].scale / quantization.scale
+    first = _of_16_bits(whole)
+    scale, ratio = (jnp.full(inner.shape, number, jnp.float32) for number in (quantization.scale, first))
+    rescale = rescale._replace(zero=0, zero_residual=other.params[0].zero, low=-math.inf, high=math.inf, to_float=True,
+                               inner=(rescale.low, rescale.high, _of_16_bits(whole - first)))
+    return replace(conv, args=(conv.args[0], other.args[0]), shared=(words, sums, scale, offset, ratio, inner),
+                   params=(window, rescale, outputs), number=next(region.count), read=1, uint8=False)
+
+
+def _integers(region: Region, x: Any) -> Node | None:
+    """The uint8 values that a value is made of, where they wait; None where they would have to be computed again for that."""
+    if not isinstance(x, Node) or x.op != "dequantize" or not isinstance(x.args[0], Node):
+        return None
+    return x.args[0] if region.is_done(x.args[0]) or not region.is_done(x) else None
+
+
+def _of_16_bits(number: float) -> float:
+    """The nearest number of so many significant bits."""
+    fraction, exponent = math.frexp(number)
+    return math.ldexp(round(math.ldexp(fraction, 16)), exponent - 16)
+
+
+def dequantize(region: Region, equation: Any, x: Any) -> Node | None:
+    """What uint8 values stand for."""
+    return region.node(equation, "dequantize", [x], params=(equation.params["quantization"],))
 
 
 def quantize(region: Region, equation: Any, x: Any) -> Node | None:
@@ -59,10 +108,12 @@ def quantize(region: Region, equation: Any, x: Any) -> Node | None:
 
 def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -> Node:
     """A value as uint8. A convolution, a maximum or a concatenation that nobody else has read so far is computed as such."""
-    now = region.seen(x)
-    if now is not x and now.params[0] == quantization:
-        return now.args[0]
-    x = now
+    x = region.seen(x)
+    values = _integers(region, x)
+    if values is not None and x.params[0] == quantization:
+        uint8 = region.again(values, x.shape) if values.shape != x.shape else values
+        if uint8 is not None:
+            return uint8
     free = isinstance(x, Node) and not region.is_done(x) and region.readers(x) == readers
     if free and x.op == "conv_int8":
         window, rescale, outputs = x.params

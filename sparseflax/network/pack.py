@@ -99,7 +99,7 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
         try:
             if row.inputs is not None:
                 int8 = Int8Conv if isinstance(node, nnx.Conv) else Int8Dense
-                return int8(layer, row.inputs, row.correction, outputs=row.outputs)
+                return int8(layer, row.inputs, row.correction or None, outputs=row.outputs)
             if is_stack(layer, layer.kernel.ndim):
                 return SparseStack(layer)
             return (SparseConv if isinstance(node, nnx.Conv) else SparseDense).from_dense(layer)

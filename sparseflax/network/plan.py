@@ -26,6 +26,7 @@ from sparseflax.cost.shape import ConvShape
 from sparseflax.layers.stack import PackedStack
 from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.ranges import Rounded, round_layers
+from sparseflax.network.stated import round_stated, stated_ranges
 from sparseflax.network.survey import Layer, join, survey
 
 # The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
@@ -190,21 +191,20 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
       seconds: for each layer to be measured, compiling apart; four times that again where the model expected otherwise.
       precision: "int8" runs in eight bits, with uint8 inputs, what the sparse kernel can run, where that loses little and its
         weights are whole blocks of four input channels; "auto" where it is predicted to take less time as well. For nnx models.
-      examples: for int8 a few hundred inputs, unlabelled, with a leading axis of examples: ranges and errors are theirs.
+      examples: for int8 a few hundred inputs, unlabelled, with a leading axis of examples: ranges and errors are theirs. Layers
+        that the model itself rounds to eight bits, as a file does that was quantized, need none.
       **call: further keyword arguments of the call, e.g. `train=False`.
 
     Raises:
       TypeError: `model` is neither, cannot be traced, or its weights are not concrete.
-      ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples, with values
-        that are not finite, or of a Linen model.
+      ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples of a model
+        that rounds nothing itself, with values that are not finite, or of a Linen model.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r}, wanted one of {get_args(Precision)}")
     if precision != "float32" and isinstance(model, tuple):
         raise ValueError(f'precision="{precision}" of a Linen model, wanted an nnx one, as ranges are not measured in Linen '
                          'yet: write it with flax.nnx, or leave `precision` out')
-    if precision != "float32" and examples is None:
-        raise ValueError(f'precision="{precision}" wants examples=inputs, a few hundred like those that the model will meet')
     if measure and machine is not None and elsewhere(machine):
         raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or `measure`")
     layers = {layer.path: layer for layer in survey(model, x, **call)}
@@ -227,14 +227,24 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     planned = Plan(tuple(rows), machine, describe(x))
     if precision == "float32":
         return planned
-    return in_eight_bits(planned, model, examples, faster=precision == "auto", **call)
+    return in_eight_bits(planned, model, x, examples, faster=precision == "auto", **call)
 
 
-def in_eight_bits(plan: Plan, model: Any, examples: Any, faster: bool = False, **call: Any) -> Plan:
+def in_eight_bits(plan: Plan, model: Any, x: Any, examples: Any, faster: bool = False, **call: Any) -> Plan:
     """A plan in float32 with layers in eight bits, where that loses little and, if asked for, is predicted to be faster."""
     norms = {row.path: row.norm for row in plan.layers
              if row.open and row.sparse_seconds and row.shape and row.shape.layers == 1}
-    layers = round_layers(model, norms, examples, **call)
+    stated = stated_ranges(model, norms, x, **call)
+    layers = round_stated(model, norms, stated)
+    others = {path: norm for path, norm in norms.items() if path not in layers}
+    if examples is not None:
+        layers |= round_layers(model, others, examples, stated, **call) if others or not layers else {}
+    elif not layers:
+        raise ValueError(f'precision="{"auto" if faster else "int8"}" wants examples=inputs, a few hundred like those that the '
+                         "model will meet, as the model does not round its layers' inputs and weights itself")
+    else:
+        reason = "float32: the model does not round its inputs and weights to eight bits, give examples"
+        layers |= {path: Rounded(None, None, (), reason) for path in others}
     rows = [_in_int8(row, layers[row.path], plan.machine, faster) if row.path in layers else row for row in plan.layers]
     return replace(plan, layers=tuple(rows))
 

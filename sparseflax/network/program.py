@@ -27,7 +27,7 @@ from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
-VERSION = 3
+VERSION = 4
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
        "dequantize", "upsample", "dense", "reduce")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
@@ -131,11 +131,11 @@ class Step:
             layout = [*pattern.shape, pattern.groups, pattern.block, *strides, *padding, *dilation]
             if self.op == "conv":
                 return [*layout, ACTIVATIONS[p[1]], *p[2:]], []
-            zero_in, zero, zero_residual, low, high, to_float = p[1]
-            return [*layout, zero_in, zero, zero_residual, to_float, len(self.args) == 2], [low, high]
+            zero_in, zero, zero_residual, low, high, to_float, inner = p[1]
+            flags = to_float, len(self.args) == 2, inner is not None
+            return [*layout, zero_in, zero, zero_residual, *flags], [low, high, *(inner or ())]
         if self.op in ("quantize", "dequantize"):
-            scale, zero = p[0].scale, p[0].zero
-            return [], [1 / scale if self.op == "quantize" else scale, zero]
+            return [], [p[0].scale, p[0].zero]
         if self.op == "depthwise":
             taps, window, activation, has_bias = p
             return [*_filter(taps, window), ACTIVATIONS[activation], has_bias], []

@@ -55,13 +55,15 @@ class _Watched(nnx.Module):
         return outputs
 
 
-def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: Any, **call: Any) -> dict[str, Rounded]:
+def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: Any, stated: Mapping[str, Quantization],
+                 **call: Any) -> dict[str, Rounded]:
     """Tries eight bits on some layers of a model, each for itself, with float32 inputs from the layers before it.
 
     Args:
       model: an nnx module; it stays as it is and is run eagerly, as at inference.
       norms: {path of a layer: path of the batch norm that is folded into it, or None}.
       examples: inputs, unlabelled, with a leading axis of examples: an array or a pytree of them.
+      stated: what the inputs of some of these layers are rounded to already; the others take the range of the examples.
       **call: further keyword arguments of the call.
 
     Raises:
@@ -95,7 +97,7 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
     rounded: dict[str, Rounded] = {}
 
     def see_error(path: str, layer: Any) -> Callable[[Any, Any], None]:
-        inputs = _holding(ranges[path])
+        inputs = stated.get(path) or _holding(ranges[path])
         if inputs is None:
             rounded[path] = Rounded(None, None, (), "float32: its inputs are 0 in all examples, or it does not run")
             return lambda *_: None
@@ -135,6 +137,13 @@ def _holding(ranges: list[tuple[float, float]]) -> Quantization | None:
 
 def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any], Callable], batches: Any, call: Any) -> None:
     """Runs the folded model on the batches with its layers watched; shared ones once for all their places."""
+    watched = replaced(model, norms, lambda path, layer: _Watched(layer, watch(path, layer)))
+    for batch in batches:
+        watched(batch, **call)
+
+
+def replaced(model: Any, norms: Mapping[str, str | None], make: Callable[[str, Any], Any]) -> Any:
+    """A copy of a model, as at inference, with batch norms folded and its layers as `make` makes them of path and layer."""
     copy = nnx.clone(model)
     copy.eval()
     modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
@@ -147,9 +156,7 @@ def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any]
         if isinstance(node, (nnx.Conv, nnx.Linear)) and name in norms:
             norm = norms[name]
             layer = node if norm is None else with_norm(node, modules[norm])
-            return _Watched(layer, watch(name, layer))
+            return make(name, layer)
         return node
 
-    watched: Any = nnx.recursive_map(replace, copy)
-    for batch in batches:
-        watched(batch, **call)
+    return nnx.recursive_map(replace, copy)

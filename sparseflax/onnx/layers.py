@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparseflax.layers.int8 import Scale
 from sparseflax.onnx.graph import Node
 from sparseflax.onnx.ops.image import transposed_kernel, transposed_window, window
 from sparseflax.onnx.value import Unsupported, Value, last, value
 
 ZEROS = nnx.initializers.zeros_init()
 Constants = dict[str, np.ndarray]
+Scales = Mapping[str, tuple[np.ndarray, int]]
 
 
 class Layer(NamedTuple):
@@ -51,13 +55,14 @@ def call(module: Any, channels: int, rank: int | None, features: bool, x: Value)
     return value(module(x.plain())) if features else Value(module(x.channels_last()), last(x.rank))
 
 
-def layer(node: Node, constants: Constants, image: int | None = None) -> Layer | None:
+def layer(node: Node, constants: Constants, image: int | None = None, scales: Scales = MappingProxyType({})) -> Layer | None:
     """The layer that a node is; None for one that is none, or whose weights are computed.
 
     Args:
       node: the node.
       constants: by name.
       image: channels of the images that were flattened in our order to become its input.
+      scales: of constants that were dequantized, by name, and the axis that they are along.
 
     Raises:
       Unsupported: it can be no layer.
@@ -68,7 +73,16 @@ def layer(node: Node, constants: Constants, image: int | None = None) -> Layer |
         return None
     if unusable := [array.dtype for array in given if array is not None and array.dtype.kind != "f"]:
         raise Unsupported(f"its weights are {unusable[0]}, wanted floating point")
-    return make(node, given, image)
+    found, weights = make(node, given, image), given[0]
+    if found is None or weights is None or not isinstance(found.module, nnx.Conv | nnx.Linear):
+        return found
+    if node.inputs[1] in scales:
+        scale, axis = scales[node.inputs[1]]
+        oc, along = found.module.kernel.shape[-1], 0 if node.op == "Conv" or node.attributes.get("transB", 0) else 1
+        if scale.size == 1 or (scale.shape == (oc,) and axis % weights.ndim == along):
+            own = np.broadcast_to(scale.reshape(-1), (oc,)).astype(np.float32)
+            setattr(found.module, "kernel_scale", Scale(jnp.asarray(own)))  # noqa: B010
+    return found
 
 
 def _conv(node: Node, given: list[Any], _: Any) -> Layer:

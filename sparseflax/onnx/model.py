@@ -68,7 +68,8 @@ def load_onnx(path: str | PathLike[str]) -> OnnxModel:
     become Flax's layers; zeros stay zeros, so that `plan` and `pack_model` find them. Images are NHWC outside, and inside
     wherever convolutions are; sizes that the graph computes are known once it is traced for an input, so that a network that
     takes images of any size does so here. Half precision is read as float32, quantized numbers are rounded as the file says and
-    computed with in float32. Weights may be sparse initializers, or lie in external files beside `path`.
+    computed with in float32, or in eight bits by a plan that says so. Weights may be sparse initializers, or lie in external
+    files beside `path`.
 
     Args:
       path: an .onnx file.

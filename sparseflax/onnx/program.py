@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sparseflax.onnx.flattened import flattened
 from sparseflax.onnx.graph import Body, Graph, Node, Shape
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
-from sparseflax.onnx.older import QUANTIZED, newer
+from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, SHARED, newer
 from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
 from sparseflax.onnx.ops.elementwise import dtype_of
+from sparseflax.onnx.pairs import joined
 from sparseflax.onnx.read import malformed
 from sparseflax.onnx.value import MOST, Unsupported, Value, value
 
@@ -25,7 +27,7 @@ UNREAD = {
                     "how much it returns depends on the data, take its inputs instead"),
     **dict.fromkeys(("Scan", "SequenceMap"), "it holds a graph of its own, which is not read"),
 }
-MICROSOFT = "DynamicQuantizeLSTM",  # of ONNX Runtime's own quantization
+MICROSOFT = "DynamicQuantizeLSTM", *CONTRIBUTED  # of ONNX Runtime's own quantization
 SIZES = 64  # numbers in a list of sizes: what is longer is a weight
 
 
@@ -136,7 +138,9 @@ def build(graph: Graph) -> Built:
     """Turns nodes into steps, those with constant weights into layers; goes on after a node that it cannot turn."""
     refused = [f"{node}: {UNREAD.get(node.op, 'unknown operator')}" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
-    flat = _flattened(graph)
+    scales = dict[str, tuple[np.ndarray, int]]()  # of weights that were dequantized, and the axis that they are along
+    flat = flattened(graph)
+    rows = dict(flat)  # as these, but rounded since
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
     for older in graph.nodes:
         if not _is_known(older):
@@ -162,18 +166,23 @@ def build(graph: Graph) -> Built:
                 absent.update(name for name, result in outputs.items() if result is None)
                 folded = {name: np.asarray(result.plain()) for name, result in outputs.items() if result is not None}
                 constants |= folded
+                if node.op == "DequantizeLinear":
+                    scales |= {name: (constants[node.inputs[1]], node.attributes.get("axis", 1)) for name in folded}
                 made += sum(array.size for array in folded.values())
                 if made > 2 * MOST:
                     raise ValueError(f"the graph computes constants of {made} numbers up to {node}, wanted {2 * MOST} at most: "
                                      "it was damaged, export it again")
             else:
+                if node.op in SHARED and node.inputs[0] in rows:
+                    rows |= dict.fromkeys(node.outputs, rows[node.inputs[0]])
                 try:
-                    found = layer(node, constants, flat.get(node.inputs[0])) if node.inputs else None
+                    found = layer(node, constants, rows.get(node.inputs[0]), scales) if node.inputs else None
                 except Exception as error:
                     refused.append(f"{older}: {error}")
                     absent.update(node.outputs)
                     continue
                 steps.append(_step(node, found, layers, flat))
+    steps = joined(steps, constants, graph.outputs)
     program = _program(graph, steps, constants)
     used = {name for step in steps for name in step.node.inputs} | set(graph.outputs)
     left = {name: array for name, array in constants.items() if name in used}
@@ -198,8 +207,9 @@ def _readied(node: Node, opset: int, refused: list[str]) -> Node:
 
 
 def _is_known(node: Node) -> bool:
-    own = (node.op in OPERATORS or node.op in control.OPERATORS) and node.op not in MICROSOFT or node.op in QUANTIZED
-    return own if not node.domain else node.domain == "com.microsoft" and node.op in MICROSOFT
+    if node.domain:
+        return node.domain == "com.microsoft" and node.op in (*MICROSOFT, *SHARED)
+    return node.op not in MICROSOFT and any(node.op in known for known in (OPERATORS, control.OPERATORS, QUANTIZED))
 
 
 def _step(node: Node, found: Layer | None, layers: dict[str, Any], flat: Mapping[str, int]) -> Step:
@@ -216,38 +226,6 @@ def _program(graph: Graph, steps: Sequence[Step], constants: Mapping[str, np.nda
     shapes = tuple(graph.shapes.get(name) for name in graph.inputs)
     images = (*(not graph.channels_last(name) for name in graph.inputs), *map(graph.image, graph.outputs))
     return Program(graph.inputs, shapes, images, graph.outputs, tuple(steps), {})
-
-
-def _flattened(graph: Graph) -> dict[str, int]:
-    """Images that may be flattened in our order, as nothing but fully connected layers takes them: (name of the result,
-    channels)."""
-    found = {}
-    for node in graph.nodes:
-        if node.domain or node.op not in ("Flatten", "Reshape") or len(node.outputs) != 1 or not node.inputs:
-            continue
-        image, (result,) = graph.shapes.get(node.inputs[0], ()), node.outputs
-        if len(image) != 4 or image[1] is None or result in graph.outputs:
-            continue
-        if node.op == "Flatten":
-            flat = node.attributes.get("axis", 1) == 1
-        else:
-            given: Any = graph.constants.get(node.inputs[-1], node.attributes.get("shape", ()))
-            sizes = np.ravel(given).tolist()
-            flat = len(sizes) == 2 and sizes[0] in (0, -1, image[0]) and (sizes[1] > 0 or sizes[0] != -1) and None not in image
-        users = graph.users(result)
-        if flat and users and all(_is_layer(graph, user, result) for user in users):
-            found[result] = image[1]
-    return found
-
-
-def _is_layer(graph: Graph, node: Node, x: str) -> bool:
-    """Whether a node is sure to become a fully connected layer of `x`."""
-    weights = [graph.constants.get(name) for name in node.inputs[1:]]
-    if node.domain or node.op not in FEATURES or node.inputs[0] != x or node.attributes.get("transA"):
-        return False
-    if not weights or any(array is None or array.dtype != np.float32 for array in weights):
-        return False
-    return [array.ndim for array in weights if array is not None] in ([2], [2, 1])
 
 
 def check(graph: Graph, program: Program, layers: Mapping[str, Any], constants: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ struct Int8Problem {
   Problem pattern;  // its dense weights say which words are kept
   std::vector<uint8_t> x, residual, y_bytes;
   std::vector<int32_t> words, sums;
-  std::vector<float> scale, offset, ratio, y;
+  std::vector<float> scale, offset, ratio, inner, y;  // inner: empty without a rounding before the residual
   Rescale rescale;
 };
 
@@ -66,8 +66,14 @@ void Solve(Int8Problem& p) {
       }
     }
     float y = static_cast<float>(static_cast<int32_t>(sum)) + p.offset[static_cast<size_t>(k)];
+    if (!p.inner.empty()) {
+      const float step = y * p.inner[static_cast<size_t>(k)];
+      y = std::nearbyint(step > q.inner_low ? std::min(step, q.inner_high) : q.inner_low);
+    }
     if (!p.residual.empty()) {
-      y += static_cast<float>(p.residual[static_cast<size_t>(i)] - q.zero_residual) * p.ratio[static_cast<size_t>(k)];
+      const float other = static_cast<float>(p.residual[static_cast<size_t>(i)] - q.zero_residual);
+      y += other * p.ratio[static_cast<size_t>(k)];
+      if (!p.inner.empty()) y += other * q.ratio_rest;
     }
     y *= p.scale[static_cast<size_t>(k)];
     p.y.push_back(std::isnan(y) ? y : std::min(std::max(y, q.low), q.high));
@@ -120,6 +126,14 @@ Int8Problem MakeInt8Problem(const Shape& shape, double density, bool residual, b
     p.ratio.push_back(std::ldexp(static_cast<float>(32768 + random() % 32768), -8));  // 16 bits
   }
   if (!residual) p.ratio.clear();
+  if (residual && random() % 2 == 0) {
+    p.inner = p.scale;
+    for (float& scale : p.scale) scale = 0.5f + static_cast<float>(random() % 1000) / 1000;
+    for (float& ratio : p.ratio) ratio = std::ldexp(ratio, -8);
+    p.rescale.inner_low = -static_cast<float>(Byte(random, 0, 255));
+    p.rescale.inner_high = 255 + p.rescale.inner_low;
+    p.rescale.ratio_rest = std::ldexp(static_cast<float>(32768 + random() % 32768), -32);
+  }
   if (shape.oc > 3) p.offset[3] = std::numeric_limits<float>::quiet_NaN();
   Solve(p);
   return p;
@@ -136,10 +150,10 @@ std::unique_ptr<Conv> MakeConv(const Int8Problem& p, const Isa* isa) {
 struct Memory {
   GuardedArray<uint8_t> x, residual, y_bytes;
   GuardedArray<int32_t> words, sums;
-  Guarded scale, offset, ratio, y;
+  Guarded scale, offset, ratio, inner, y;
   Memory(const Int8Problem& p, Flush flush)
       : x(p.x, flush), residual(p.residual, flush), y_bytes(p.y.size(), flush), words(p.words, flush), sums(p.sums, flush),
-        scale(p.scale, flush), offset(p.offset, flush), ratio(p.ratio, flush), y(p.y.size(), flush) {}
+        scale(p.scale, flush), offset(p.offset, flush), ratio(p.ratio, flush), inner(p.inner, flush), y(p.y.size(), flush) {}
 };
 
 void CheckRun(const Int8Problem& p, Conv& conv, const Isa& isa, const Memory& memory, const Schedule* forced) {
@@ -149,6 +163,7 @@ void CheckRun(const Int8Problem& p, Conv& conv, const Isa& isa, const Memory& me
   rescale.scale = memory.scale.data();
   rescale.offset = memory.offset.data();
   rescale.ratio = p.ratio.empty() ? nullptr : memory.ratio.data();
+  rescale.inner = p.inner.empty() ? nullptr : memory.inner.data();
   for (size_t i = 0; i < p.y.size(); ++i) {  // not what is wanted
     memory.y.data()[i] = std::isnan(p.y[i]) ? 0 : std::numeric_limits<float>::quiet_NaN();
     memory.y_bytes.data()[i] = static_cast<uint8_t>(p.y_bytes[i] + 1);

@@ -30,7 +30,7 @@ struct Code {
 // layers, of which one meets each weight once; and a softmax.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {3, 1, 30, 7, 13, chunk, 6, 5, 4, 0};
+  c.words = {4, 1, 30, 7, 13, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
@@ -48,11 +48,11 @@ inline Code Network(int64_t chunk) {
   c.Step(Op::kConv, {1, 1, 3}, {11}, {3, 4}, {1, 1, 360, 3, 1, 360, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0}, {}, kept);              // 12
   c.Step(Op::kQuantize, {6, 5, 4}, {1}, {}, {}, {2, 3});                                                                      // 13
   kept = full(3 * 3 * 4);
-  c.Step(Op::kConvInt8, {6, 5, 4}, {13}, {5, 6, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 5, 0, 0, 0}, {-5, 200}, kept);  // 14
+  c.Step(Op::kConvInt8, {6, 5, 4}, {13}, {5, 6, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 5, 0, 0, 0, 0}, {-5, 200}, kept);  // 14
   c.Step(Op::kPool, {6, 5, 4}, {14}, {}, {1, 3, 3, 1, 1, 1, 1, 1, 1});                                                        // 15
   c.Step(Op::kConcat, {6, 5, 8}, {14, 15}, {}, {});                                                                           // 16
   c.Step(Op::kWindow, {6, 5, 4}, {16}, {}, {0, 0, 4}, {3});                                                                   // 17
-  c.Step(Op::kConvInt8, {6, 5, 4}, {17, 14}, {7, 8, 1, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 0, 5, 1, 1}, {-5, 200}, full(3 * 3 * 4));  // 18
+  c.Step(Op::kConvInt8, {6, 5, 4}, {17, 14}, {7, 8, 1, 1, 1, 1}, {3, 3, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 0, 5, 1, 1, 1}, {-5, 200, -3, 90, 0.01f}, full(3 * 3 * 4));  // 18
   c.Step(Op::kDequantize, {6, 5, 8}, {16}, {}, {}, {2, 3});                                                                   // 19
   c.Step(Op::kUpsample, {12, 10, 1}, {1}, {}, {2, 2});                                                                        // 20
   c.Step(Op::kUpsample, {12, 20, 1}, {20}, {}, {1, 2});                                                                       // 21

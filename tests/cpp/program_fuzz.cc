@@ -31,7 +31,7 @@ class Grown {
  public:
   explicit Grown(Draw& draw) : draw_(draw) {
     const int64_t inputs = draw.Between(1, 2), steps = draw.Between(1, 12);
-    code.words = {3, inputs, steps, 0, 0, draw.Between(1, 4)};
+    code.words = {4, inputs, steps, 0, 0, draw.Between(1, 4)};
     for (int64_t i = 0; i < inputs; ++i) {
       values_.push_back({draw.Between(1, 7), draw.Between(1, 7), 4 * draw.Between(1, 5), draw.OneIn(3)});
       if (!values_.back().bytes && draw.OneIn(2)) values_.back().c = draw.Between(1, 19);
@@ -101,8 +101,11 @@ class Grown {
     const bool more = args.size() == 2;
     if (int8) {
       const int64_t zero = draw_.Below(256);
-      params.insert(params.end(), {draw_.Below(256), zero, draw_.Below(256), floats, more});
-      return Add(Op::kConvInt8, y, args, 4 + more, params, {static_cast<float>(-zero), static_cast<float>(255 - zero)}, gaps);
+      const bool inner = more && draw_.OneIn(2);
+      params.insert(params.end(), {draw_.Below(256), zero, draw_.Below(256), floats, more, inner});
+      std::vector<float> bounds = {static_cast<float>(-zero), static_cast<float>(255 - zero)};
+      if (inner) bounds.insert(bounds.end(), {-100, 155, 0.01f});
+      return Add(Op::kConvInt8, y, args, 4 + more + inner, params, bounds, gaps);
     }
     const bool bias = draw_.OneIn(2);
     params.insert(params.end(), {draw_.Below(3), bias, more});

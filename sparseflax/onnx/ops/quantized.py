@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseflax.conv.int8 import Quantization
 from sparseflax.onnx.ops.elementwise import converted, dtype_of
 from sparseflax.onnx.value import Unsupported, Value, along, module, value
 
@@ -26,6 +27,11 @@ def dequantize_linear(x: Value, x_scale: Value, x_zero_point: Value | None = Non
     """(x - x_zero_point) x_scale"""
     zero = 0 if x_zero_point is None else _along(x, x_zero_point, axis, block_size).astype(np.float32)
     return Value((x.array.astype(np.float32) - zero) * _along(x, x_scale, axis, block_size), x.order)
+
+
+def rounded_to(x: Value, quantization: Quantization) -> Value:
+    """What is left of x when it is quantized and dequantized."""
+    return Value(quantization.quantize(jnp.asarray(x.array, jnp.float32)).dequantize(), x.order)
 
 
 def dynamic_quantize_linear(x: Value) -> tuple[Value, Value, Value]:
@@ -83,5 +89,6 @@ def _along(x: Value, v: Value, axis: int, block: int) -> Any:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "DequantizeLinear": dequantize_linear, "DynamicQuantizeLinear": dynamic_quantize_linear, "QuantizeLinear": quantize_linear,
+    "RoundedTo": rounded_to,  # both of these, one after the other
     "Rounded": rounded, "Shifted": shifted,  # of ConvInteger and MatMulInteger
 }
