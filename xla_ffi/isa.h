@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "arena.h"
 #include "sparse_conv.h"
 
 #define SF_INLINE inline __attribute__((always_inline))
