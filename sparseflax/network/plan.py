@@ -31,8 +31,8 @@ from sparseflax.network.survey import Layer, join, survey
 
 # The predicted gain from which a layer goes sparse unmeasured: the model is about that far off.
 MARGIN = 1.1
-# Images that a thread may take through a packed network at a time, and how much longer fewer of them may take for each: the model
-# sees layers alone, and what lies between them leaves the caches. ResNet-50 at n=16 takes 178 ms by one or two, 204 by eight.
+# Images that a thread may take through a packed network at a time, and how much longer fewer of them may take for each: the
+# model sees layers alone, and what lies between them leaves the caches. ResNet-50 at n=16 takes 178 ms by two, 204 by eight.
 CHUNKS, WORTH = (1, 2, 4, 8, 16), 1.03
 Precision = Literal["float32", "int8", "auto"]
 
@@ -109,7 +109,7 @@ class Plan:
 
     @functools.cached_property
     def chunk(self) -> int:
-        """Images that a thread takes through a packed network at a time: the fewest for which each takes about the least time."""
+        """Images that a thread takes through a packed network at a time: the fewest for which each takes about the least."""
         rows = [(row, row.shape) for row in self.layers if row.shape is not None]
         batch = self._batch
 
