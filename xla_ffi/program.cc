@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kMostBytes = int64_t{1} << 46;
 constexpr int64_t kStrip = 1024;     // floats of a value between steps that run together: some of these fit a first cache
 constexpr int64_t kAlone = 1 << 15;  // floats of a step below which a second thread costs more than it brings
+constexpr int64_t kPerFloat = 16;    // multiply-adds of a dense convolution that take as long: two vectors of eight in a cycle
 
 struct Alone final : Executor {
   int64_t threads() const override { return 1; }
@@ -264,8 +265,8 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
       case Op::kDense: {
         const Dense d{x, y, {p[0], p[1], p[2], p[3], 0, 0, p[6], p[7]}, p[8], operand(0), p[10] != 0 ? operand(1) : nullptr,
                       static_cast<int>(p[9]), rows};
-        const int64_t floats = rows * y.w * y.c * p[0] * p[1] * (x.c / p[8]);
-        ForRows(call.executor, rows * d.Panels(loops.dense_width), floats, [&](int64_t unit, int64_t end) { loops.dense(d, unit, end); });
+        const int64_t floats = y.h * y.w * y.c * p[0] * p[1] * (x.c / p[8]) / kPerFloat;
+        ForRows(call.executor, rows * d.Panels(loops.dense_width), call.count * floats, [&](int64_t unit, int64_t end) { loops.dense(d, unit, end); });
         break;
       }
       case Op::kPool: {

@@ -26,7 +26,7 @@ KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense we
 # The tiles of the dense kernel: pixels by vectors of output channels, the sums of which registers hold; taps whose weights are
 # packed at a time; multiply-adds from which on threads share them.
 DENSE_PIXELS, DENSE_VECTORS, FEW_REGISTERS = 6, (4, 2), ("avx2", "portable")
-DENSE_TAPS, ALONE = 256, 1 << 15
+DENSE_TAPS, ALONE = 256, 1 << 19
 LATENCY = 4  # cycles until the sum of an FMA is ready: every recent core's
 
 
