@@ -17,6 +17,7 @@ from sparseflax import prune
 from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
 from sparseflax.layers.nnx import SparseConv, SparseDense
+from sparseflax.network.fuse import fuse_call
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan
@@ -60,7 +61,7 @@ def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: fl
 
 
 def time_layers(folded: nnx.Module, plan: Plan, batch: int, seconds: float) -> list[dict[str, Any]]:
-    """Every layer of a plan alone, dense under XLA and sparse in turn, both with bias, beside what was predicted.
+    """Every layer of a plan alone, dense and sparse in turn, both as packed and with bias, beside what was predicted.
 
     Args:
       folded: the network with pruned weights, `fold_only` of the model that the plan was made for.
@@ -82,7 +83,7 @@ def time_layers(folded: nnx.Module, plan: Plan, batch: int, seconds: float) -> l
         image = () if isinstance(dense, nnx.Linear) else (shape.ih, shape.iw)
         x = draw.standard_normal((batch, *image, shape.ic), np.float32)
         sparse = SparseDense.from_dense(dense) if isinstance(dense, nnx.Linear) else SparseConv.from_dense(dense)
-        times = time_networks({"dense": dense, "sparse": sparse}, x, seconds)
+        times = time_networks({"dense": fuse_call(nnx.clone(dense)), "sparse": sparse}, x, seconds)
         density = max(layer.density, 1 / shape.weights)
         rows.append({
             "path": layer.path, "shape": str(shape), "density": layer.density, "choice": layer.choice, "reason": layer.reason,
