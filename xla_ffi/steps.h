@@ -42,6 +42,8 @@ struct Dense {
   int activation;     // as above
   // A group's output channels are done some at a time: unit u is row u % rows of the output of the u / rows-th of these panels.
   int64_t rows;
+  // Whether windows are pixels: rows are one then.
+  bool Pixels() const { return f.kh == 1 && f.kw == 1 && f.sh == 1 && f.sw == 1 && x.h == y.h && x.w == y.w; }
   int64_t Panels(int64_t width) const { return groups * ((y.c / groups + width - 1) / width); }
 };
 

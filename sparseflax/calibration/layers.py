@@ -36,8 +36,7 @@ SPECIAL = (
     layer(64, 28, 64, 3, dilation=2), layer(96, 17, 96, (1, 7)), layer(96, 17, 96, (7, 1)), layer(48, (30, 50), 64, 3))
 
 
-# Groups in every form that a packed network gives them: each a convolution, shifted images, and XLA's own. The kernel is not
-# for the last two.
+# Depthwise layers and groups of few channels, for which the sparse kernel is not.
 GROUPED = (
     layer(32, 48, 32, 3, groups=32), layer(64, 28, 64, 3, groups=64), layer(144, 24, 144, 3, 2, groups=144),
     layer(240, 14, 240, 5, groups=240), layer(480, 10, 480, 3, groups=480), layer(96, 40, 96, 3, groups=96).with_batch(8),
@@ -64,7 +63,7 @@ def fitting(seed: int = 0) -> list[tuple[ConvShape, tuple[float, ...]]]:
             if (2e6 < shape.flops < 2e9 and shape.weights < 3e6 and shape.input_bytes + shape.output_bytes < 64 << 20):
                 drawn.append((shape, densities()))
                 count -= 1
-    # XLA's products of few pixels, which most layers of GoogLeNet and ResNet-50 are, differ from its other convolutions.
+    # Products of few pixels, as most layers of GoogLeNet and ResNet-50 are.
     few = [layer(channels(128), int(draw.choice((7, 10, 14, 20, 28))), channels(16, 512), 1) for _ in range(10)]
     drawn += [(shape, ()) for shape in few]
     return drawn + [(shape, densities()) for shape in SPECIAL + HEAVY] + [(shape, ()) for shape in GROUPED]

@@ -19,7 +19,6 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.rates import FREE_DENSE, FREE_SPARSE, DenseCounts, SparseCounts
 from sparseflax.cost.shape import ConvShape
 
-MAX_GROUPS = 64  # that a packed network runs as a convolution each; beyond, they are too small to gain
 # Densities at which the kernel is asked for its tile; between them it takes one of these tiles or one about as fast.
 DENSITIES = (0.02, 0.06, 0.2, 0.6)
 KEPT = 1.5  # bytes of a kept weight and its 16-bit offset / bytes of a dense weight

@@ -24,7 +24,7 @@ class Machine:
       alpha: time per kept weight over time per dense weight, when arithmetic is the limit.
       beta: bytes read per kept weight over bytes per dense weight.
       source: where the numbers come from.
-      fitted: seconds of each thing that the kernel and XLA do; None for a machine of which only the numbers above are
+      fitted: seconds of each thing that the kernels do; None for a machine of which only the numbers above are
         known.
       fma_cycles: of the sparse kernel's FMA with a memory operand; 0 for what is usual with the instruction set.
       int8_cycles: of its sum of four products of int8, likewise.

@@ -101,10 +101,9 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
         if inputs is None:
             rounded[path] = Rounded(None, None, (), "float32: its inputs are 0 in all examples, or it does not run")
             return lambda *_: None
-        int8 = (Int8Conv if isinstance(layer, nnx.Conv) else Int8Dense)(layer, inputs)
-        kept = int(np.count_nonzero(np.asarray(layer.kernel[...]))) / max(1, int8.pattern.nnz)
-        if kept < PER_WORD:
-            rounded[path] = Rounded(None, None, (), f"float32: {kept:.2g} kept weights in a block of four, prune with block=4")
+        int8 = in_int8(layer, inputs)
+        if isinstance(int8, Rounded):
+            rounded[path] = int8
             return lambda *_: None
         run = nnx.jit(lambda layer, x: layer(x))
 
@@ -126,6 +125,15 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
             reason = f"int8, off by {error:.2g}"
             rounded[path] = Rounded(inputs, error, tuple(map(float, mean)), reason, density, _holding(outputs[path]))
     return rounded
+
+
+def in_int8(layer: Any, inputs: Quantization) -> Int8Conv | Int8Dense | Rounded:
+    """A layer in eight bits; or why it gains nothing by them, where its words hold too few weights."""
+    int8 = (Int8Conv if isinstance(layer, nnx.Conv) else Int8Dense)(layer, inputs)
+    kept = int(np.count_nonzero(np.asarray(layer.kernel[...]))) / max(1, int8.pattern.nnz)
+    if kept < PER_WORD:
+        return Rounded(None, None, (), f"float32: {kept:.2g} kept weights in a block of four, prune with block=4")
+    return int8
 
 
 def _holding(ranges: list[tuple[float, float]]) -> Quantization | None:

@@ -17,8 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import primitives
 
-from sparseflax.cost.counts import MAX_GROUPS
-
+MAX_GROUPS = 64  # that are a convolution each; beyond, they are too small to gain
 MAX_SLICES = 4  # along one dimension of a pooling window, or windows over the edge: more cost more than a loop
 MAX_TAPS = 64  # of a depthwise kernel, each of them code
 MAX_PADDED_TAPS = 9  # of a strided depthwise kernel: with more, padding each costs more than padding the image once
