@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,31 @@ ERROR_FACTOR = 16
 def fold_only(model: nnx.Module, plan: Plan) -> nnx.Module:
     """The model with its batch norms folded and every layer dense: what XLA reaches without us."""
     return pack_model(model, plan.all_dense, fuse=False)
+
+
+def afresh(function: Callable[..., Any], *args: Any) -> Any:
+    """What function(*args) returns in a process that has done nothing before; what it raises, too.
+
+    After it has trained, a process waits longer for XLA's threads: the dense network of the digits took 1.15 to 1.3 times as
+    long then on two threads, and the packed one as long as before. Who runs a network to use it has not trained it there.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measured(networks: Mapping[str, nnx.Module], plan: Plan, images: np.ndarray, batches: Sequence[int],
+             seconds: float) -> dict[str, dict[str, Any]]:
+    """{"times": {str(n): `time_networks`}, "layers": {str(n): `time_layers`}} of the first n images, for n of the batches.
+
+    Args:
+      networks: DENSE, FOLDED and PACKED.
+      plan: of the packed one.
+      images: (n, ih, iw, ic).
+      batches: numbers of images.
+      seconds: for the networks, and a quarter of it for each layer.
+    """
+    return {"times": {str(n): time_networks(networks, images[:n], seconds) for n in batches},
+            "layers": {str(n): time_layers(networks[FOLDED], plan, n, seconds / 4) for n in batches}}
 
 
 def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: float) -> dict[str, dict[str, float]]:

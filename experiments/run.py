@@ -86,8 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     chosen = plan(model, data.test_images[:1], machine)
     print(chosen, flush=True)
     packed = pack_model(model, chosen)
-    folded = evaluate.fold_only(model, chosen)
-    networks = {evaluate.DENSE: model, evaluate.FOLDED: folded, evaluate.PACKED: packed}
+    networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen), evaluate.PACKED: packed}
     sizes = {name: evaluate.save_weights(networks[name], out / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
     kept, weights = evaluate.count_weights(model)
     result = {
@@ -100,8 +99,7 @@ def run(config: Config) -> dict[str, Any]:
         "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
         "requested": config.speedup, "shortfall": shortfall or guide.shortfall, "whole": whole._asdict(),
         "predicted": asked.speed.speedup({layer.path: layer.density for layer in chosen.layers}),
-        "times": {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES},
-        "layers": {str(n): evaluate.time_layers(folded, chosen, n, config.timing_seconds / 4) for n in BATCHES},
+        **evaluate.afresh(evaluate.measured, networks, chosen, data.test_images[:max(BATCHES)], BATCHES, config.timing_seconds),
         "curves": {"dense": dense._asdict(), "pruning": pruned._asdict()},
         "settings": settings(config),
         "minutes": (time.perf_counter() - start) / 60,
