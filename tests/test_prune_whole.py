@@ -1,6 +1,7 @@
 """What a whole network takes: the arithmetic of the line, and that both kinds of models are timed and guided by it."""
 
 import dataclasses
+import importlib
 import math
 
 import jax
@@ -15,6 +16,7 @@ from sparseflax.conv import ffi
 from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.machine import ATOM_C2750
 from sparseflax.network.shapes import conv_shapes
+from sparseflax.prune.mask import kernels
 from sparseflax.prune.whole import Packed, fit
 
 X = np.ones((1, 12, 12, 16), np.float32)
@@ -73,6 +75,22 @@ def test_a_network_is_timed_and_stays_as_it_is(linen):
     assert linen or not model.norm.use_running_average
     guide = prune.guided(conv_shapes(model, X, **call), HERE, speedup=1, whole=whole)
     assert guide.dense_seconds == whole.dense_seconds and guide.layers["conv"].density == 1
+
+
+def test_a_network_that_gains_most_without_pruning_is_timed_where_it_gains_by_it(monkeypatch):
+    """XLA takes 100 ms for it, the program 10 unpruned and 4 with hardly any weights: there the times are taken."""
+    def seconds(network):
+        weights = kernels(nnx.state(network, nnx.Param))["conv"]
+        return 4e-3 + 6e-3 * np.count_nonzero(weights) / weights.size
+
+    measuring = importlib.import_module("sparseflax.prune.measure")  # whose name is the function's
+    monkeypatch.setattr(measuring, "program", lambda network, x: network)
+    monkeypatch.setattr(measuring, "pack_model", lambda network, *_, **__: network)
+    monkeypatch.setattr(measuring, "medians", lambda networks, *_: [0.1, 0.1, *map(seconds, networks[2:])])
+    whole = prune.measure(Net(nnx.Rngs(0)), X, HERE)
+    times = [time for time, _ in whole.points]
+    assert whole.dense_seconds == 0.1 and len(times) >= 4 and times[-1] == pytest.approx(10e-3, rel=1e-6)
+    assert min(times) < 5e-3 and all(after / before < 2 for before, after in zip(times, times[1:], strict=False))
 
 
 def test_refusals():
