@@ -233,6 +233,28 @@ def test_arithmetic_with_numbers_is_a_line_between_bounds(f, wanted):
     agrees(lambda x: f(conv(x)), X)
 
 
+# f: the gates that it has, and how many steps beside the convolution.
+PLAIN = (1.0, -0.0)
+GATES = {
+    "hard swish": (lambda y: y * jnp.clip(y + 3, 0, 6), [(1.0, 3.0, 0.0, 6.0, *PLAIN, *PLAIN)], 0),
+    "the other way": (lambda y: jnp.clip(y * 0.25 + 0.5, 0, 1) * y, [(0.25, 0.5, 0.0, 1.0, *PLAIN, *PLAIN)], 0),
+    "line before": (lambda y: (lambda z: z * jnp.clip(z + 3, 0, 6))(y * 2 - 1), [(1.0, 3.0, 0.0, 6.0, 2.0, -1.0, *PLAIN)], 0),
+    "lines after": (lambda y: (y * jnp.clip(y + 3, 0, 6) / 4 - 1) * 2, [(1.0, 3.0, 0.0, 6.0, *PLAIN, 0.5, -2.0)], 0),
+    "bounded after": (lambda y: jnp.maximum(y * jnp.clip(y + 3, 0, 6), 1), [(1.0, 3.0, 0.0, 6.0, *PLAIN, *PLAIN)], 1),
+    "line read again": (lambda y: (lambda z: z * jnp.clip(z + 3, 0, 6) + z)(y * 2), [(1.0, 3.0, 0.0, 6.0, *PLAIN, *PLAIN)], 2),
+    "gate read again": (lambda y: (lambda g: y * g + g)(jnp.clip(y + 3, 0, 6)), [], 3),
+    "gate of another": (lambda y: y * jnp.clip(y[:, ::-1] + 3, 0, 6), [], 1),
+}
+
+
+@pytest.mark.parametrize("f, wanted, others", GATES.values(), ids=GATES)
+def test_what_is_gated_by_itself_is_one_step(f, wanted, others):
+    found = [step for step in steps(fuse(lambda x: f(conv(x))), X) if step.op not in ("conv", "reshape")]
+    gates = [step.numbers for step in found if step.params == ("gate",)]
+    assert gates == wanted and len(found) - len(gates) == others
+    agrees(lambda x: f(conv(x)), X)
+
+
 def test_a_number_that_is_traced():
     def f(x, scale, shift):
         return conv(x) * scale + shift

@@ -51,6 +51,8 @@ STEPS = {
     "blocks": lambda h, w, c: (Step("upsample", (c * h, w, 1), (0,), (), (c, 1)), 1, ()),
     "clamp": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("clamp",), (0.5, 0.25, -1.0, 2.0)), 1, ()),
     "leaky": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("leaky",), (0.25, 0.0)), 1, ()),
+    "gate": lambda h, w, c: (
+        Step("map", (h, w, c), (0,), (), ("gate",), (0.25, 0.5, 0.0, 1.0, 2.0, -1.0, 0.5, 0.125)), 1, ()),
     "square": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("square",), (0.0, 0.0)), 1, ()),
     "neg": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("neg",), (0.0, 0.0)), 1, ()),
     "abs": lambda h, w, c: (Step("map", (h, w, c), (0,), (), ("abs",), (0.0, 0.0)), 1, ()),
@@ -137,7 +139,8 @@ def test_what_is_not_finite(name):
     window = Window((1, 1), ((0, 0), (1, 1)), (1, 1))
     check(one(Step("pool", (1, 6, 6), (0,), (), (name == "max", (1, 3), window)), (1, 6, 6)), [a])
     check(one(Step("reduce", (1, 6, 1), (0,), (), (name == "max",)), (1, 6, 6)), [a])
-    for function, numbers in (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0))):
+    for function, numbers in (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0)),
+                              ("gate", (1.0, 3.0, -0.0, 6.0, 1.0, -0.0, 0.5, -0.0))):
         check(one(Step("map", (1, 6, 6), (0,), (), (function,), numbers), (1, 6, 6)), [a])
     y = run_program(one(Step("map", (1, 6, 6), (0,), (), ("logistic",), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
     np.testing.assert_allclose(y, jax.nn.sigmoid(a), atol=2.0**-24)

@@ -206,7 +206,7 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
           case Op::kDequantize:
             loops.dequantize({work.x.Strip<uint8_t>(row, j, count), y, number(0), static_cast<int32_t>(number(1))}, 0, 1);
             break;
-          case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), number(0), number(1), number(2), number(3)}, 0, 1); break;
+          case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), step.numbers.data()}, 0, 1); break;
           case Op::kChannelSum: loops.channel_sum({x, y, p[0], p[1]}, 0, 1); break;
           case Op::kReduce: loops.reduce({x, y, p[0] != 0}, 0, 1); break;
           default: {

@@ -7,7 +7,7 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kVersion = 4;
+constexpr int64_t kVersion = 5;
 
 // Reads words in order; 0 and `ended` past the end.
 struct Reader {
@@ -208,8 +208,8 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       return "malformed";
     }
     case Op::kMap:  // op
-      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kExp)) return "malformed";
-      return counts(1, 0, 1, static_cast<Unary>(p[0]) == Unary::kClamp ? 4 : 2) && same(*x[0], y) ? "" : wrong;
+      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kGate)) return "malformed";
+      return counts(1, 0, 1, NumbersOf(static_cast<Unary>(p[0]))) && same(*x[0], y) ? "" : wrong;
     case Op::kWindow:  // y[i,j,c] = x[i + p0, j + p1, c + p2], or a number outside
       if (p.size() != 3 || std::min({p[0], p[1], p[2]}) < -kMost || std::max({p[0], p[1], p[2]}) > kMost) return "malformed";
       return counts(1, 0, 3, 1) && (!bytes || zero(step.numbers[0])) ? "" : wrong;

@@ -90,13 +90,17 @@ struct Upsample {
   int64_t fh, fw;
 };
 
-enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower, kExp };
+enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower, kExp, kGate };
 
-// y = op(x). kClamp: min(max(p x + q, low), high), p of a normal size; kLeaky: x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4
+// Numbers of a map.
+constexpr size_t NumbersOf(Unary op) { return op == Unary::kGate ? 8 : op == Unary::kClamp ? 4 : 2; }
+
+// y = op(x), with p, q, low, high, a, b, s, t its numbers, as many as it has. kClamp: min(max(p x + q, low), high), p of a normal size;
+// kLeaky: x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4; kGate: s (u min(max(p u + q, low), high)) + t, u = a x + b
 struct Map {
   Image x, y;
   Unary op;
-  float p, q, low, high;
+  const float* numbers;
 };
 
 // y = clamp(round(x / scale), -zero, 255 - zero) + zero, to nearest, ties to even; of nan 0

@@ -91,6 +91,8 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
                 equation, "combine", [x], params=(name, "number", swapped), numbers=[other])
         if math.prod(shape) == 1 and not isinstance(other, Node):
             return region.node(equation, "combine", [x], [jnp.reshape(other, 1)], (name, "scalar", swapped))
+        if name == "mul" and (gate := _gate(region, equation, x, other) or _gate(region, equation, other, x)):
+            return gate
         if shape == x.shape:
             return region.node(equation, "combine", [x, other], params=(name, "same", swapped))
         if shape == (1, *ones, x.shape[-1]) and not isinstance(other, Node):
@@ -100,6 +102,16 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
         if len(shape) > 1 and shape == (*x.shape[:-1], 1):
             return region.node(equation, "combine", [x, other], params=(name, "pixel", swapped))
     return None
+
+
+def _gate(region: Region, equation: Any, x: Any, gate: Any) -> Node | None:
+    """x times a clamped line of it, as in HardSwish, and the line before it."""
+    if not region.is_open(gate, "map") or gate.params != ("clamp",) or gate.args[0] is not x or not isinstance(x, Node):
+        return None
+    source, line, unread = x, (1.0, -0.0), x.read == 2 and not region.is_done(x)
+    if unread and x.op == "map" and x.params == ("clamp",) and x.numbers[2:] == (-math.inf, math.inf):
+        source, line = x.args[0], x.numbers[:2]
+    return region.node(equation, "map", [source], params=["gate"], numbers=[*gate.numbers, *line, 1.0, -0.0])
 
 
 def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
@@ -115,7 +127,11 @@ def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
 
 def _clamped(region: Region, equation: Any, x: Node, scale: float = 1.0, shift: float = -0.0, low: float = -math.inf,
              high: float = math.inf) -> Node | None:
-    """min(max(scale x + shift, low), high); of such a one that waits it makes one, where that adds no number to a number."""
+    """min(max(scale x + shift, low), high); of such a one that waits it makes one, where that adds no number to a number; of
+    a gate that waits one with the line."""
+    if region.is_open(x, "map") and x.params == ("gate",) and (low, high) == (-math.inf, math.inf):
+        *numbers, s, t = x.numbers
+        return replace(x, numbers=(*numbers, scale * s, scale * t + shift))
     if region.is_open(x, "map") and x.params == ("clamp",) and scale > 0 and 0 in (shift, x.numbers[1]):
         first, second, below, above = x.numbers
         numbers = scale * first, scale * second + shift, max(scale * below + shift, low), min(scale * above + shift, high)

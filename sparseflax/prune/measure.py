@@ -22,8 +22,8 @@ from sparseflax.prune.mask import apply_masks, kernels
 from sparseflax.prune.whole import Packed, Whole, fit
 
 # Speedups at which the network is measured, as far as it goes, after the fastest and one halfway there: those tell by how much
-# the model is off, these what is left then, and between them that is interpolated. All are over what needs no pruning, packed or
-# not: of a network of small layers XLA may take six times as long as the program does unpruned.
+# the model is off, these what is left then, and between them that is interpolated. All are over what needs no pruning, packed
+# or not: of a network of small layers XLA may take six times as long as the program does unpruned.
 SPEEDUPS = 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0
 HALFWAY = 0.5  # in the logarithm of time
 FIRST = 0.3  # of the time for measuring, until it is known what to measure; then all of it is timed again, in turn
