@@ -197,6 +197,29 @@ def test_larger_images_are_a_step(f, factors):
     agrees(f, X)
 
 
+def upward(x):
+    return jax.lax.conv_transpose(conv(x), TRANSPOSED, (2, 3), "VALID", dimension_numbers=NHWC)
+
+
+FIVE = jnp.asarray(reference.integers(DRAW, 5))
+# f: what of it is no convolution and no upsampling.
+THROUGH = {
+    "relu": (lambda x: nnx.relu(upward(x)), []),
+    "bias and relu6": (lambda x: nnx.relu6(upward(x) + FIVE.reshape(1, 1, 1, 5)), []),
+    "clamp of repeated pixels": (lambda x: jax.lax.clamp(0.0, jnp.repeat(conv(x), 2, axis=1), 6.0), []),
+    "bias of repeated pixels": (lambda x: BIAS.reshape(1, 1, 1, 8) + jnp.repeat(conv(x), 2, axis=1), []),
+    "bias after relu": (lambda x: nnx.relu(upward(x)) + FIVE.reshape(1, 1, 1, 5), [("add", "channel", False)]),
+    "two biases": (lambda x: upward(x) + FIVE.reshape(1, 1, 1, 5) + FIVE.reshape(1, 1, 1, 5), [("add", "channel", False)]),
+    "read again": (lambda x: (lambda y: nnx.relu(y) * y)(upward(x)), [("gate",)]),
+}
+
+
+@pytest.mark.parametrize("f, wanted", THROUGH.values(), ids=THROUGH)
+def test_what_follows_larger_images_joins_the_convolution_before_them(f, wanted):
+    assert [step.params for step in steps(fuse(f), X) if step.op in ("combine", "map")] == wanted
+    agrees(f, X)
+
+
 NOT_UPSAMPLED = {
     "jnp.tile": lambda x: jnp.tile(conv(x), (1, 2, 1, 1)),
     "another order of blocks": lambda x: conv(x).reshape(2, 6, 6, 2, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(2, 12, 12, 2),

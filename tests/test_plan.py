@@ -347,7 +347,8 @@ class Unknown(nnx.Module):
         self.depthwise = conv(8, 8, feature_group_count=8)
         self.own = conv(8, 8, kind=Standardized)
         self.half = conv(8, 8, dtype=jnp.bfloat16)
-        self.upward = conv(8, 8, kind=nnx.ConvTranspose)
+        self.upward, self.upward_norm = conv(8, 8, kind=nnx.ConvTranspose), norm(8)
+        self.turned, self.turned_norm = conv(8, 8, kind=nnx.ConvTranspose, transpose_kernel=True), norm(8)
         self.general = nnx.LinearGeneral(8, 8, rngs=RNGS)
         self.space, self.space_norm = conv(8, 8, (3, 3, 3)), norm(8)
         self.idle = conv(8, 8)
@@ -358,7 +359,8 @@ class Unknown(nnx.Module):
 
     def __call__(self, x):
         x = self.half(self.own(self.depthwise(self.conv(self.position(x))))).astype(jnp.float32)
-        x = self.space_norm(self.space(self.general(self.upward(x))[:, None]))[:, 0]
+        x = self.turned_norm(self.turned(self.upward_norm(self.upward(x))))
+        x = self.space_norm(self.space(self.general(x)[:, None]))[:, 0]
         x = self.pair[1](self.pair[0](x))
         x = self.batch_norm(self.batch(x), use_running_average=False)
         return self.first_norm(self.first(x))
@@ -373,14 +375,15 @@ def test_what_cannot_be_packed_stays_and_says_why():
         "own": "Standardized has a __call__ of its own",
         "half": "dtype=bfloat16: only float32 is supported",
         "upward": "ConvTranspose has no sparse form",
+        "turned": "ConvTranspose has no sparse form",
         "general": "LinearGeneral has no sparse form",
         "space": "3-D convolution: only 1-D and 2-D are supported",
         "idle": "this call does not run it as a 1-D or 2-D convolution or a fully connected layer",
         "pair/0": "it stands in a tuple, which cannot be changed: use an nnx.List",
         "position": "Position has no sparse form",
     }
-    # A 3-D convolution takes a norm as well; one in a tuple, on batch statistics or along another axis stays.
-    assert {row.path: row.norm for row in table.layers if row.norm} == {"space": "space_norm"}
+    # A 3-D or a transposed convolution takes a norm as well; one in a tuple, on batch statistics or along another axis stays.
+    assert {row.path: row.norm for row in table.layers if row.norm} == {"space": "space_norm", "upward": "upward_norm"}
     packed = pack_model(model, table)
     assert isinstance(packed.conv, SparseConv) and isinstance(packed.own, Standardized)
     model.eval()

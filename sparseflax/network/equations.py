@@ -13,7 +13,7 @@ from jax.extend.core import primitives
 
 from sparseflax.conv.int8 import dequantize_p, quantize_p
 from sparseflax.conv.int8_primitive import int8_conv_p
-from sparseflax.conv.primitive import conv_p
+from sparseflax.conv.primitive import Activation, conv_p
 from sparseflax.conv.window import addressable
 from sparseflax.network import images, int8
 from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number
@@ -65,16 +65,42 @@ def _add(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
             if (joined := int8.with_residual(region, conv, other)) is not None:
                 return joined
             continue
-        channels = conv.size[2]
         if conv.op == "conv" and conv.residual is None and np.shape(other) == conv.shape:
             if not isinstance(other, Node):
                 return replace(conv, residual=jnp.asarray(other).reshape(conv.shape[0], *conv.size))
             if other.size == conv.size and other.number < conv.number:
                 return replace(conv, residual=other)
-        per_channel = np.shape(other) == (*(1 for _ in conv.shape[1:]), channels) and conv.shape[-1] == channels
-        if conv.bias is None and per_channel and not isinstance(other, Node):
-            return replace(conv, bias=jnp.reshape(other, channels))
-    return images.neighbours(region, equation, a, b) or _combine(region, equation, a, b)
+    biased = _biased(region, a, b) or _biased(region, b, a)
+    return biased or images.neighbours(region, equation, a, b) or _combine(region, equation, a, b)
+
+
+def _biased(region: Region, x: Any, bias: Any) -> Node | None:
+    """x plus a number for each channel, if a convolution takes that."""
+    if not isinstance(x, Node) or isinstance(bias, Node) or not (
+            np.shape(bias) == (*(1 for _ in x.shape[1:]), x.size[2]) and x.shape[-1] == x.size[2]):
+        return None
+
+    def change(conv: Node) -> Node | None:
+        if conv.op == "conv_int8" or conv.activation is not None or conv.bias is not None:
+            return None
+        return replace(conv, bias=jnp.tile(jnp.reshape(bias, x.size[2]), conv.size[2] // x.size[2]))
+
+    return _changed(region, x, change)
+
+
+def _active(region: Region, x: Any, activation: Activation, after: Activation = None) -> Node | None:
+    """x bounded by an activation, after another one, if a convolution takes that."""
+    return _changed(region, x, lambda conv: replace(conv, activation=activation) if conv.activation == after else None)
+
+
+def _changed(region: Region, x: Any, change: Callable[[Node], Node | None]) -> Node | None:
+    """x with the convolution that waits changed, of which it is the result, as it is or upsampled; None if there is none."""
+    if region.is_open(x, *CONVOLUTIONS):
+        return change(x)
+    if region.is_open(x, "upsample") and region.is_open(x.args[0], *CONVOLUTIONS) and (conv := change(x.args[0])):
+        region.is_read([conv])
+        return replace(x, args=(conv,))
+    return None
 
 
 def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
@@ -144,23 +170,23 @@ def _max(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
     for conv, bound in ((a, b), (b, a)):
         if isinstance(conv, Node) and is_number(bound) and bound == -math.inf:
             return conv
-        if region.is_open(conv, *CONVOLUTIONS) and conv.activation is None and is_number(bound) and bound == 0:
-            return replace(conv, activation="relu")
+        if is_number(bound) and bound == 0 and (active := _active(region, conv, "relu")):
+            return active
     return _combine(region, equation, a, b)
 
 
 def _min(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
     for conv, bound in ((a, b), (b, a)):
-        if region.is_open(conv, *CONVOLUTIONS) and conv.activation == "relu" and is_number(bound) and bound == 6:
-            return replace(conv, activation="relu6")
+        if is_number(bound) and bound == 6 and (active := _active(region, conv, "relu6", "relu")):
+            return active
     return _combine(region, equation, a, b)
 
 
 def _clamp(region: Region, equation: Any, low: Any, x: Any, high: Any) -> Node | None:
     if not isinstance(x, Node) or not is_number(low) or not is_number(high):
         return None
-    if region.is_open(x, *CONVOLUTIONS) and x.activation is None and low == 0 and high == 6:
-        return replace(x, activation="relu6")
+    if low == 0 and high == 6 and (active := _active(region, x, "relu6")):
+        return active
     return _clamped(region, equation, x, low=float(low), high=float(high))
 
 

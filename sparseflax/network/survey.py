@@ -241,11 +241,14 @@ def _weights(module: Any, path: str) -> Iterator[None]:
 
 
 def _has_scalable_output(layer: nnx.Module) -> bool:
-    """Whether `layer` is a float32 convolution of any rank, a linear layer or a stack of these, computed as Flax does."""
+    """Whether `layer` is a float32 convolution of any rank, transposed or not, a linear layer or a stack of these, computed as
+    Flax does."""
     if isinstance(layer, nnx.Conv) and type(layer).__call__ is nnx.Conv.__call__:
         stock = layer.conv_general_dilated is jax.lax.conv_general_dilated
     elif isinstance(layer, nnx.Linear) and type(layer).__call__ is nnx.Linear.__call__:
         stock = layer.dot_general is jax.lax.dot_general
+    elif isinstance(layer, nnx.ConvTranspose) and type(layer).__call__ is nnx.ConvTranspose.__call__:
+        stock = not layer.transpose_kernel  # which has its outputs before its inputs
     else:
         return False
     dimensions = layer.kernel.ndim

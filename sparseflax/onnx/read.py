@@ -176,7 +176,8 @@ def _value(attributes: dict[str, Any]) -> np.ndarray | None:
 
 
 def _ordered(nodes: Sequence[Node], known: set[str], outputs: tuple[str, ...]) -> tuple[Node, ...]:
-    """The nodes, each after those that it needs."""
+    """The nodes, each after those that it needs: as the file has them, if it keeps to that. What belongs together, such as the
+    rectifier of a sum, stands together there."""
     maker = {output: node.name for node in nodes for output in node.outputs if output}
     missing = {name: str(node) for node in nodes for name in node.inputs if name and name not in maker and name not in known}
     missing |= {name: "the graph's output" for name in outputs if name not in maker and name not in known}
@@ -186,10 +187,16 @@ def _ordered(nodes: Sequence[Node], known: set[str], outputs: tuple[str, ...]) -
     order = graphlib.TopologicalSorter({node.name: {maker[i]: None for i in node.inputs if i in maker} for node in nodes})
     by_name = {node.name: node for node in nodes}
     try:
-        return tuple(by_name[name] for name in order.static_order())
+        sorted_ = tuple(by_name[name] for name in order.static_order())
     except graphlib.CycleError as error:
         raise ValueError(f"the graph has a cycle through {' -> '.join(error.args[1])}: it was damaged, export it "
                          "again") from None
+    made = set(known)
+    for node in nodes:
+        if not made.issuperset(filter(None, node.inputs)):
+            return sorted_
+        made.update(node.outputs)
+    return tuple(nodes)
 
 
 def _shapes(onnx: Any, model: Any) -> dict[str, Shape]:
