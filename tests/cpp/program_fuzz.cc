@@ -31,7 +31,7 @@ class Grown {
  public:
   explicit Grown(Draw& draw) : draw_(draw) {
     const int64_t inputs = draw.Between(1, 2), steps = draw.Between(1, 12);
-    code.words = {4, inputs, steps, 0, 0, draw.Between(1, 4)};
+    code.words = {5, inputs, steps, 0, 0, draw.Between(1, 4)};
     for (int64_t i = 0; i < inputs; ++i) {
       values_.push_back({draw.Between(1, 7), draw.Between(1, 7), 4 * draw.Between(1, 5), draw.OneIn(3)});
       if (!values_.back().bytes && draw.OneIn(2)) values_.back().c = draw.Between(1, 19);
