@@ -15,7 +15,7 @@ from experiments.export_onnx import to_onnx
 from experiments.models import ResNet
 from experiments.stories.story import Call, Story, write_pictures
 
-TRAINING, CHOOSING = 3000, 1000  # pictures to train and to prune by, and to choose a speed by; the other 1,000 are for the end
+TRAINING, PRUNING = 3000, 1000  # pictures; the other 1,000 are for the end
 MINUTES = 1.0  # of training against the original's outputs, for each network that is tried
 WIDTHS = (64,), (128,), (256,)
 STEPS, BATCH, RATE, DECAY = 500, 64, 0.05, 5e-4
@@ -25,7 +25,8 @@ def story(folder: Path) -> Story:
     """The story, its network trained and written into the folder with its pictures."""
     images, labels = mnist()
     inputs = images[..., None].astype(np.float32) / np.float32(255)
-    (learned, unseen), (known, wanted) = ((array[:TRAINING], array[TRAINING + CHOOSING:]) for array in (inputs, labels))
+    split = TRAINING, TRAINING + PRUNING
+    (learned, _, unseen), (known, shown, wanted) = np.split(inputs, split), np.split(labels, split)
     network, names = folder / "digits.onnx", folder / "labels.csv"
     if not network.exists():
         model = ResNet(WIDTHS, 1, 10, rngs=nnx.Rngs(0))
@@ -34,9 +35,8 @@ def story(folder: Path) -> Story:
         train.fit(model, optimizer, Dataset(learned, known, unseen, wanted), title="training", folder=folder / "training",
                   seed=0, batch=BATCH, steps=STEPS, save_every=STEPS // 4)
         write_atomically(network, to_onnx(model, inputs[:1]))
-    # Three quarters of these, the training's, are pruned by, and the rest judges: `faster` takes them in this order.
-    pictures = write_pictures(folder / "pictures", images[:TRAINING + CHOOSING])
-    write_atomically(names, "".join(f"{number:04}.png,{label}\n" for number, label in enumerate(labels[:TRAINING + CHOOSING])))
+    pictures = write_pictures(folder / "pictures", images[split[0]:split[1]])
+    write_atomically(names, "".join(f"{number:04}.png,{label}\n" for number, label in enumerate(shown)))
 
     def judge(call: Call) -> dict[str, float]:
         answers = np.concatenate([np.asarray(call(x[None])).argmax(-1) for x in unseen])
