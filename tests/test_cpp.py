@@ -208,3 +208,17 @@ def test_no_accumulator_is_spilled(objects, name, fma, stack):
             assert [line for line in code if re.match(stack, line)] == [], f"{source.stem} {tile}"
             checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize(("name", "largest"), [("x86 release", r"vpmaxub .*%[yz]mm"), ("neon release", r"umax\tv")])
+def test_maxima_of_bytes_are_vectors(objects, name, largest):
+    """A byte that is stored could lie anywhere, also where the sizes of the loop do: the compiler has to see that it does not."""
+    objdump = BUILDS[name][0].replace("g++", "objdump")
+    need(name, objdump)
+    checked = 0
+    for source, compiled in zip(BUILDS[name][2], objects[name], strict=True):
+        code = re.search(r"^\w+ <\S*::PoolBytesRows.*?\n\n", run(objdump, "-d", "-C", compiled.result()), re.MULTILINE | re.DOTALL)
+        if code:
+            assert re.search(largest, code[0]), source.stem
+            checked += 1
+    assert checked > 0
