@@ -113,7 +113,7 @@ def test_int8_is_exact(objects, tmp_path):
 
 
 @pytest.mark.parametrize("main", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
-def test_it_is_exact(objects, tmp_path, main):
+def test_a_step_is_exact(objects, tmp_path, main):
     """Every instruction set of this machine gives the integers of the reference, between guard pages."""
     need("address,undefined")
     output = run(link("address,undefined", objects, tmp_path, main))
@@ -166,7 +166,7 @@ def test_neon_under_emulation(objects, tmp_path):
 
 
 @pytest.mark.parametrize("main", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
-def test_neon_is_exact_under_emulation(objects, tmp_path, main):
+def test_a_neon_step_is_exact_under_emulation(objects, tmp_path, main):
     need("neon", "qemu-aarch64")
     assert "ok neon" in run("qemu-aarch64", link("neon", objects, tmp_path, main))
 
