@@ -16,10 +16,10 @@ from sparseflax.conv.ffi import runtime_api
 
 KERNEL = Path(__file__).parents[1] / "xla_ffi"
 TEST = Path(__file__).parent / "cpp" / "sparse_conv_test.cc"
-INT8, DENSE, PROGRAM = (TEST.with_name(f"{name}_test.cc") for name in ("int8", "dense", "program"))
+INT8, DENSE, DEPTHWISE, PROGRAM = (TEST.with_name(f"{name}_test.cc") for name in ("int8", "dense", "depthwise", "program"))
 BORDER = [KERNEL / "handler.cc", KERNEL / "program_handler.cc"]  # need XLA's headers, and what tests them:
 HANDLER, *FUZZ = (TEST.with_name(f"{name}.cc") for name in ("handler_test", "handler_fuzz", "program_fuzz"))
-MAINS = [TEST, INT8, DENSE, PROGRAM, HANDLER, *FUZZ]
+MAINS = [TEST, INT8, DENSE, DEPTHWISE, PROGRAM, HANDLER, *FUZZ]
 X86, ARM = "g++", "aarch64-linux-gnu-g++"
 OUTSIDE = "handler.cc", "int8_handler.cc", "program_handler.cc", "module.cc"  # what needs XLA or Python
 SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in OUTSIDE)
@@ -36,7 +36,7 @@ BUILDS = {
                                 "-fno-sanitize-recover=all"], [*SOURCES, *BORDER, *MAINS]),
     "thread": (X86, ["-O1", "-fsanitize=thread"], [*SOURCES, *BORDER, TEST, PROGRAM, HANDLER]),
     "emulated": (X86, ["-O1", "-mavx2", "-mfma", "-DSF_EMULATED", f"-I{TEST.with_name('emulated')}"], EMULATED),
-    "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST, INT8, DENSE]),
+    "neon": (ARM, ["-O2", "-static"], [*SOURCES, TEST, INT8, DENSE, DEPTHWISE]),
     "x86 release": (X86, RELEASE, TILES),
     "neon release": (ARM, RELEASE, TILES),
 }
@@ -112,10 +112,11 @@ def test_int8_is_exact(objects, tmp_path):
     assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == INT8_SERIAL
 
 
-def test_dense_is_exact(objects, tmp_path):
+@pytest.mark.parametrize("main", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+def test_a_step_is_exact(objects, tmp_path, main):
     """Every instruction set of this machine gives the integers of the reference, between guard pages."""
     need("address,undefined")
-    output = run(link("address,undefined", objects, tmp_path, DENSE))
+    output = run(link("address,undefined", objects, tmp_path, main))
     assert "ok portable" in output and len(output.splitlines()) == len(ffi.kernels())
 
 
@@ -164,9 +165,10 @@ def test_neon_under_emulation(objects, tmp_path):
     assert re.findall(r"^ok (\w+)$", output, re.MULTILINE) == SERIAL
 
 
-def test_neon_dense_under_emulation(objects, tmp_path):
+@pytest.mark.parametrize("main", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+def test_a_neon_step_is_exact_under_emulation(objects, tmp_path, main):
     need("neon", "qemu-aarch64")
-    assert "ok neon" in run("qemu-aarch64", link("neon", objects, tmp_path, DENSE))
+    assert "ok neon" in run("qemu-aarch64", link("neon", objects, tmp_path, main))
 
 
 @pytest.mark.parametrize("isa", ["neondot", "neon"])
@@ -208,3 +210,17 @@ def test_no_accumulator_is_spilled(objects, name, fma, stack):
             assert [line for line in code if re.match(stack, line)] == [], f"{source.stem} {tile}"
             checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize(("name", "maximum"), [("x86 release", r"vpmaxub .*%[yz]mm"), ("neon release", r"umax\tv")])
+def test_maxima_of_bytes_are_vectors(objects, name, maximum):
+    """A byte that is stored could lie where the sizes of the loop do: the compiler has to see that it does not."""
+    objdump = BUILDS[name][0].replace("g++", "objdump")
+    need(name, objdump)
+    checked = 0
+    for source, compiled in zip(BUILDS[name][2], objects[name], strict=True):
+        code = re.search(r"^\w+ <\S*::PoolBytesRows.*?\n\n", run(objdump, "-d", "-C", compiled.result()), re.M | re.S)
+        if code:
+            assert re.search(maximum, code[0]), source.stem
+            checked += 1
+    assert checked > 0

@@ -128,6 +128,15 @@ def test_float_inputs_are_quantized_and_nan_is_the_lowest():
     np.testing.assert_array_equal(sparse_conv(x, packed), sparse_conv(q, packed))
 
 
+@pytest.mark.parametrize(("whole", "bounds", "wanted"), [
+    (Quantization(0.1, 128), (0.0, np.inf), (12.7 / 255, 0)), (Quantization(0.1, 55), (0.0, 6.0), (6 / 255, 0)),
+    (Quantization(0.01, 0), (0.0, 6.0), (0.01, 0)), (Quantization(0.1, 255), (0.0, np.inf), (0.1, 255)),
+    (Quantization(0.1, 20), (-np.inf, np.inf), (0.1, 20))])
+def test_a_range_between_bounds(whole, bounds, wanted):
+    got = whole.between(*bounds)
+    assert got.zero == wanted[1] and got.scale == pytest.approx(wanted[0], rel=2.0**-20)
+
+
 def test_a_float_residual_is_added_in_float32():
     packed, x = pack_int8(draw(1, 1, 4, 3), INPUTS), INPUTS.quantize(jnp.ones((1, 2, 2, 4)))
     residual = jnp.linspace(-20, 20, 12, dtype=jnp.float32).reshape(1, 2, 2, 3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from flax import linen as nn
 from flax import nnx
 
 import sparseflax
+from sparseflax.conv.int8 import Quantization
+from sparseflax.network.fuse import fuse
+from tests import reference
 from tests.machines import HERE
 
 
@@ -139,6 +143,55 @@ def test_what_lies_between_is_uint8_too(monkeypatch):
     got, want = (np.asarray(jax.jit(lambda m, x: m(x))(m, x[:3])) for m in (packed, apart))
     # The residual is off by half a step of 255; so is each rounded value that falls to the other side of a tie.
     assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
+
+
+class Separable(nnx.Module):
+    """Depthwise convolutions between sparse ones, the second for two readers."""
+
+    def __init__(self, rngs):
+        self.one, self.two, self.three = (nnx.Conv(16, 16, (1, 1), rngs=rngs) for _ in range(3))
+        self.first, self.second, self.last = (
+            nnx.Conv(16, 16, (3, 3), strides=strides, feature_group_count=16, rngs=rngs) for strides in (1, 2, 1))
+
+    def __call__(self, x):
+        x = nnx.relu6(self.one(x))
+        x = nnx.relu(self.two(nnx.relu(self.first(x))))
+        y = self.second(x)
+        return self.last(self.three(y)) + y
+
+
+def test_depthwise_between_layers_in_int8_is_uint8(monkeypatch):
+    monkeypatch.setattr("sparseflax.network.plan.MARGIN", 0)
+    model, x = Separable(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((20, 9, 9, 16)).astype(np.float32)
+    nnx.update(model, sparseflax.prune.one_shot(nnx.state(model, nnx.Param), sparseflax.prune.constant(
+        {name: 0.5 for name in ("one", "two", "three")}), block=4))
+    plan = sparseflax.plan(model, x[:3], HERE, precision="int8", examples=x)
+    packed, apart = sparseflax.pack_model(model, plan), sparseflax.pack_model(model, plan, fuse=False)
+    made = steps(packed, x[:3])
+    assert [(step.op, step.uint8) for step in made] == [
+        ("quantize", True), ("conv_int8", True), ("depthwise", True), ("conv_int8", True), ("depthwise", True),
+        ("dequantize", False), ("conv_int8", True), ("depthwise", False), ("combine", False)]
+    ranges = {row.path: row.outputs for row in plan.layers}
+    assert [step.params[2] for step in made if step.op == "depthwise"] == [
+        ranges["one"].between(0.0, 6.0), ranges["two"].between(0.0, math.inf), ranges["three"]]
+    got, want = (np.asarray(jax.jit(lambda m, x: m(x))(m, x[:3])) for m in (packed, apart))
+    # Half a step of 255 of what each depthwise convolution reads, and of what the second is rounded to for both of its readers.
+    assert 0 < np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
+def test_depthwise_of_bytes_is_what_the_primitives_compute():
+    """Bit for bit: sums of multiples of a quarter are exact."""
+    inputs, outputs = Quantization(0.25, 100), Quantization(0.7, 3)
+    draw = np.random.default_rng(0)
+    kernel, bias, x = (jnp.asarray(reference.integers(draw, *size)) for size in ((3, 3, 1, 19), (19,), (2, 9, 13, 19)))
+
+    def f(x):
+        y = jax.lax.conv_general_dilated(inputs.quantize(5.3 * x).dequantize(), kernel, (1, 2), "SAME", feature_group_count=19,
+                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return outputs.quantize(nnx.relu(y + bias.reshape(1, 1, 1, -1))).values
+
+    assert [(step.op, step.uint8) for step in steps(fuse(f), x)] == [("quantize", True), ("depthwise", True)]
+    np.testing.assert_array_equal(jax.jit(fuse(f))(x), jax.jit(f)(x))
 
 
 class Shortcut(nnx.Module):

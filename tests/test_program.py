@@ -61,7 +61,7 @@ STEPS = {
     "sum of channels": lambda h, w, c: (Step("reduce", (h, w, 1), (0,), (), (False,)), 1, ()),
     "mean over the image": lambda h, w, c: (
         Step("pool", (1, 1, c), (0,), (), (False, (h, w), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))), 1, ()),
-    "depthwise": lambda h, w, c: (Step("depthwise", (h, w, c), (0,), (0, 1), ((3, 3), SAME, "relu6", True)), 1,
+    "depthwise": lambda h, w, c: (Step("depthwise", (h, w, c), (0,), (0, 1), ((3, 3), SAME, None, None, "relu6", True)), 1,
                                   ((3, 3, 1, c), (c,))),
     "dense": lambda h, w, c: (Step("dense", (h, w, 19), (0,), (0, 1), ((1, 1), PIXELS, 1, "relu", True)), 1, ((c, 19), (19,))),
     "concat": lambda h, w, c: (Step("concat", (h, w, 2 * c), (0, 1)), 2, ()),
@@ -148,6 +148,7 @@ def test_what_is_not_finite(name):
 
 PADDING = st.tuples(st.integers(0, 2), st.integers(0, 2))
 PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
+SIZE = st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 5, 8, 33]))
 
 
 @given(taps=PAIR, strides=PAIR, dilation=PAIR, groups=st.sampled_from([(1, 1, 1), (4, 20, 2), (300, 7, 1), (6, 9, 3)]),
@@ -166,18 +167,60 @@ def test_dense(taps, strides, dilation, groups, size, activation, bias):
 
 
 @given(taps=PAIR, strides=PAIR, dilation=PAIR, padding=st.tuples(PADDING, PADDING),
-       op=st.sampled_from(["max", "sum", "depthwise"]),
-       size=st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 5, 8, 33])))
+       op=st.sampled_from(["max", "sum"]), size=SIZE)
 def test_windows(taps, strides, dilation, padding, op, size):
     window = Window(strides, padding, dilation)
     oh, ow = window.output(*size[:2], *taps)
     if 0 in (oh, ow):
         return
-    params = (taps, window, None, False) if op == "depthwise" else (op == "max", taps, window)
-    kind, shared = ("depthwise", (0,)) if op == "depthwise" else ("pool", ())
-    step = Step(kind, (oh, ow, size[2]), (0,), shared, params)
-    shared = [jnp.asarray(reference.integers(np.random.default_rng(1), *taps, 1, size[2]))] if op == "depthwise" else []
-    check(one(step, size), [images(0, 2, size)], shared)
+    check(one(Step("pool", (oh, ow, size[2]), (0,), (), (op == "max", taps, window)), size), [images(0, 2, size)])
+
+
+@given(taps=PAIR, strides=PAIR, dilation=PAIR, padding=st.tuples(PADDING, PADDING), size=SIZE,
+       inputs=st.sampled_from([None, Quantization(0.25, 100), Quantization(2.0, 0), Quantization(0.5, 255)]),
+       outputs=st.sampled_from([None, Quantization(3.0, 17), Quantization(100.0, 0), Quantization(0.7, 255)]),
+       activation=st.sampled_from([None, "relu", "relu6"]), bias=st.booleans(), kernel=st.sampled_from(ffi.kernels()))
+def test_depthwise(taps, strides, dilation, padding, size, inputs, outputs, activation, bias, kernel):
+    """Sums of multiples of a quarter are exact, and quotients are as IEEE has them: nothing may differ."""
+    window = Window(strides, padding, dilation)
+    oh, ow = window.output(*size[:2], *taps)
+    if 0 in (oh, ow):
+        return
+    step = Step("depthwise", (oh, ow, size[2]), (0,), (0, 1)[:1 + bias], (taps, window, inputs, outputs, activation, bias),
+                uint8=outputs is not None)
+    draw = np.random.default_rng(1)
+    shared = [jnp.asarray(reference.integers(draw, *taps, 1, size[2])), jnp.asarray(reference.integers(draw, size[2]))]
+    program = one(step, size, uint8=(0,) if inputs else ())
+    check(replace(program, kernel=kernel), [images(0, 2, size, uint8=inputs is not None)], shared[:1 + bias])
+
+
+@pytest.mark.parametrize("inputs", [None, Quantization(0.013, 101)])
+@pytest.mark.parametrize("kernel", ffi.kernels())
+def test_depthwise_of_any_numbers(kernel, inputs):
+    outputs, size, draw = Quantization(0.021, 90), (9, 11, 37), np.random.default_rng(0)
+    x = np.asarray(images(0, 2, size, True)) if inputs else draw.standard_normal((2, *size)).astype(np.float32)
+    weights, bias = draw.standard_normal((3, 3, 1, 37)).astype(np.float32), draw.standard_normal(37).astype(np.float32)
+    wide = np.float64(x) if inputs is None else (np.float64(x) - inputs.zero) * np.float64(np.float32(inputs.scale))
+    padded = np.pad(wide, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    terms = [padded[:, r:r + 9, s:s + 11] * np.float64(weights[r, s, 0]) for r in range(3) for s in range(3)]
+    exact = sum(terms) + np.float64(bias)
+    # Nine products and sums, a factor and a bias; a quotient before it is rounded.
+    error = 14 * 2.0**-24 * (sum(map(np.abs, terms)) + np.abs(bias))
+    for rounded in (None, outputs):
+        step = Step("depthwise", size, (0,), (0, 1), ((3, 3), SAME, inputs, rounded, None, True), uint8=rounded is not None)
+        program = replace(one(step, size, uint8=(0,) if inputs else ()), kernel=kernel)
+        (y,) = run_program(program, [jnp.asarray(x)], [jnp.asarray(weights), jnp.asarray(bias)])
+        step_size = np.float64(np.float32(outputs.scale))
+        low, high = (bound if rounded is None else np.clip(np.rint(bound / step_size) + outputs.zero, 0, 255)
+                     for bound in (exact - error, exact + error))
+        assert (np.asarray(y) >= low).all() and (np.asarray(y) <= high).all()
+
+
+def test_depthwise_of_what_is_not_finite():
+    x, one_ = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 1e30, -0.0, 3.0]).reshape(1, 1, 6, 1), jnp.ones((1, 1, 1, 1))
+    for activation in (None, "relu", "relu6"):
+        params = (1, 1), PIXELS, None, Quantization(0.5, 3), activation, False
+        check(one(Step("depthwise", (1, 6, 1), (0,), (0,), params, uint8=True), (1, 6, 1)), [x], [one_])
 
 
 @st.composite
@@ -257,7 +300,7 @@ def byte_programs(draw):
         (h, w, c), uint8 = known[x]
         beside = [i for i, (size, kind) in enumerate(known) if size[:2] == (h, w) and kind == uint8]
         alike = [i for i in beside if known[i][0][2] == 8]
-        op = draw(st.sampled_from(["conv", "concat", "slice", "pool", "rounding", "add"]))
+        op = draw(st.sampled_from(["conv", "depthwise", "concat", "slice", "pool", "rounding", "add"]))
         if op == "conv" and uint8 and c == 8:
             residual, to_float = draw(st.booleans()), draw(st.booleans())
             inner = draw(st.sampled_from([None, (-30.0, 60.0, 0.001)])) if residual else None
@@ -266,6 +309,10 @@ def byte_programs(draw):
             rescale = Rescale(*zeros, *((-9.0, 9.0) if to_float else (-float(zeros[1]), 255.0 - zeros[1])), to_float, inner)
             shared = (0, 1, 2, 3, 4)[:4 + residual] + (2,) * (inner is not None)
             step = Step("conv_int8", (h, w, 8), args, shared, (SAME, rescale), (), INT8.pattern, not to_float)
+        elif op == "depthwise" and uint8 and c == 8:
+            outputs = draw(st.sampled_from([None, Quantization(5.0, 60)]))
+            params = (3, 3), SAME, Quantization(0.5, 30), outputs, "relu", False
+            step = Step("depthwise", (h, w, 8), (x,), (5,), params, uint8=outputs is not None)
         elif op == "concat":
             args = (x, *draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2)))
             step = Step("concat", (h, w, sum(known[arg][0][2] for arg in args)), args, uint8=uint8)
@@ -283,18 +330,20 @@ def byte_programs(draw):
         if step.size[2] < 40:
             steps.append(step)
             known.append((step.size, step.uint8))
-    operands = [i for i in range(5) if not any(i in step.shared for step in steps)]
-    if operands:  # each has to be read
+    if not any(5 in step.shared for step in steps):  # each operand has to be read
+        steps.append(Step("depthwise", (3, 4, 8), (0,), (5,), ((3, 3), SAME, None, None, None, False)))
+    if not all(any(i in step.shared for step in steps) for i in range(5)):
         steps.append(Step("conv_int8", (3, 4, 8), (1, 1), (0, 1, 2, 3, 4), (SAME, Rescale(3, 7, 9, -7.0, 248.0, False)), (),
                           INT8.pattern, True))
     outputs = draw(st.lists(st.integers(2, 1 + len(steps)), min_size=1, max_size=3, unique=True))
-    return Program(((3, 4, 8),) * 2, tuple(steps), tuple(outputs), 5, draw(st.integers(1, 3)), uint8=(1,))
+    return Program(((3, 4, 8),) * 2, tuple(steps), tuple(outputs), 6, draw(st.integers(1, 3)), uint8=(1,))
 
 
 KERNEL = reference.integers(DRAW, 3, 3, 8, 8) * np.repeat(DRAW.random((3, 3, 2, 8)) < 0.4, 4, axis=2).astype(np.float32)
 INT8 = pack_int8(KERNEL, Quantization(1.0, 0))
 RATIO = jnp.linspace(0.5, 1.5, 8).astype(jnp.bfloat16).astype(jnp.float32)  # products of it are exact
-SHARED_INT8 = [INT8.words, INT8.sums, INT8.scale, jnp.linspace(-9.0, 9.0, 8), RATIO]
+SHARED_INT8 = [INT8.words, INT8.sums, INT8.scale, jnp.linspace(-9.0, 9.0, 8), RATIO,
+               jnp.asarray(reference.integers(DRAW, 3, 3, 1, 8))]
 
 
 @settings(max_examples=60)
@@ -357,6 +406,27 @@ def test_what_does_not_fit_is_refused():
                            (lambda: call(program, [x, *SHARED], int8="none"), "kernel 'none' does not run")):
         with pytest.raises(Exception, match=expected):
             jax.block_until_ready(what())
+
+
+def test_depthwise_bytes_that_do_not_fit_are_refused():
+    params = (3, 3), SAME, Quantization(0.5, 3), Quantization(2.0, 7), None, False
+    step = Step("depthwise", (3, 4, 5), (0,), (0,), params, uint8=True)
+    program, x, kernel = one(step, (3, 4, 5), uint8=(0,)), images(0, 2, (3, 4, 5), True), jnp.ones((3, 3, 1, 5))
+    words = program.encode()["words"]
+    flags = len(words) - 6  # the last of its parameters, before where its numbers and gaps lie and the output
+    assert words[flags - 1:flags + 1].tolist() == [1, 1]
+    for changed, expected in (({"numbers": np.asarray([0.5, 3, 0, 7], np.float32)}, "its bytes stand for nothing"),
+                              ({"numbers": np.asarray([0.5, 3.5, 2, 7], np.float32)}, "its bytes stand for nothing"),
+                              ({"numbers": np.asarray([0.5, 3, np.nan, 7], np.float32)}, "its bytes stand for nothing"),
+                              ({"words": edited(words, flags - 1, 0)}, "its images have the wrong type"),
+                              ({"words": edited(words, flags, 0)}, "its operands do not fit"),  # which has two numbers too many
+                              ({"words": edited(words, flags, 2)}, "malformed")):
+        with pytest.raises(Exception, match=expected):
+            jax.block_until_ready(call(program, [x, kernel], **changed))
+
+
+def edited(words, at, word):
+    return np.asarray([*words[:at], word, *words[at + 1:]])
 
 
 def test_edited_programs_are_refused_or_run():

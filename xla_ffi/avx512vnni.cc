@@ -41,15 +41,6 @@ struct V {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(t[i]);
   }
-  static SF_INLINE F::Reg ToFloat(Reg a) { return _mm512_cvtepi32_ps(a); }
-  static SF_INLINE F::Reg Clamp(F::Reg y, F::Reg low, F::Reg high) {  // a nan becomes low
-    return F::Min(F::Max(y, low), high);
-  }
-  static SF_INLINE Reg Nearest(F::Reg y) { return _mm512_cvtps_epi32(y); }  // ties to even
-  static SF_INLINE Reg FromBytes(const uint8_t* p, int m) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(F::First(m), p)); }
-  static SF_INLINE void StoreBytes(uint8_t* p, F::Reg y, Reg zero, int m) {
-    _mm_mask_storeu_epi8(p, F::First(m), _mm512_cvtepi32_epi8(Add(Nearest(y), zero)));
-  }
 };
 
 #include "microkernel.inc"

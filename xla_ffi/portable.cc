@@ -27,7 +27,9 @@ struct V {
   static SF_INLINE Reg Panel(Reg a) { return a; }
   static SF_INLINE Reg Suspect(Reg a, Reg seen) { return Fma(a, Set1(0), seen); }
   static SF_INLINE Reg Add(Reg a, Reg b) { return a + b; }
+  static SF_INLINE Reg Sub(Reg a, Reg b) { return a - b; }
   static SF_INLINE Reg Mul(Reg a, Reg b) { return a * b; }
+  static SF_INLINE Reg Div(Reg a, Reg b) { return a / b; }
   static SF_INLINE Reg Max(Reg a, Reg b) {
     for (int i = 0; i < 4; ++i) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
@@ -39,6 +41,24 @@ struct V {
   static SF_INLINE Reg Min(Reg a, Reg b) {
     for (int i = 0; i < 4; ++i) b[i] = a[i] < b[i] ? a[i] : b[i];
     return b;
+  }
+  static SF_INLINE Reg Clamp(Reg y, Reg low, Reg high) { return Min(Max(y, low), high); }  // a nan becomes low
+  typedef int32_t Whole __attribute__((vector_size(16), may_alias));
+  static SF_INLINE Whole SetWhole(int32_t a) { return Whole{a, a, a, a}; }
+  static SF_INLINE Whole Nearest(Reg y) {  // ties to even
+    Whole r = {};
+    for (int i = 0; i < 4; ++i) r[i] = static_cast<int32_t>(std::nearbyint(y[i]));
+    return r;
+  }
+  static SF_INLINE Reg ToFloat(Whole a) { return __builtin_convertvector(a, Reg); }
+  static SF_INLINE Reg FromBytes(const uint8_t* p, int m) {
+    Reg r = {};
+    for (int i = 0; i < m; ++i) r[i] = p[i];
+    return r;
+  }
+  static SF_INLINE void StoreBytes(uint8_t* p, Reg y, Whole zero, int m) {  // nearest of y, plus zero
+    const Whole q = Nearest(y) + zero;
+    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(q[i]);
   }
   static SF_INLINE Quad LoadQuad(const float* p) { return p; }
   template <int i>
@@ -98,28 +118,6 @@ struct V {
         r[j][i] = t;
       }
     }
-  }
-  static SF_INLINE F::Reg ToFloat(Reg a) { return __builtin_convertvector(a, F::Reg); }
-  static SF_INLINE F::Reg Clamp(F::Reg y, F::Reg low, F::Reg high) {  // a nan becomes low
-    for (int i = 0; i < 4; ++i) {
-      y[i] = y[i] > low[i] ? y[i] : low[i];
-      y[i] = y[i] < high[i] ? y[i] : high[i];
-    }
-    return y;
-  }
-  static SF_INLINE Reg Nearest(F::Reg y) {  // ties to even
-    Reg r = {};
-    for (int i = 0; i < 4; ++i) r[i] = static_cast<Value>(std::nearbyint(y[i]));
-    return r;
-  }
-  static SF_INLINE Reg FromBytes(const uint8_t* p, int m) {
-    Reg r = {};
-    for (int i = 0; i < m; ++i) r[i] = p[i];
-    return r;
-  }
-  static SF_INLINE void StoreBytes(uint8_t* p, F::Reg y, Reg zero, int m) {
-    const Reg q = Nearest(y) + zero;
-    for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(q[i]);
   }
 };
 

@@ -201,10 +201,10 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
         const Image x = work.x.Strip<float>(row, j, count), y = work.y.Strip<float>(row, j, count);
         switch (step.op) {
           case Op::kQuantize:
-            loops.quantize({x, work.y.Strip<uint8_t>(row, j, count), number(0), static_cast<int32_t>(number(1))}, 0, 1);
+            loops.quantize({x, work.y.Strip<uint8_t>(row, j, count), {number(0), static_cast<int32_t>(number(1))}}, 0, 1);
             break;
           case Op::kDequantize:
-            loops.dequantize({work.x.Strip<uint8_t>(row, j, count), y, number(0), static_cast<int32_t>(number(1))}, 0, 1);
+            loops.dequantize({work.x.Strip<uint8_t>(row, j, count), y, {number(0), static_cast<int32_t>(number(1))}}, 0, 1);
             break;
           case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), step.numbers.data()}, 0, 1); break;
           case Op::kChannelSum: loops.channel_sum({x, y, p[0], p[1]}, 0, 1); break;
@@ -257,9 +257,18 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         break;
       }
       case Op::kDepthwise: {
-        const Depthwise d{x, y, {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}, operand(0), p[9] != 0 ? operand(1) : nullptr,
-                          static_cast<int>(p[8])};
-        spread(y.h * y.w * y.c * p[0] * p[1], [&](int64_t row, int64_t end) { loops.depthwise(d, row, end); });
+        const auto bytes_at = [&](size_t at) { return Quantization{step.numbers[at], static_cast<int32_t>(step.numbers[at + 1])}; };
+        const Quantization from = p[10] != 0 ? bytes_at(0) : Quantization{}, to = bytes ? bytes_at(p[10] != 0 ? 2 : 0) : Quantization{};
+        const auto convolve = [&](const auto& in, const auto& out, auto loop) {
+          const Filter f{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+          const float* const bias = p[9] != 0 ? operand(1) : nullptr;
+          spread(y.h * y.w * y.c * p[0] * p[1], [&](int64_t row, int64_t end) {
+            loop({in, out, f, operand(0), bias, static_cast<int>(p[8]), from, to}, row, end);
+          });
+        };
+        const Bytes x_bytes = At<uint8_t>(call, step.args[0]), y_bytes = At<uint8_t>(call, result);
+        if (p[10] != 0) bytes ? convolve(x_bytes, y_bytes, loops.depthwise_of_bytes) : convolve(x_bytes, y, loops.depthwise_from_bytes);
+        else bytes ? convolve(x, y_bytes, loops.depthwise_to_bytes) : convolve(x, y, loops.depthwise);
         break;
       }
       case Op::kDense: {

@@ -118,12 +118,13 @@ std::string Program::CheckStep(const Step& step, Value* result) {
   std::vector<const Value*> x;
   for (const int64_t arg : step.args) x.push_back(&values_[static_cast<size_t>(arg)]);
   const bool moves = step.op == Op::kPool || step.op == Op::kWindow || step.op == Op::kConcat || step.op == Op::kReshape || step.op == Op::kUpsample;
-  const bool takes_bytes = step.op == Op::kConvInt8 || step.op == Op::kDequantize;
+  const bool depthwise = step.op == Op::kDepthwise && p.size() == 12;
+  const bool takes_bytes = step.op == Op::kConvInt8 || step.op == Op::kDequantize || (depthwise && p[10] == 1);
   for (const Value* each : x) {
     if (moves ? each->type != x[0]->type : (each->type == Type::kUint8) != takes_bytes) return "its images have the wrong type";
   }
   const bool bytes = moves ? !x.empty() && x[0]->type == Type::kUint8
-                           : step.op == Op::kQuantize || (step.op == Op::kConvInt8 && p[17] == 0);
+                           : step.op == Op::kQuantize || (step.op == Op::kConvInt8 && p[17] == 0) || (depthwise && p[11] == 1);
   result->type = bytes ? Type::kUint8 : Type::kFloat32;
   const Value& y = *result;
   const auto counts = [&](size_t args, size_t operands, size_t params, size_t numbers) {
@@ -132,6 +133,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
   const auto same = [](const Value& a, const Value& b) { return a.h == b.h && a.w == b.w && a.c == b.c; };
   const auto flag = [](int64_t v) { return v == 0 || v == 1; };
   const auto zero = [](float v) { return v >= 0 && v <= 255 && v == std::floor(v); };
+  const auto stands = [&](size_t at) { return step.numbers[at] > 0 && zero(step.numbers[at + 1]); };  // scale and zero of bytes
   // (kh, kw, sh, sw, top, left, dh, dw) from `at` on
   const auto filter = [&](size_t at) {
     return std::min({p[at], p[at + 1], p[at + 2], p[at + 3], p[at + 6], p[at + 7]}) >= 1 && std::min(p[at + 4], p[at + 5]) >= 0 &&
@@ -174,10 +176,14 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       return operand(0, step.conv->nnz(), Type::kInt32) && operand(1, s.oc, Type::kInt32) && operand(2, s.oc) && operand(3, s.oc) &&
                      (residual == 0 || operand(4, s.oc)) && (inner == 0 || operand(5, s.oc)) ? "" : wrong;
     }
-    case Op::kDepthwise:  // filter, activation, has bias
-      if (p.size() != 10 || !filter(0) || p[8] < 0 || p[8] > 2 || !flag(p[9])) return "malformed";
-      if (!counts(1, 1 + static_cast<size_t>(p[9]), 10, 0) || x[0]->c != y.c) return wrong;
+    case Op::kDepthwise: {  // filter, activation, has bias, reads bytes, writes bytes; scale and zero of either
+      if (!depthwise || !filter(0) || p[8] < 0 || p[8] > 2 || !flag(p[9]) || !flag(p[10]) || !flag(p[11])) return "malformed";
+      if (!counts(1, 1 + static_cast<size_t>(p[9]), 12, static_cast<size_t>(2 * (p[10] + p[11]))) || x[0]->c != y.c) return wrong;
+      for (size_t i = 0; i < step.numbers.size(); i += 2) {
+        if (!stands(i)) return "its bytes stand for nothing";
+      }
       return operand(0, p[0] * p[1] * y.c) && (p[9] == 0 || operand(1, y.c)) ? "" : wrong;
+    }
     case Op::kDense: {  // filter without padding, groups, activation, has bias
       if (p.size() != 11 || !filter(0) || p[4] != 0 || p[5] != 0 || p[8] < 1 || p[9] < 0 || p[9] > 2 || !flag(p[10])) return "malformed";
       if (!counts(1, 1 + static_cast<size_t>(p[10]), 11, 0) || x[0]->c % p[8] != 0 || y.c % p[8] != 0) return wrong;
@@ -229,7 +235,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
     }
     case Op::kQuantize:  // scale, zero
     case Op::kDequantize:  // scale, zero
-      return counts(1, 0, 0, 2) && same(*x[0], y) && step.numbers[0] > 0 && zero(step.numbers[1]) ? "" : wrong;
+      return counts(1, 0, 0, 2) && same(*x[0], y) && stands(0) ? "" : wrong;
     case Op::kEnd: break;
   }
   return "unknown";

@@ -22,13 +22,23 @@ struct Filter {
   int64_t kh, kw, sh, sw, top, left, dh, dw;
 };
 
-// y[i,j,c] = act( sum_{r,s} x[i*sh + r*dh - top, j*sw + s*dw - left, c] * kernel[r,s,c] + bias[c] ), zeros outside
+// A byte q stands for scale * (q - zero).
+struct Quantization {
+  float scale;
+  int32_t zero;
+};
+
+// y[i,j,c] = act( sum_{r,s} x[i*sh + r*dh - top, j*sw + s*dw - left, c] * kernel[r,s,c] + bias[c] ), zeros outside; bytes of x are what they
+// stand for, and bytes of y are rounded as by Quantize
+template <typename X, typename Y>
 struct Depthwise {
-  Image x, y;
+  ImageOf<X> x;
+  ImageOf<Y> y;
   Filter f;
   const float* kernel;
-  const float* bias;  // or null
-  int activation;     // 0 none, 1 relu, 2 relu6
+  const float* bias;      // or null
+  int activation;         // 0 none, 1 relu, 2 relu6
+  Quantization from, to;  // of bytes
 };
 
 // y[i,j,o] = act( sum_{r,s,c} x[i*sh + r*dh, j*sw + s*dw, g*icg + c] * kernel[r,s,c,o] + bias[o] ), g = o / (channels of y / groups),
@@ -107,22 +117,23 @@ struct Map {
 struct Quantize {
   Image x;
   Bytes y;
-  float scale;
-  int32_t zero;
+  Quantization to;
 };
 
 // y = (x - zero) * scale
 struct Dequantize {
   Bytes x;
   Image y;
-  float scale;
-  int32_t zero;
+  Quantization from;
 };
 
 struct Steps {
   int64_t dense_width;  // output channels of a panel
   void (*dense)(const Dense&, int64_t unit, int64_t end);
-  void (*depthwise)(const Depthwise&, int64_t row, int64_t end);
+  void (*depthwise)(const Depthwise<float, float>&, int64_t row, int64_t end);
+  void (*depthwise_to_bytes)(const Depthwise<float, uint8_t>&, int64_t row, int64_t end);
+  void (*depthwise_from_bytes)(const Depthwise<uint8_t, float>&, int64_t row, int64_t end);
+  void (*depthwise_of_bytes)(const Depthwise<uint8_t, uint8_t>&, int64_t row, int64_t end);
   void (*pool)(const Pooling<float>&, int64_t row, int64_t end);
   void (*pool_bytes)(const Pooling<uint8_t>&, int64_t row, int64_t end);
   void (*channel_sum)(const ChannelSum&, int64_t row, int64_t end);

@@ -57,6 +57,11 @@ class Quantization:
         scale = float(np.float32((high - low) / 255))
         return cls(scale, min(255, max(0, round(-low / scale))))
 
+    def between(self, low: float, high: float) -> Quantization:
+        """The finest for what this one holds between two bounds; itself where that is 0 alone."""
+        low, high = max(low, self.scale * -self.zero), min(high, self.scale * (255 - self.zero))
+        return Quantization.of_range(low, high) if low < high else self
+
     def quantize(self, x: Any) -> QuantizedArray:
         """The nearest steps, ties to even, clamped to 0 .. 255; a nan becomes q = 0. It has no derivative.
 

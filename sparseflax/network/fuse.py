@@ -39,7 +39,8 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
       the whole program.
     - `sparse_conv` in eight bits takes relu, relu6 and the rounding to uint8 by another one that reads it, through maxima and
       concatenations: what lies between the two is uint8 then, and so it is for whoever else reads it afterwards, a residual
-      for one, which costs half a step of 255.
+      for one, which costs half a step of 255. Depthwise convolutions read and write uint8 there; for one that would read its
+      float32, `sparse_conv` rounds by the `outputs` of its kernel.
     - Elsewhere pooling runs along one dimension after the other, and powers of 1/4, 1/2 and 3/4 are square roots; without the
       native kernel, or in layouts other than NHWC, grouped convolutions run group by group, depthwise ones as a sum of shifted
       images.

@@ -15,6 +15,7 @@ from jax.extend.core import primitives
 
 from sparseflax.conv import ffi
 from sparseflax.conv.window import Window
+from sparseflax.network import int8
 from sparseflax.network.region import Node, Region, is_number, size_of
 
 FLOAT32 = np.dtype(np.float32)
@@ -150,7 +151,8 @@ def convolution(region: Region, equation: Any, x: Any, kernel: Any) -> Node | No
         return None
     h, w, c = size
     if groups == kernel.shape[-1] == c:
-        return region.node(equation, "depthwise", [x], [kernel], (taps, window))
+        x, inputs = int8.as_bytes(region, x)
+        return region.node(equation, "depthwise", [x], [kernel], (taps, window, inputs, None))
     if max(top, bottom, left, right) > 0:
         x = region.border(x, (top, left), (top + h + bottom, left + w + right, c))
     return region.node(equation, "dense", [x], [kernel], (taps, window._replace(padding=PIXELS.padding), groups))

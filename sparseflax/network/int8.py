@@ -38,9 +38,8 @@ def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
     """
     if not isinstance(other, Node) or len(conv.args) > 1 or conv.uint8:
         return None
-    if other.op == "conv_int8" and region.is_open(other) and other.params[2] is not None and other.number < conv.number:
-        _rounded(region, other, other.params[2], 0)
-        other = region.seen(other)
+    if other.number < conv.number:
+        other = _by_its_range(region, other)
     values = _integers(region, other)
     if values is None:
         return None
@@ -79,6 +78,21 @@ def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
                                inner=(rescale.low, rescale.high, _of_16_bits(whole - first)))
     return replace(conv, args=(conv.args[0], other.args[0]), shared=(words, sums, scale, offset, ratio, inner),
                    params=(window, rescale, outputs), number=next(region.count), read=1, uint8=False)
+
+
+def as_bytes(region: Region, x: Any) -> tuple[Any, Quantization | None]:
+    """The uint8 that a value is made of, or could be rounded to, and what they stand for; or the value itself, and None."""
+    x = _by_its_range(region, x)
+    values = _integers(region, x)
+    return (x, None) if values is None or values.shape != x.shape else (values, x.params[0])
+
+
+def _by_its_range(region: Region, x: Any) -> Any:
+    """A value; results of a convolution in eight bits that nothing else reads are rounded by the range that it comes with."""
+    if not region.is_open(x, "conv_int8") or x.uint8 or x.params[2] is None:
+        return x
+    _rounded(region, x, x.params[2].between(*BOUNDS[x.activation]), 0)
+    return region.seen(x)
 
 
 def _integers(region: Region, x: Any) -> Node | None:
@@ -122,6 +136,8 @@ def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -
         rescale = rescale._replace(low=low, high=high).quantized(quantization)
         shared = words, sums, scale * np.float32(1 / quantization.scale), *rest
         rounded = replace(x, params=(window, rescale, outputs), shared=shared, activation=None, uint8=True)
+    elif free and x.op == "depthwise":
+        rounded = replace(x, params=(*x.params[:3], quantization), uint8=True)
     elif free and (x.op == "concat" or (x.op == "pool" and x.params[0])):
         args = tuple(_rounded(region, arg, quantization, 1) for arg in x.args)
         rounded = replace(x, args=args, number=next(region.count), uint8=True)

@@ -82,10 +82,12 @@ class Step:
         if self.op == "dequantize":
             return QuantizedArray(x, params[0]).dequantize()
         if self.op == "depthwise":
-            _, window, activation, has_bias = params
+            _, window, inputs, outputs, activation, has_bias = params
+            x = x if inputs is None else QuantizedArray(x, inputs).dequantize()
             y = jax.lax.conv_general_dilated(x, shared[0], window.strides, window.padding, rhs_dilation=window.dilation,
                                              dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[3])
-            return _activated(y, shared[1] if has_bias else None, activation)
+            y = _activated(y, shared[1] if has_bias else None, activation)
+            return y if outputs is None else outputs.quantize(y).values
         if self.op == "dense":
             taps, window, groups, activation, has_bias = params
             kernel = shared[0].reshape(*taps, x.shape[3] // groups, self.size[2])
@@ -137,8 +139,10 @@ class Step:
         if self.op in ("quantize", "dequantize"):
             return [], [p[0].scale, p[0].zero]
         if self.op == "depthwise":
-            taps, window, activation, has_bias = p
-            return [*_filter(taps, window), ACTIVATIONS[activation], has_bias], []
+            taps, window, inputs, outputs, activation, has_bias = p
+            flags = ACTIVATIONS[activation], has_bias, inputs is not None, outputs is not None
+            numbers = [(each.scale, each.zero) for each in (inputs, outputs) if each is not None]
+            return [*_filter(taps, window), *flags], [*sum(numbers, ())]
         if self.op == "dense":
             taps, window, groups, activation, has_bias = p
             return [*_filter(taps, window), groups, ACTIVATIONS[activation], has_bias], []

@@ -27,15 +27,15 @@ struct Code {
 
 // Two convolutions, a depthwise one and a pool into a concatenation; a range of its channels, element by element; a reshape; one layer
 // that meets each weight once; in eight bits two convolutions, a maximum and a concatenation; blocks of pixels; two dense
-// layers, of which one meets each weight once; and a softmax.
+// layers, of which one meets each weight once; a softmax; and depthwise convolutions from float32 to bytes, to bytes and back.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {5, 1, 30, 7, 13, chunk, 6, 5, 4, 0};
+  c.words = {5, 1, 33, 8, 13, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1
   c.Step(Op::kConv, {6, 5, 4}, {1, 0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1}, {}, kept);                // 2
-  c.Step(Op::kDepthwise, {6, 5, 4}, {2}, {2, 1}, {3, 3, 1, 1, 1, 1, 1, 1, 2, 1});                                             // 3
+  c.Step(Op::kDepthwise, {6, 5, 4}, {2}, {2, 1}, {3, 3, 1, 1, 1, 1, 1, 1, 2, 1, 0, 0});                                       // 3
   c.Step(Op::kPool, {6, 5, 4}, {2}, {}, {1, 3, 3, 1, 1, 1, 1, 1, 1});                                                         // 4
   c.Step(Op::kConcat, {6, 5, 12}, {3, 4, 2}, {}, {});                                                                         // 5
   c.Step(Op::kWindow, {6, 5, 4}, {5}, {}, {0, 0, 6}, {0});                                                                    // 6
@@ -65,6 +65,9 @@ inline Code Network(int64_t chunk) {
   c.Step(Op::kMap, {6, 5, 4}, {27}, {}, {9}, {0, 0});                                                                         // 28
   c.Step(Op::kReduce, {6, 5, 1}, {28}, {}, {0});                                                                              // 29
   c.Step(Op::kCombine, {6, 5, 4}, {28, 29}, {}, {3, 5, 0});                                                                   // 30
-  c.words.insert(c.words.end(), {9, 12, 18, 22, 24, 25, 30});
+  c.Step(Op::kDepthwise, {6, 5, 4}, {2}, {2}, {3, 3, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1}, {4, 128});                                // 31
+  c.Step(Op::kDepthwise, {3, 3, 4}, {31}, {2, 1}, {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1}, {4, 128, 8, 0});                      // 32
+  c.Step(Op::kDepthwise, {3, 3, 4}, {32}, {2}, {3, 3, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0}, {8, 0});                                 // 33
+  c.words.insert(c.words.end(), {9, 12, 18, 22, 24, 25, 30, 33});
   return c;
 }

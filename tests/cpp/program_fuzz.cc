@@ -141,13 +141,19 @@ class Grown {
       }
       if (!args.empty()) return Add(Op::kConcat, y, args, 0, {});
     }
+    if (draw_.OneIn(6)) {
+      const int64_t kh = draw_.Between(1, 3), kw = draw_.Between(1, 3), s = draw_.Between(1, 2), d = draw_.Between(1, 2);
+      const bool bias = draw_.OneIn(2), bytes = draw_.OneIn(2);
+      std::vector<float> numbers;
+      for (int64_t i = 0; i < x.bytes + bytes; ++i) numbers.insert(numbers.end(), {0.5f, static_cast<float>(draw_.Below(256))});
+      return Add(Op::kDepthwise, {draw_.Between(1, 7), draw_.Between(1, 7), x.c, bytes}, {v}, 1 + bias,
+                 {kh, kw, s, s, draw_.Between(0, 3), draw_.Between(0, 3), d, d, draw_.Below(3), bias, x.bytes, bytes}, numbers);
+    }
     if (draw_.OneIn(6) || (!x.bytes && draw_.OneIn(6))) {
       const int64_t kh = draw_.Between(1, 3), kw = draw_.Between(1, 3), s = draw_.Between(1, 2), d = draw_.Between(1, 2);
       const Size y = {draw_.Between(1, 7), draw_.Between(1, 7), x.c, x.bytes};
       if (x.bytes || draw_.OneIn(2)) return Add(Op::kPool, y, {v}, 0, {x.bytes || draw_.OneIn(2), kh, kw, s, s, draw_.Between(0, 3), draw_.Between(0, 3), d, d});
-      const bool bias = draw_.OneIn(2);
-      if (draw_.OneIn(2)) return Dense(v, kh, kw, s, d, bias);
-      return Add(Op::kDepthwise, y, {v}, 1 + bias, {kh, kw, s, s, draw_.Between(0, 3), draw_.Between(0, 3), d, d, draw_.Below(3), bias});
+      return Dense(v, kh, kw, s, d, draw_.OneIn(2));
     }
     if (x.bytes) {
       if (draw_.OneIn(2)) return Conv(v, true);

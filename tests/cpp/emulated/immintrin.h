@@ -117,6 +117,8 @@ inline void WriteFloats(float* p, unsigned mask, __m256 a) {
 #define _mm512_set1_ps(a) SF_EACH(Floats, ((void)i, a))
 #define _mm512_fmadd_ps(a, b, c) SF_EACH(Floats, std::fma((a).at[i], (b).at[i], (c).at[i]))
 #define _mm512_add_ps(a, b) SF_EACH(Floats, (a).at[i] + (b).at[i])
+#define _mm512_sub_ps(a, b) SF_EACH(Floats, (a).at[i] - (b).at[i])
+#define _mm512_div_ps(a, b) SF_EACH(Floats, (a).at[i] / (b).at[i])
 #define _mm512_mul_ps(a, b) SF_EACH(Floats, (a).at[i] * (b).at[i])
 #define _mm512_max_ps(a, b) SF_EACH(Floats, (a).at[i] > (b).at[i] ? (a).at[i] : (b).at[i])
 #define _mm512_min_ps(a, b) SF_EACH(Floats, (a).at[i] < (b).at[i] ? (a).at[i] : (b).at[i])
