@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from sparseflax.conv.int8 import Quantization
 from sparseflax.layers.int8 import Int8Conv, Int8Dense
@@ -51,6 +52,9 @@ class _Watched(nnx.Module):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         outputs = self.layer(inputs, **kwargs)
+        if isinstance(outputs, Tracer):
+            raise TypeError(f"a {type(self.layer).__name__} is called inside a function that is compiled or rematerialized, "
+                            "where what it takes is not seen: plan one that calls neither jit nor remat, with the same weights")
         self.see(inputs, outputs)
         return outputs
 
