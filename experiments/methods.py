@@ -83,6 +83,7 @@ class Task:
       ramp_steps: of them, those in which the densities fall.
       every: updates between two takings of the masks.
       best_effort: whether a speedup out of reach is one that can be reached instead.
+      block: neighbouring input channels that are pruned together.
     """
 
     model: nnx.Module
@@ -97,6 +98,7 @@ class Task:
     ramp_steps: int
     every: int
     best_effort: bool = False
+    block: int = 1
 
     @property
     def params(self) -> Any:
@@ -194,46 +196,47 @@ def erk(task: Task) -> prune.Guidance:
 
 def one_threshold(task: Task) -> prune.Guidance:
     params = task.params
-    return task.matched(lambda density: prune.global_magnitude(params, density, exclude=task.first))
+    return task.matched(lambda density: prune.global_magnitude(params, density, exclude=task.first, block=task.block))
 
 
 def _magnitude(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
-    return task.then(prune.magnitude(guide, task.ramp, every=task.every))
+    return task.then(prune.magnitude(guide, task.ramp, every=task.every, block=task.block))
 
 
 def _lasso(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
-    return task.then(prune.lasso(guide, lambda step: L1 * task.rate(step), task.ramp))
+    return task.then(prune.lasso(guide, lambda step: L1 * task.rate(step), task.ramp, block=task.block))
 
 
 def _surgery(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
-    return task.then(prune.surgery(guide, task.ramp))
+    return task.then(prune.surgery(guide, task.ramp, block=task.block))
 
 
 def _soft_threshold(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
-    return prune.soft_threshold(task.optimizer, guide, task.ramp, every=task.every)
+    return prune.soft_threshold(task.optimizer, guide, task.ramp, every=task.every, block=task.block)
 
 
 def _rigl(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
-    return prune.rigl(task.optimizer, guide, end=3 * task.steps // 4, every=task.every)
+    return prune.rigl(task.optimizer, guide, end=3 * task.steps // 4, every=task.every, block=task.block)
 
 
 def _acdc(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
     # Four phases: compressed, decompressed, twice; then compressed for good.
-    return task.then(prune.acdc(guide, begin=0, end=task.ramp_steps, phase=max(1, task.ramp_steps // 4)))
+    phase = max(1, task.ramp_steps // 4)
+    return task.then(prune.acdc(guide, begin=0, end=task.ramp_steps, phase=phase, block=task.block))
 
 
 def _budget(task: Task, guide: prune.Guidance) -> optax.GradientTransformation:
-    return prune.budget(task.optimizer, guide, task.machine, task.ramp, every=task.every)
+    return prune.budget(task.optimizer, guide, task.machine, task.ramp, every=task.every, block=task.block)
 
 
 def _one_shot(task: Task, guide: prune.Guidance) -> None:
-    nnx.update(task.model, prune.one_shot(nnx.state(task.model, nnx.Param), guide))
+    nnx.update(task.model, prune.one_shot(nnx.state(task.model, nnx.Param), guide, block=task.block))
     nnx.update(task.model, nnx.state(prune.recalibrate(task.model, task.batches)))
 
 
 def _obs(task: Task, guide: prune.Guidance) -> None:
     # Half of them give thousands of positions, and so rows, to every convolution.
-    pruned = prune.obs(task.model, task.batches[:2], guide)
+    pruned = prune.obs(task.model, task.batches[:2], guide, block=task.block)
     nnx.update(task.model, nnx.state(prune.recalibrate(pruned, task.batches)))
 
 

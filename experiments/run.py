@@ -213,7 +213,7 @@ def task(config: Config, model: nnx.Module, data: Data, shapes: Mapping[str, Con
          whole: prune.Whole) -> Task:
     """What a method is asked."""
     return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, whole, *prune_optimizer(config),
-                config.prune_steps, config.ramp_steps, config.prune_every)
+                config.prune_steps, config.ramp_steps, config.prune_every, block=config.block)
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -148,8 +148,8 @@ def test_predictions_of_a_network():
     assert speed.density({}) == 1
 
 
-def task(speedup):
-    config = dataclasses.replace(CONFIG, speedup=speedup)
+def task(speedup, block=1):
+    config = dataclasses.replace(CONFIG, speedup=speedup, block=block)
     data, model = training.dataset(CONFIG), training._network(CONFIG)
     model.eval()
     return training.main_job.task(config, model, data, conv_shapes(model, data.test_images[:1]), MACHINE, None)
@@ -181,6 +181,24 @@ def test_every_method_prunes_to_the_requested_prediction(name):
     assert min(densities.values()) < 1
     if name != "STR":  # its layers share their weights among them as training has it
         assert asked.speed.speedup(densities) == pytest.approx(1.3, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "GESL"])  # as above
+def test_every_method_prunes_by_the_blocks_that_are_configured(name):
+    asked = dataclasses.replace(task(1.3, block=4), steps=60, ramp_steps=50, every=5)
+    optimizer = METHODS[name].prepare(asked, METHODS[name].guide(asked))
+    params = asked.params
+    if optimizer:
+        state, zeros, update = optimizer.init(params), jax.tree.map(np.zeros_like, params), jax.jit(optimizer.update)
+        for _ in range(asked.steps):
+            updates, state = update(zeros, state, params)
+            params = optax.apply_updates(params, updates)
+    kept = {layer: np.asarray(kernel) != 0 for layer, kernel in prune.kernels(params).items()}
+    assert not all(mask.all() for mask in kept.values())
+    for mask in kept.values():
+        for first in range(0, mask.shape[-2], 4):
+            block = mask[..., first:first + 4, :]
+            np.testing.assert_array_equal(block.all(-2), block.any(-2))
 
 
 def line(method="GMP, guided", network="vgg", seed=0, requested=2.0, accuracy=0.96, ms=1.0, **other):

@@ -586,6 +586,16 @@ def test_other_powers_stay():
         assert names(fuse(f), X)["pow"] == 1
 
 
+def test_a_number_behind_a_barrier_stays_a_number():
+    """An equation of one number that could have had several."""
+    def f(x):
+        size = conv(x).max() / jax.lax.optimization_barrier(jnp.float32(3))
+        return jnp.where(size == 0, 1, size)
+
+    assert fuse(f)(X).shape == ()
+    np.testing.assert_allclose(fuse(f)(X), f(X), rtol=1e-6)
+
+
 class Bottleneck(nnx.Module):
     def __init__(self, rngs):
         def layer(ic, oc, size, strides=1):

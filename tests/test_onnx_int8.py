@@ -161,6 +161,13 @@ def test_a_quantized_file_runs_in_eight_bits_as_it_says(tmp_path, network, form,
         assert off.max() < 2.01 and np.mean(off > 0.01) < 0.1
 
 
+def test_a_depthwise_layer_says_why_it_stays_float32(tmp_path):
+    path = quantized(branches, tmp_path)
+    for examples in (None, nhwc(images(16))):
+        plan = sparseflax.plan(load_onnx(path), nhwc(images(1)), precision="int8", examples=examples)
+        assert {row.path: row for row in plan.layers}["layers/e"].reason == "depthwise: 1 input channel per group"
+
+
 def test_float32_of_a_quantized_file_keeps_its_meaning(tmp_path):
     path = quantized(residual, tmp_path)
     model, x = load_onnx(path), images(4, seed=1)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import nnx
 
 import sparseflax
@@ -240,8 +239,6 @@ def test_what_is_refused():
         sparseflax.plan(model, x, HERE, precision="int4")
     with pytest.raises(ValueError, match="examples=inputs"):
         sparseflax.plan(model, x, HERE, precision="int8")
-    with pytest.raises(ValueError, match='"auto" of a Linen model, wanted an nnx one'):
-        sparseflax.plan((nn.Dense(3), {}), x, HERE, precision="auto", examples=x)
     with pytest.raises(ValueError, match="examples hold none"):
         sparseflax.plan(model, x, HERE, precision="int8", examples=x[:0])
     bad = inputs(20)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -335,9 +334,6 @@ def test_a_guide_for_eight_bits_goes_by_what_words_cost(machine):
     assert kept[0] > kept[1]  # a word of four costs 2.3 times a weight at most
 
 
-def test_what_is_not_for_eight_bits_says_so():
+def test_a_precision_that_there_is_not():
     with pytest.raises(ValueError, match="precision='int4', wanted 'float32' or 'int8'"):
         prune.guided(NETWORK, ATOM_C2750, precision="int4")  # type: ignore[arg-type]
-    guide = prune.guided(NETWORK, ATOM_C2750, speedup=2, precision="int8")
-    with pytest.raises(ValueError, match="the guide is for int8, and a budget is solved for in float32"):
-        prune.budget(optax.sgd(0.1), guide, ATOM_C2750, prune.ramp(0, 3))

@@ -60,6 +60,8 @@ class Config:
     """A name in experiments/methods.py."""
     prune_every: int = 10
     """Updates between two takings of the masks."""
+    block: int = 1
+    """Neighbouring input channels that are pruned together: 4 for a network that is to run in eight bits."""
     processes: int = 1
     """That train together on this host, each on a share of every batch; docs/how-to/cluster.md has many hosts."""
     timing_seconds: float = 2.0

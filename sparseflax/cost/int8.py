@@ -34,14 +34,17 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
     return float(conv_seconds(_of_words(shape), density, for_words(machine)))
 
 
-def int8_work(shapes: Iterable[ConvShape], machine: Machine) -> Work:
-    """Several layers as one Work, whose sparse kernels run in eight bits and dense ones in float32: for `for_words(machine)`.
+def work_in(precision: str, shapes: Iterable[ConvShape], machine: Machine) -> tuple[Work, Machine]:
+    """Several layers as one Work, and the machine it is for: sparse kernels in that precision, dense ones in float32.
 
     Raises:
       ValueError: as `Work.stack`.
     """
     shapes = list(shapes)
-    return Work.stack(map(_of_words, shapes), machine)._replace(dense=Work.stack(shapes, machine).dense)
+    work = Work.stack(shapes, machine)
+    if precision == "float32":
+        return work, machine
+    return Work.stack(map(_of_words, shapes), machine)._replace(dense=work.dense), for_words(machine)
 
 
 def _of_words(shape: ConvShape) -> ConvShape:

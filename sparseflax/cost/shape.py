@@ -83,6 +83,11 @@ class ConvShape:
         return self.ih == self.iw == self.kh == self.kw == self.groups == 1
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each output channel sees one input channel of several."""
+        return self.groups > 1 and self.groups == self.ic
+
+    @property
     def block(self) -> int:
         """Input channels per block of its packed kernel."""
         return min(DENSE_BLOCK if self.connected else channel_block(self.kh, self.kw), self.ic // self.groups)

@@ -12,22 +12,29 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.files.safetensors import mismatches
 from sparseflax.layers.stack import PackedStack, from_arrays
-from sparseflax.network.linen.packed import PackedModel
+from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.linen.trace import COLLECTIONS
-from sparseflax.network.plan import Plan
+from sparseflax.network.plan import LayerPlan, Plan
 
 PATTERN = ("gaps", "layout")  # what is stored of a sparse layer beside its values: arrays of PackedKernel.to_arrays
+INT8 = ("words", "scale")  # what is stored in place of values in eight bits
 
 
 def arrays_of(packed: PackedModel, variables: Any) -> dict[str, Any]:
     """{name: array}: the variables as "params/conv/bias", and each sparse layer's pattern beside its values."""
     arrays = _named(variables)
     for path, pattern in packed.patterns:
-        values = arrays[_name("params", path, "values")]
-        kernel = PackedKernel(values, pattern) if isinstance(pattern, Pattern) else PackedStack(values, pattern)
+        if isinstance(pattern, Words):
+            words, scale = (arrays[_name("params", path, part)] for part in INT8)
+            # The sums follow from the words.
+            kernel: Any = QuantizedKernel(words, scale, arrays.pop(_name("params", path, "sums")), *pattern)
+        else:
+            values = arrays[_name("params", path, "values")]
+            kernel = PackedKernel(values, pattern) if isinstance(pattern, Pattern) else PackedStack(values, pattern)
         parts = kernel.to_arrays()
         arrays |= {_name("params", path, part): parts[part] for part in PATTERN}
     return arrays
@@ -44,9 +51,9 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
       tensors: from `arrays_of`.
     """
     wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named(variables).items()}
-    tensors, wrong, patterns, biased, folded = dict(tensors), [], [], set(), set()
+    tensors, wrong, patterns, biased, folded, sums = dict(tensors), [], [], set(), set(), dict[str, Any]()
     for row in plan.layers:
-        kernel, bias, values = (_name("params", row.path, part) for part in ("kernel", "bias", "values"))
+        kernel, bias = (_name("params", row.path, part) for part in ("kernel", "bias"))
         sparse = row.choice == "sparse"
         if not sparse and row.norm is None:
             continue
@@ -66,25 +73,55 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
                 biased |= set() if sparse else {row.path}
         if sparse:
             del wanted[kernel]
-            parts = {part: tensors.pop(_name("params", row.path, part)) for part in PATTERN
-                     if _name("params", row.path, part) in tensors}
+            stored = {part: _name("params", row.path, part) for part in (*PATTERN, *_parts(row))}
+            parts = {part: tensors[name] for part, name in stored.items() if name in tensors}
+            for part in PATTERN:
+                tensors.pop(stored[part], None)
             try:
-                packed = from_arrays(parts | ({"values": tensors[values]} if values in tensors else {}))
-                stack = isinstance(packed, PackedStack)
-                layers, kernel_shape = row.kernel_shape[:stack], row.kernel_shape[stack:]
-                if packed.shape != (*layers, *(1, 1, *kernel_shape)[-4:]):
-                    raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
+                packed = _kernel(row, parts)
             except ValueError as error:
                 wrong.append(f"{row.path!r}: {error}")
-                tensors.pop(values, None)  # told already
+                for name in stored.values():  # told already
+                    tensors.pop(name, None)
+                continue
+            arrays: dict[str, Any] = {part: getattr(packed, part) for part in _parts(row)}
+            wanted |= {stored[part]: (array.shape, np.dtype(array.dtype)) for part, array in arrays.items()}
+            if isinstance(packed, QuantizedKernel):
+                patterns.append((row.path, Words(*packed.tree_flatten()[1])))
+                wanted[bias] = (row.kernel_shape[-1:], np.dtype(np.float32))
+                sums[_name("params", row.path, "sums")] = packed.sums
+            elif isinstance(packed, PackedStack):
+                patterns.append((row.path, packed.patterns))
+                wanted[_name("params", row.path, "step")] = (2 * row.kernel_shape[:1], np.dtype(np.float32))
             else:
-                patterns.append((row.path, packed.patterns if isinstance(packed, PackedStack) else packed.pattern))
-                wanted[values] = (packed.values.shape, np.dtype(np.float32))
-                if stack:
-                    wanted[_name("params", row.path, "step")] = (2 * layers, np.dtype(np.float32))
+                patterns.append((row.path, packed.pattern))
     wrong += mismatches(tensors, wanted)
+    tensors |= sums
     tree = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in tensors.items()}) if not wrong else {}
     return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), chunk=plan.chunk), tree), wrong
+
+
+def _parts(row: LayerPlan) -> tuple[str, ...]:
+    """Names of the params in place of a sparse layer's kernel that are stored."""
+    return ("values",) if row.inputs is None else INT8
+
+
+def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | PackedStack | QuantizedKernel:
+    """A layer's packed kernel from what is stored of it.
+
+    Raises:
+      ValueError: it is none, or another layer's.
+    """
+    if row.inputs is not None:
+        rounding = {name: np.asarray(() if of is None else (of.scale, of.zero), np.float64)
+                    for name, of in (("inputs", row.inputs), ("outputs", row.outputs))}
+        packed: Any = QuantizedKernel.from_arrays({**parts, **rounding})
+    else:
+        packed = from_arrays(parts)
+    stack = isinstance(packed, PackedStack)
+    if packed.shape != (*row.kernel_shape[:stack], *(1, 1, *row.kernel_shape[stack:])[-4:]):
+        raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
+    return packed
 
 
 def _named(variables: Any) -> dict[str, Any]:

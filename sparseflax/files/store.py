@@ -26,7 +26,7 @@ from sparseflax.files.safetensors import mismatches, seal, unseal, write
 from sparseflax.layers.int8 import Int8Conv, Sums
 from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
 from sparseflax.layers.stack import from_arrays
-from sparseflax.network.linen.packed import PackedModel
+from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.pack import pack_nnx
 from sparseflax.network.plan import Plan, elsewhere
 
@@ -54,7 +54,8 @@ def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, A
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}, wanted the one that the model was packed by")
     if isinstance(packed, tuple):
-        layers, arrays = dict.fromkeys(dict(packed[0].patterns)), linen_store.arrays_of(*packed)
+        layers = {path: static.inputs if isinstance(static, Words) else None for path, static in packed[0].patterns}
+        arrays = linen_store.arrays_of(*packed)
     else:
         layers = {path: layer.inputs if isinstance(layer, Int8Conv) else None for path, layer in _sparse_layers(packed)}
         arrays = _arrays_of(packed)

@@ -304,6 +304,8 @@ def _constant(equation: Any, operands: Sequence[Any]) -> Any:
         return operands[0] if equation.primitive.name == "pvary" else None
     with jax.ensure_compile_time_eval():
         value = equation.primitive.bind(*operands, **equation.params)
+    if equation.primitive.multiple_results:  # of which this has one
+        (value,) = value
     return value.item() if aval.weak_type and aval.shape == () else np.asarray(value, aval.dtype)[()]
 
 

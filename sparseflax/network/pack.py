@@ -72,8 +72,6 @@ def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: b
         warnings.warn(f"the plan was made {away}: outputs will be right, but layers are chosen for the other machine. To run "
                       "it here, pass the input and plan=None", RuntimeWarning, stacklevel=2)
     if linen is not None:
-        if any(row.inputs is not None for row in plan.layers):
-            raise ValueError("the plan has int8 layers, which Linen models do not run yet: plan with precision=\"float32\"")
         return pack_linen(linen[0], linen[1], x, plan, fuse, chunk, call)  # type: ignore[return-value]
     return pack_nnx(model, plan, fuse, chunk)  # type: ignore[type-var]
 

@@ -24,6 +24,7 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
 from sparseflax.layers.stack import PackedStack
+from sparseflax.network.linen.layers import WithLayers
 from sparseflax.network.measure import Measured, time_layers
 from sparseflax.network.ranges import Rounded, round_layers
 from sparseflax.network.stated import round_stated, stated_ranges
@@ -193,7 +194,7 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
       measure: times every layer that can be sparse, both ways, and keeps the faster; let nothing else run meanwhile.
       seconds: for each layer to be measured, compiling apart; four times that again where the model expected otherwise.
       precision: "int8" runs in eight bits, with uint8 inputs, what the sparse kernel can run, where that loses little and its
-        weights are whole blocks of four input channels; "auto" where it is predicted to take less time as well. For nnx models.
+        weights are whole blocks of four input channels; "auto" where it is predicted to take less time as well.
       examples: for int8 a few hundred inputs, unlabelled, with a leading axis of examples: ranges and errors are theirs. Layers
         that the model itself rounds to eight bits, as a file does that was quantized, need none.
       **call: further keyword arguments of the call, e.g. `train=False`.
@@ -201,13 +202,10 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     Raises:
       TypeError: `model` is neither, cannot be traced, or its weights are not concrete.
       ValueError: a model without convolution; `measure` for another machine than this one; int8 without examples of a model
-        that rounds nothing itself, with values that are not finite, or of a Linen model.
+        that rounds nothing itself, or with values that are not finite.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r}, wanted one of {get_args(Precision)}")
-    if precision != "float32" and isinstance(model, tuple):
-        raise ValueError(f'precision="{precision}" of a Linen model, wanted an nnx one, as ranges are not measured in Linen '
-                         'yet: write it with flax.nnx, or leave `precision` out')
     if measure and machine is not None and elsewhere(machine):
         raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or `measure`")
     layers = {layer.path: layer for layer in survey(model, x, **call)}
@@ -236,7 +234,10 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
 def in_eight_bits(plan: Plan, model: Any, x: Any, examples: Any, faster: bool = False, **call: Any) -> Plan:
     """A plan in float32 with layers in eight bits, where that loses little and, if asked for, is predicted to be faster."""
     norms = {row.path: row.norm for row in plan.layers
-             if row.open and row.sparse_seconds and row.shape and row.shape.layers == 1}
+             if row.open and row.sparse_seconds and row.shape and row.shape.layers == 1 and not row.shape.depthwise}
+    if not isinstance(model, nnx.Module):
+        module, variables = model
+        model, norms = WithLayers(module, variables, norms, x, **call), dict[str, str | None].fromkeys(norms)
     stated = stated_ranges(model, norms, x, **call)
     layers = round_stated(model, norms, stated)
     others = {path: norm for path, norm in norms.items() if path not in layers}
@@ -279,7 +280,7 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
         reason = layer.refusal
     elif shape is None or dense is None or sparse is None:
         pass
-    elif shape.groups > 1 and shape.groups == shape.ic:
+    elif shape.depthwise:
         reason = "depthwise: 1 input channel per group"
     elif not native:
         reason = f"the native kernel is not available: {ffi.reason}"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from sparseflax.conv.int8 import Quantization
 from sparseflax.layers.int8 import Int8Conv, Int8Dense
@@ -78,9 +79,13 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
     batches = [jax.tree.map(lambda leaf, i=i: leaf[i:i + BATCH], examples) for i in range(0, count, BATCH)]
     ranges: dict[str, list[tuple[float, float]]] = {path: [] for path in norms}
     outputs: dict[str, list[tuple[float, float]]] = {path: [] for path in norms}
+    hidden = set[str]()  # what is called where functions are traced
 
     def see_range(path: str, layer: Any) -> Callable[[Any, Any], None]:
         def see(inputs, results):
+            if isinstance(results, Tracer):
+                hidden.add(path)
+                return
             for values, found in ((inputs, ranges[path]), (results, outputs[path])):
                 values = np.asarray(values).ravel()
                 values = values[::-(-values.size // MOST)]
@@ -98,8 +103,10 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
 
     def see_error(path: str, layer: Any) -> Callable[[Any, Any], None]:
         inputs = stated.get(path) or _holding(ranges[path])
-        if inputs is None:
-            rounded[path] = Rounded(None, None, (), "float32: its inputs are 0 in all examples, or it does not run")
+        if inputs is None or path in hidden:
+            seen = "its inputs are 0 in all examples, or it does not run"
+            why = "a jit or remat hides its inputs" if path in hidden else seen
+            rounded[path] = Rounded(None, None, (), f"float32: {why}")
             return lambda *_: None
         int8 = in_int8(layer, inputs)
         if isinstance(int8, Rounded):

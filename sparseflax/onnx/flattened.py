@@ -50,6 +50,8 @@ def _only_rows(graph: Graph, name: str) -> bool:
     def takes(user: Node) -> bool:
         if user.inputs[0] != name:
             return False
+        if user.op == "RoundedToItsRange":
+            return _only_rows(graph, user.outputs[0])
         if user.op not in SHARED:
             return _is_layer(graph, user)
         one = user.inputs[1] in graph.constants and graph.constants[user.inputs[1]].size == 1

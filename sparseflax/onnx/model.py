@@ -19,7 +19,7 @@ class Constant(nnx.Variable):
 
 class OnnxModel(nnx.Module):
     """A network that `load_onnx` has read; `layers` holds an nnx.Conv, ConvTranspose, Linear or BatchNorm by the name of its
-    node, `constants` what else the graph has."""
+    node, in a RoundsToRange where the file rounds its input by the range that it has, `constants` what else the graph has."""
 
     def __init__(self, built: Built):
         self.program = built.program

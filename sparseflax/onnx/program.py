@@ -13,6 +13,7 @@ import numpy as np
 
 from sparseflax.onnx.flattened import flattened
 from sparseflax.onnx.graph import Body, Graph, Node, Shape
+from sparseflax.onnx.integer import RoundsToRange, on_floats
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
 from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, SHARED, newer
 from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
@@ -136,11 +137,14 @@ class Built(NamedTuple):
 
 def build(graph: Graph) -> Built:
     """Turns nodes into steps, those with constant weights into layers; goes on after a node that it cannot turn."""
+    graph = on_floats(graph)
     refused = [f"{node}: {UNREAD.get(node.op, 'unknown operator')}" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
     scales = dict[str, tuple[np.ndarray, int]]()  # of weights that were dequantized, and the axis that they are along
     flat = flattened(graph)
     rows = dict(flat)  # as these, but rounded since
+    # What is rounded by its range, by the name that it has then: a layer does that itself.
+    ranged = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.op == "RoundedToItsRange"}
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
     for older in graph.nodes:
         if not _is_known(older):
@@ -173,7 +177,7 @@ def build(graph: Graph) -> Built:
                     raise ValueError(f"the graph computes constants of {made} numbers up to {node}, wanted {2 * MOST} at most: "
                                      "it was damaged, export it again")
             else:
-                if node.op in SHARED and node.inputs[0] in rows:
+                if node.op in (*SHARED, "RoundedToItsRange") and node.inputs[0] in rows:
                     rows |= dict.fromkeys(node.outputs, rows[node.inputs[0]])
                 try:
                     found = layer(node, constants, rows.get(node.inputs[0]), scales) if node.inputs else None
@@ -181,7 +185,12 @@ def build(graph: Graph) -> Built:
                     refused.append(f"{older}: {error}")
                     absent.update(node.outputs)
                     continue
+                if found is not None and node.inputs[0] in ranged:
+                    found = found._replace(module=RoundsToRange(found.module))
+                    node = node._replace(inputs=(ranged[node.inputs[0]], *node.inputs[1:]))
                 steps.append(_step(node, found, layers, flat))
+    taken = {*graph.outputs, *(name for step in steps for name in step.node.inputs)}
+    steps = [step for step in steps if step.node.op != "RoundedToItsRange" or taken.intersection(step.node.outputs)]
     steps = joined(steps, constants, graph.outputs)
     program = _program(graph, steps, constants)
     used = {name for step in steps for name in step.node.inputs} | set(graph.outputs)

@@ -13,6 +13,7 @@ their gradients at zero. `prune.wrap` makes it die out instead.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, map_masks
 
@@ -67,7 +69,8 @@ def acdc(guide: Guidance, *, begin: int, end: int, phase: int, block: int = 1) -
 
         def compress() -> Masks:
             def largest(layer: str, _: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
-                return keep_largest((p + u).astype(p.dtype), round(wanted[layer] * p.size), block=block)
+                count = round(wanted[layer] * math.prod(blocks.grid(p.shape, block)))
+                return keep_largest((p + u).astype(p.dtype), count, block=block)
 
             return Masks(map_masks(largest, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode()))
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseflax.cost.int8 import for_words, int8_work
+from sparseflax.cost.int8 import work_in
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -92,10 +92,7 @@ def guided(
         raise ValueError("there is no layer to prune: the model has no 2-D convolution and no fully connected layer")
 
     names, here = list(shapes), machine
-    if precision == "int8":
-        work, machine = int8_work(shapes.values(), machine), for_words(machine)
-    else:
-        work = Work.stack(shapes.values(), machine)
+    work, machine = work_in(precision, shapes.values(), machine)
     # Of a stack each layer does its damage.
     inputs = np.array([math.prod(shape.kernel_shape[:3]) / shape.layers for shape in shapes.values()])
     predicted = np.asarray(dense_seconds(work, machine), float)
@@ -179,7 +176,7 @@ def _where(shapes: Mapping[str, ConvShape], best: np.ndarray, shortest: float) -
     """What takes most of a network's shortest time: "35 % of the time is in what is no layer"; depthwise layers are one."""
     parts = {"what is no layer": shortest - float(best.sum())}
     for (name, shape), seconds in zip(shapes.items(), best.tolist(), strict=True):
-        kind = "depthwise layers" if 1 < shape.groups == shape.ic else name
+        kind = "depthwise layers" if shape.depthwise else name
         parts[kind] = parts.get(kind, 0.0) + seconds
     longest = sorted(parts, key=lambda name: -parts[name])[:3]
     shares = [f"{100 * parts[name] / shortest:.0f} % {'of the time is ' * (not i)}in {name}" for i, name in enumerate(longest)]

@@ -12,9 +12,10 @@ weights, and where they are differentiable the minimum is
 
     F_l theta_l^2 / 2 = price * (dT/dd_l) / n_l
 
-for every layer: a weight stays if what it does for the loss is worth the seconds that it costs. F_l theta_l^2 does not change
-when a layer is scaled, as batch norm allows. As the weights and their gradients change, the thresholds move with them. One F
-for each layer, since a weight's own is too noisy after some tens of batches to choose among neighbours by.
+for every layer, of n_l weights: a weight stays if what it does for the loss is worth the seconds that it costs. Of blocks of
+weights |w| is the norm of one, and n_l their number. F_l theta_l^2 is the same when a layer is scaled, as batch norm allows.
+As the weights and their gradients change, the thresholds move with them. One F for each layer, since a weight's own is too
+noisy after some tens of batches to choose among neighbours by.
 
 The price is a multiplier that nobody has to choose. Whenever masks are taken, it is solved for, so that T is the time that
 the ramp asks for at that step; so T does not overshoot or oscillate, as it would under a multiplier that is a step behind.
@@ -37,8 +38,11 @@ import numpy as np
 import optax
 from jax import lax
 
+from sparseflax.conv.int8 import LANES
+from sparseflax.cost.int8 import work_in
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import LEAST, Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, kernels, map_masks
 from sparseflax.prune.mask import masks as masks_of
@@ -80,6 +84,7 @@ def budget(
     every: int = 10,
     min_density: float = 0.01,
     keep_zeros: bool = False,
+    block: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer `inner`, and the guide's layers pruned by magnitude until the network takes the guide's time:
 
@@ -102,11 +107,13 @@ def budget(
       every: steps between two takings of the masks; the last one is at the first step at which the ramp is full.
       min_density: no layer is pruned below it.
       keep_zeros: count weights that are zero at the start as pruned: for pruning a pruned network further.
+      block: prune blocks of so many neighbouring input channels, by their norm: 4 for a guide for int8. Densities are then
+        those of blocks.
 
     Raises:
-      ValueError: for a guide without performance model or for int8, a time that is not positive and finite, or out of reach
-        (saying the shortest, and which layers bound it), and in `init`, for a layer of the guide that has no kernel in the
-        parameters.
+      ValueError: for a guide without performance model, or for int8 with another block than 4, a time that is not positive and
+        finite, or out of reach (saying the shortest, and which layers bound it), and in `init`, for a layer of the guide that
+        has no kernel in the parameters.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1 step, got {every}")
@@ -114,12 +121,12 @@ def budget(
         raise ValueError(f"min_density must be in (0, 1), got {min_density}")
     if unknown := [name for name, layer in guide.layers.items() if layer.shape is None]:
         raise ValueError(f"the guide has no performance model of layers {unknown}: make it with prune.guided")
-    if guide.precision != "float32":
-        raise ValueError(f"the guide is for {guide.precision}, and a budget is solved for in float32: take "
-                         "prune.magnitude(guide, ..., block=4), or a guide for float32")
+    if guide.precision == "int8" and block != LANES:
+        raise ValueError(f"the guide is for int8, whose words are blocks of {LANES} input channels, got block={block}: pass "
+                         f"block={LANES}, or a guide for float32")
     inner = optax.with_extra_args_support(inner)
     names = [name for name, layer in guide.layers.items() if layer.density < 1]
-    network = _Network.of(guide, names, machine, min_density) if names else None
+    network = _Network.of(guide, names, machine, min_density, block) if names else None
     goal = guide.seconds if seconds is None else seconds
     if not 0 < goal < math.inf:
         raise ValueError(f"seconds must be positive and finite, or None for the guide's, got {goal}")
@@ -145,22 +152,23 @@ def budget(
         due = (fraction > state.fraction) & ((count % every == 0) | (fraction >= 1))
 
         def take(network: _Network) -> tuple[jax.Array, jax.Array, Masks]:
-            def magnitude(_: str, mask: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
-                return jnp.where(mask, jnp.abs((p + u).astype(jnp.float32)), 0)
+            def norms(_: str, mask: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
+                return blocks.norms(jnp.where(mask, (p + u).astype(jnp.float32), 0), block)
 
-            scores = map_masks(magnitude, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode())
+            scores = map_masks(norms, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode())
             by_layer, masks = kernels(scores), kernels(state.masks.tree)
-            kept = jnp.stack([jnp.sum(masks[name]) for name in names])
+            kept = jnp.stack([jnp.sum(blocks.kept(masks[name], block)) for name in names])
             # As if all gradients so far had counted alike at first.
             curvature = jnp.stack([fisher[name] for name in names]) * (1 - MEMORY) / (1 - MEMORY ** count.astype(jnp.float32))
             price, counts = network.solve([by_layer[name] for name in names], curvature, kept, fraction, goal)
             number = dict(zip(names, counts, strict=True))
 
             def shrink(layer: str, mask: jax.Array, score: jax.Array) -> jax.Array:
-                return keep_largest(score, number[layer], among=mask)
+                best = keep_largest(score, number[layer], among=blocks.kept(mask, block))
+                return mask & blocks.spread(best, mask.shape, block)
 
             taken = map_masks(shrink, state.masks, scores, elsewhere=lambda score: optax.MaskedNode())
-            return price, network.seconds(counts / network.weights), Masks(taken)
+            return price, network.seconds(counts / network.number), Masks(taken)
 
         price, predicted, masks = lax.cond(due, partial(take, network), lambda: (state.price, state.seconds, state.masks))
         last = jnp.where(due, fraction, state.fraction)
@@ -174,8 +182,8 @@ class _Network(NamedTuple):
 
     Attributes:
       work: of the layers.
-      machine: that runs them.
-      weights: number of each layer's weights.
+      machine: that runs them, as kernels of the guide's precision find it.
+      number: of each layer's blocks, its weights where these are pruned one by one.
       floor, ceiling: densities between which each layer ends.
       scale: of the seconds predicted for the layers.
       rest: seconds of everything else.
@@ -183,22 +191,22 @@ class _Network(NamedTuple):
 
     work: Work
     machine: Machine
-    weights: np.ndarray
+    number: np.ndarray
     floor: np.ndarray
     ceiling: np.ndarray
     scale: float
     rest: float
 
     @classmethod
-    def of(cls, guide: Guidance, names: list[str], machine: Machine, min_density: float) -> _Network:
+    def of(cls, guide: Guidance, names: list[str], machine: Machine, min_density: float, block: int) -> _Network:
         layers = [guide.layers[name] for name in names]
         shapes = [layer.shape for layer in layers if layer.shape is not None]
         ceiling = np.array([layer.upper for layer in layers], np.float32)
         floor = np.minimum(np.array([max(layer.lower, min_density) for layer in layers], np.float32), ceiling)
         rest = guide.seconds - sum(layer.seconds for layer in layers)
-        weights = np.array([shape.weights for shape in shapes], np.float32)
+        number = np.array([shape.layers * math.prod(blocks.grid(shape.kernel_shape, block)) for shape in shapes], np.float32)
         scale = guide.whole.scale if guide.whole else 1.0
-        return cls(Work.stack(shapes, machine), machine, weights, floor, ceiling, scale, rest)
+        return cls(*work_in(guide.precision, shapes, machine), number, floor, ceiling, scale, rest)
 
     def seconds(self, density: Any) -> jax.Array:
         """Predicted for the whole network at these densities (layers,)."""
@@ -209,26 +217,26 @@ class _Network(NamedTuple):
         return float(self.seconds(self.floor))
 
     def solve(
-        self, magnitudes: list[jax.Array], curvature: jax.Array, kept: jax.Array, fraction: jax.Array, goal: float
+        self, norms: list[jax.Array], curvature: jax.Array, kept: jax.Array, fraction: jax.Array, goal: float
     ) -> tuple[jax.Array, jax.Array]:
-        """The price at which the network takes the time of this fraction of the ramp, and how many weights each layer keeps.
+        """The price at which the network takes the time of this fraction of the ramp, and how many blocks each layer keeps.
 
         Args:
-          magnitudes: |w| of each layer, 0 where pruned.
+          norms: of the blocks of each layer, 0 where pruned.
           curvature: of the loss (layers,), their mean squared gradients; where no gradient ever came, the smallest number.
-          kept: weights (layers,) that the last masks keep.
+          kept: blocks (layers,) that the last masks keep.
           fraction: of the ramp.
           goal: seconds at its end.
         """
         slowest = self.seconds(np.ones_like(self.floor))
         target = slowest + fraction * (goal - slowest)
-        top = jnp.minimum(kept / self.weights, 1 + fraction * (self.ceiling - 1))
+        top = jnp.minimum(kept / self.number, 1 + fraction * (self.ceiling - 1))
         bottom = jnp.minimum(self.floor, top)
         log_density = jnp.linspace(jnp.log(bottom), jnp.log(top), GRID, axis=1)  # (layers, GRID)
         density = jnp.exp(log_density)
         slope = jax.vmap(jax.grad(lambda d: self.seconds(d)), 1, 1)(density)
         curvature = jnp.maximum(curvature, TINY)[:, None]
-        damage = jnp.stack([_slope_of_energy(w, d) for w, d in zip(magnitudes, density, strict=True)])
+        damage = jnp.stack([_slope_of_energy(w, d) for w, d in zip(norms, density, strict=True)])
         # Where the worth falls with the density, the densities between are never the best: skip them.
         worth = lax.cummax(jnp.log(damage) + jnp.log(curvature) - jnp.log(2 * slope), axis=1, reverse=True)
 
@@ -240,13 +248,13 @@ class _Network(NamedTuple):
         low, high = _bisect(lambda price: self.seconds(densities(price)) <= target, jnp.min(worth) - 1, jnp.max(worth) + 1)
         slow, fast = densities(low), densities(high)
         _, part = _bisect(lambda x: self.seconds(slow + x * (fast - slow)) <= target, jnp.float32(0), jnp.float32(1))
-        counts = jnp.floor((slow + part * (fast - slow)) * self.weights + 1e-3).astype(jnp.int32)
+        counts = jnp.floor((slow + part * (fast - slow)) * self.number + 1e-3).astype(jnp.int32)
         return jnp.exp(high), jnp.clip(counts, 1, kept)
 
 
-def _slope_of_energy(magnitude: jax.Array, density: jax.Array) -> jax.Array:
+def _slope_of_energy(norms: jax.Array, density: jax.Array) -> jax.Array:
     """d(sum of w^2 removed)/d(density), negated, of one layer at densities (GRID,): n theta^2."""
-    energy = jnp.square(jnp.sort(magnitude.reshape(-1), descending=True))
+    energy = jnp.square(jnp.sort(norms.reshape(-1), descending=True))
     last = jnp.clip(jnp.floor(density * energy.size + 1e-3).astype(jnp.int32) - 1, 0, energy.size - 1)
     return jnp.maximum(energy[last] * energy.size, TINY)
 

@@ -37,6 +37,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, keep_largest, kernels
 
@@ -58,7 +59,7 @@ class Orders(NamedTuple):
       full: the ramp is full, bool: layers that are still active are cut.
       active: which layers are pruned on, bool (layers,).
       leaves: which layers get their dense weights back at this step, bool (layers,).
-      target: weights to keep, int32 (layers,).
+      target: weights, or blocks, to keep, int32 (layers,).
       pressure: on each layer, float32 (layers,); 0 where it is not active.
     """
 
@@ -79,6 +80,7 @@ class Loop:
       ramp: schedule from 0 (dense) to 1 (the guide's densities) over optimizer steps.
       patience: steps of pruning between reviews; None for the one review when the ramp is full.
       rate: by how much the pressure may change in a step; 0 for a fixed pressure.
+      block: of neighbouring input channels that are pruned together; what is counted below are such blocks.
 
     Raises:
       ValueError: for a patience below 1 or a negative rate.
@@ -88,6 +90,7 @@ class Loop:
     ramp: optax.Schedule
     patience: int | None
     rate: float
+    block: int = 1
 
     def __post_init__(self):
         if self.patience is not None and self.patience < 1:
@@ -111,8 +114,9 @@ class Loop:
         age = state.age + begun.astype(jnp.int32)
 
         leaf, layers = kernels(masks.tree), self._table()
-        size = np.array([leaf[name].size for name in self.order], np.int64)
-        kept = jnp.stack([jnp.sum(leaf[name]) for name in self.order]) if self.order else jnp.zeros(0, jnp.int32)
+        held = [blocks.kept(leaf[name], self.block) for name in self.order]
+        size = np.array([mask.size for mask in held], np.int64)
+        kept = jnp.stack([jnp.sum(mask) for mask in held]) if held else jnp.zeros(0, jnp.int32)
         above = kept.astype(jnp.float32) / np.maximum(size, 1).astype(np.float32) > layers["upper"]
         review = full if self.patience is None else full | (age % self.patience == 0)
         leaves = begun & review & above & ~state.left
@@ -128,7 +132,7 @@ class Loop:
         return LoopState(count, age, pressure, left), Orders(begun, full, active, leaves, target, pressures)
 
     def _targets(self, size: np.ndarray, left: jax.Array) -> jax.Array:
-        """How many weights each layer is to keep, once the others have made up for the layers that left."""
+        """How many of its blocks each layer is to keep, once the others have made up for the layers that left."""
         layers = self._table()
         excess = _sum(layers["saves"], left)
         room = _sum(layers["slope"] * layers["density"], ~left & (layers["density"] > layers["lower"]))
@@ -153,20 +157,22 @@ class Loop:
         return {name: np.nan_to_num(np.array(column, np.float32)) for name, column in columns.items()}
 
 
-def settle(orders: Orders, i: int, weights: jax.Array, mask: jax.Array, kept: jax.Array) -> jax.Array:
+def settle(orders: Orders, i: int, norms: jax.Array, mask: jax.Array, kept: jax.Array, block: int = 1) -> jax.Array:
     """The next mask of layer i: what the method would keep while that is more than the target, then exactly the target.
 
     Args:
       orders: of this step.
       i: index of the layer.
-      weights: what the layer's kept weights are, or would be if they were kept.
-      mask: of the step before.
-      kept: the mask the method wants, bool, all three of the kernel's shape.
+      norms: of the layer's kept blocks, or what they would be if they were kept.
+      mask: of the step before, of the kernel's shape.
+      kept: the blocks that the method wants, bool, of the norms' shape.
+      block: of how many neighbouring input channels.
     """
     active, target = orders.active[i], orders.target[i]
     arrives = active & (orders.full | (jnp.sum(kept) <= target))
-    mask = lax.cond(arrives, lambda: keep_largest(weights, target), lambda: jnp.where(active, kept, mask))
-    return mask | orders.leaves[i]
+    whole = lax.cond(arrives, lambda: keep_largest(norms, target),
+                     lambda: jnp.where(active, kept, blocks.kept(mask, block)))
+    return blocks.spread(whole, mask.shape, block) | orders.leaves[i]
 
 
 def _sum(numbers, where: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
-"""Element-wise lasso: l1 on the weights, as a proximal step after the optimizer's, until the layers are sparse enough.
+"""Element-wise or group lasso: l1 on weights or norms of blocks, a proximal step after the optimizer's, until they are sparse.
 
 Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning" (ICLR 2017), ESL and GESL; the proximal step is
 ISTA of Daubechies, Defrise and De Mol (2004). With w the weights after the optimizer's update:
 
     w <- sign(w) * max(|w| - tau_l, 0),    tau_l = strength(step) * pressure_l
+
+and of blocks of weights, with |w| the norm of one, the group lasso (Yuan and Lin, 2006): w <- w / |w| * max(|w| - tau_l, 0).
 
 Differences: the paper adds decay * sign(w) to the gradient and zeroes what falls below 1e-4; the proximal step gives exact
 zeros by itself. The paper tries strengths until the densities suit; here pressure_l, which starts at 1, adapts until the
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.gsl import Loop, LoopState, settle
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, map_masks
@@ -39,6 +42,7 @@ def lasso(
     *,
     patience: int | None = None,
     rate: float = 0.1,
+    block: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Prune the guide's layers to its densities by an l1 penalty. Must be the last transformation of a chain:
 
@@ -64,11 +68,12 @@ def lasso(
         full. Less than most of the ramp also takes out layers that were only slow to give way, and the time of a layer
         that left is made up for in part at best: the speedup of the guide is then missed.
       rate: by how much the pressure may change in a step; 0 for the strength as it is given.
+      block: prune blocks of so many neighbouring input channels, by their norm: 4 for int8. tau is then in units of such norms.
 
     Raises:
       ValueError: for a patience below 1 or a negative rate; in `init`, for a layer of the guide without a kernel.
     """
-    loop = Loop(guide, ramp, patience, rate)
+    loop = Loop(guide, ramp, patience, rate, block)
     order, may_leave = loop.order, {name for name, layer in guide.layers.items() if layer.upper < 1}
 
     def init(params: Any) -> LassoState:
@@ -82,14 +87,14 @@ def lasso(
         tau = jnp.asarray(strength(state.loop.count) if callable(strength) else strength, jnp.float32) * orders.pressure
 
         def choose(layer: str, mask: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
-            w, i = (p + u).astype(p.dtype), order[layer]
-            return settle(orders, i, w, mask, jnp.abs(w) > tau[i].astype(w.dtype))
+            size, i = blocks.norms((p + u).astype(p.dtype), block), order[layer]
+            return settle(orders, i, size, mask, size > tau[i].astype(size.dtype), block)
 
         def shrink(layer: str, mask: jax.Array, u: jax.Array, p: jax.Array, dense: Any) -> jax.Array:
             w, i = p + u, order[layer]
-            still = orders.active[i] & (jnp.sum(mask) > orders.target[i])
+            still = orders.active[i] & (jnp.sum(blocks.kept(mask, block)) > orders.target[i])
             t = jnp.where(still, tau[i], 0.0).astype(w.dtype)
-            u = u - jnp.clip(w, -t, t).astype(u.dtype)
+            u = u - blocks.capped(w, t, block).astype(u.dtype)
             return u if layer not in may_leave else jnp.where(orders.leaves[i], dense - p, u)
 
         def remember(layer: str, mask: jax.Array, u: jax.Array, p: jax.Array, dense: Any) -> Any:

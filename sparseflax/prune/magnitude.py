@@ -2,7 +2,7 @@
 
 Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression" (2017):
 
-    keep the k largest |w| of a layer,   k = n - round(fraction(step) * (n - round(density * n)))
+    keep the k largest |w| of a layer's n weights, or blocks,   k = n - round(fraction(step) * (n - round(density * n)))
 
 Differences: the layers and their densities come from a guide; a pruned weight is zero, not merely masked in the forward
 pass, and never returns.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, map_masks
 
@@ -51,7 +52,7 @@ def magnitude(
       block: prune blocks of so many neighbouring input channels, by their norm: 4 for int8, see `keep_largest`.
 
     Raises:
-      ValueError: in `init`, for a layer of the guide that has no kernel in the parameters.
+      ValueError: in `init`, for a layer of the guide that has no kernel in the parameters; in `update`, for a block below 1.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1 step, got {every}")
@@ -67,9 +68,10 @@ def magnitude(
 
         def take() -> Masks:
             def shrink(layer: str, mask: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
-                goal = p.size - round(wanted[layer] * p.size)  # how many to prune in the end
+                among = blocks.kept(mask, block)
+                goal = among.size - round(wanted[layer] * among.size)  # how many to prune in the end
                 pruned = jnp.where(fraction >= 1, goal, jnp.round(fraction * goal).astype(jnp.int32))
-                kept = jnp.minimum(p.size - pruned, jnp.sum(mask))
+                kept = jnp.minimum(among.size - pruned, jnp.sum(among))
                 return keep_largest((p + u).astype(p.dtype), kept, among=mask, block=block)
 
             return Masks(map_masks(shrink, state.masks, updates, params, elsewhere=lambda u, p: optax.MaskedNode()))

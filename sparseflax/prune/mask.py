@@ -18,6 +18,8 @@ import optax
 from jax import lax
 from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_leaves_with_path, tree_map_with_path
 
+from sparseflax.prune import blocks
+
 
 class Masks(NamedTuple):
     """A tree shaped like the parameters: a bool array where a method prunes, `optax.MaskedNode()` elsewhere."""
@@ -43,26 +45,25 @@ def kernels(params: Any) -> dict[str, jax.Array]:
 def keep_largest(score: jax.Array, count: jax.Array | int, among: jax.Array | None = None, block: int = 1) -> jax.Array:
     """Mask of exactly the `count` largest |score|; of equal ones the first in memory order are kept.
 
-    With blocks of b neighbouring input channels (same tap and output channel; the last of a tap may be smaller) these are
-    round(count / b) blocks of the largest root of their sum of squares, as int8 kernels want them (b = 4).
+    With blocks of b neighbouring input channels (same tap and output channel; the last of a tap may be smaller) these are the
+    `count` blocks of the largest root of their sum of squares, as int8 kernels want them (b = 4).
 
     A bisection on the bit patterns (non-negative floats order like integers), then one on the position among ties: about
     50 counting passes instead of a sort, so `count` may be traced, and devices that share the array agree exactly.
 
     Args:
       score: float array of any shape. NaN ranks above everything: a broken weight is not hidden by pruning it.
-      count: how many to keep, at most the number of True in `among`.
+      count: how many weights, or blocks, to keep, at most as many as are True in `among`, or hold a True.
       among: bool array like score; only where it is True may a weight be kept.
       block: b, for kernels (..., ic, oc).
 
     Raises:
       ValueError: for a block smaller than 1, or of a score with less than two dimensions.
     """
-    if block < 1 or (block > 1 and score.ndim < 2):
-        raise ValueError(f"block={block} of a score of shape {score.shape}, wanted at least 1, and (..., ic, oc) for blocks")
-    if block > 1:
-        whole = keep_largest(*_in_blocks(score, count, among, block))
-        mask = jnp.repeat(whole, block, axis=-2)[..., : score.shape[-2], :]
+    if block != 1:
+        possible = None if among is None else blocks.kept(among, block)
+        best = keep_largest(blocks.norms(score if among is None else jnp.where(among, score, 0), block), count, possible)
+        mask = blocks.spread(best, score.shape, block)
         return mask if among is None else mask & among
     top = 0x7F800001  # one above infinity, where all NaNs go
     key = jnp.minimum(lax.bitcast_convert_type(jnp.abs(score).astype(jnp.float32), jnp.int32), top).reshape(-1)
@@ -73,20 +74,6 @@ def keep_largest(score: jax.Array, count: jax.Array | int, among: jax.Array | No
     free = count - jnp.sum(key > threshold)
     end = _largest(lambda i: jnp.sum((key == threshold) & (position < i)) <= free, 0, key.size + 1)
     return ((key > threshold) | ((key == threshold) & (position < end))).reshape(score.shape)
-
-
-def _in_blocks(score: jax.Array, count: jax.Array | int, among: jax.Array | None, block: int) -> tuple[Any, Any, Any]:
-    """What keep_largest takes for whole blocks of input channels."""
-    *taps, ic, oc = score.shape
-    kept = jnp.ones(score.shape, bool) if among is None else among
-    padding = [(0, 0)] * len(taps) + [(0, -ic % block), (0, 0)]
-
-    def apart(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, padding).reshape(*taps, -1, block, oc)
-
-    squares, some = apart(jnp.where(kept, score, 0).astype(jnp.float32) ** 2).sum(-2), apart(kept).any(-2)
-    blocks = jnp.round(jnp.asarray(count, jnp.float32) / block).astype(jnp.int32)
-    return jnp.sqrt(squares), jnp.minimum(blocks, some.sum()), some
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], low: int, high: int) -> jax.Array:

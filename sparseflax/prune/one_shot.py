@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import all_kept, apply_masks, keep_largest, kernels
 
 
 def one_shot(params: Any, guide: Guidance, *, keep_zeros: bool = False, block: int = 1) -> Any:
-    """The parameters with only the round(density * n) largest |w| of each of the guide's layers kept.
+    """The parameters with only the round(density * n) largest |w| of each of the guide's layers kept, or so many blocks.
 
         params = prune.one_shot(params, guide)
         state = prune.one_shot(nnx.state(model, nnx.Param), guide)     # nnx.update(model, state)
@@ -35,7 +36,8 @@ def one_shot(params: Any, guide: Guidance, *, keep_zeros: bool = False, block: i
 
     def kept(layer: str, among: jax.Array) -> jax.Array:
         kernel = kernels(params)[layer]
-        count = jnp.minimum(round(wanted[layer] * kernel.size), jnp.sum(among))
+        whole = blocks.kept(among, block)
+        count = jnp.minimum(round(wanted[layer] * whole.size), jnp.sum(whole))
         return keep_largest(kernel, count, among=among, block=block)
 
     return apply_masks(params, {layer: kept(layer, among) for layer, among in found.items()})

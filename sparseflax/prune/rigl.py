@@ -15,6 +15,7 @@ would be several times too long. (Where the backward pass is dense, those gradie
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, map_masks
 from sparseflax.prune.mask import masks as masks_of
@@ -71,12 +73,17 @@ def rigl(
         raise ValueError(f"drop must be in (0, 1], got {drop}")
     inner, wanted = optax.with_extra_args_support(inner), guide.densities
 
+    def kept(layer: str, p: jax.Array) -> tuple[int, int]:
+        """How many weights, or blocks, a layer keeps, and of how many."""
+        size = math.prod(blocks.grid(p.shape, block))
+        return round(wanted[layer] * size), size
+
     def init(params: Any) -> RigLState:
         keys = dict(zip(sorted(wanted), jax.random.split(key, len(wanted)), strict=True)) if key is not None and wanted else {}
 
         def first(layer: str, mask: jax.Array, p: jax.Array) -> jax.Array:
             score = jax.random.uniform(keys[layer], p.shape) if keys else p
-            return keep_largest(score, round(wanted[layer] * p.size), block=block)
+            return keep_largest(score, kept(layer, p)[0], block=block)
 
         masks = map_masks(first, all_kept(params, wanted), params, elsewhere=lambda p: optax.MaskedNode())
         state = RigLState(jnp.int32(0), inner.init(params), Masks(masks))
@@ -91,9 +98,9 @@ def rigl(
 
         def rewire() -> Masks:
             def exchange(layer: str, mask: jax.Array, u: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
-                kept = round(round(wanted[layer] * p.size) / block) * block
-                swapped = jnp.minimum(jnp.floor(share * kept).astype(jnp.int32), p.size - kept) // block * block
-                stay = keep_largest((p + u).astype(p.dtype), kept - swapped, among=mask, block=block)
+                count, size = kept(layer, p)
+                swapped = jnp.minimum(jnp.floor(share * count).astype(jnp.int32), size - count)
+                stay = keep_largest((p + u).astype(p.dtype), count - swapped, among=mask, block=block)
                 return stay | keep_largest(g, swapped, among=~stay, block=block)
 
             tree = map_masks(exchange, state.masks, updates, params, gradients, elsewhere=lambda u, p, g: optax.MaskedNode())

@@ -9,6 +9,11 @@ of dense weights v and one learned s_l per layer; the gradients are those of thi
 
     dL/dv = dL/dw where w != 0, else 0        dL/ds_l = -g'(s_l) * sum over w != 0 of dL/dw * sign(v)
 
+and of blocks of weights, with |v| the norm of one, e = v / |v| and r = g(s_l) / |v|:
+
+    w = e * max(|v| - g(s_l), 0)              dL/dv = (1 - r) dL/dw + r e <e, dL/dw> where w != 0, else 0
+                                              dL/ds_l = -g'(s_l) * sum over w != 0 of <e, dL/dw>
+
 Differences: g = exp (the paper has the sigmoid, equal for small thresholds, and exp for recurrent networks). There a decay of
 s_l, of a strength found by trial, makes all thresholds rise. Here all s_l rise by the same number, such that the weights kept
 in all layers together follow a ramp to what the guide keeps of them: the guide says how many are left, the loss which layers
@@ -29,6 +34,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, hold, keep_largest, kernels, map_masks
 from sparseflax.prune.mask import masks as masks_of
@@ -59,6 +65,7 @@ def soft_threshold(
     *,
     rate: float = 0.1,
     every: int = 10,
+    block: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer `inner` on weights under learned soft thresholds, until as many are left as the guide keeps in all:
 
@@ -73,6 +80,7 @@ def soft_threshold(
       ramp: schedule from 0 (dense) to 1 over optimizer steps (`prune.ramp`).
       rate: learning rate of the thresholds' logarithms.
       every: steps between two rises of the thresholds; the last one is at the first step at which the ramp is full.
+      block: threshold blocks of so many neighbouring input channels, by their norm: 4 for int8. The guide says how many stay.
 
     Raises:
       ValueError: in `init`, for a layer of the guide that has no kernel in the parameters, or in which `inner` prunes already.
@@ -95,31 +103,46 @@ def soft_threshold(
         ended, ends = before >= 1, (before < 1) & (fraction >= 1)
         due = (fraction > before) & ((count % every == 0) | ends)
 
-        gradients = map_masks(lambda _, mask, g: jnp.where(mask, g, jnp.zeros_like(g)), state.masks, updates,
-                              elsewhere=lambda g: g)
+        def through(layer: str, mask: jax.Array, g: jax.Array, v: jax.Array) -> jax.Array:
+            g = jnp.where(mask, g, jnp.zeros_like(g))
+            if block == 1:
+                return g
+            e, size = blocks.directions(v, block), blocks.norms(v, block)
+            r = jnp.where(size > 0, jnp.exp(state.log_threshold[layer]) / size, 0)
+            along = blocks.spread(r * blocks.sums(e * g, block), v.shape, block) * e
+            return ((1 - blocks.spread(r, v.shape, block)) * g + along).astype(g.dtype)
+
         dense = map_masks(lambda _, mask, v, p: v, state.masks, state.dense, params, elsewhere=lambda v, p: p)
+        gradients = map_masks(through, state.masks, updates, dense, elsewhere=lambda g, v: g)
         steps, inner_state = inner.update(gradients, state.inner, dense, **extra)
-        old, slope, last = kernels(dense), kernels(gradients), kernels(state.masks.tree)
+        old, slope = kernels(dense), kernels(gradients)
         new = {layer: (old[layer] + u).astype(old[layer].dtype) for layer, u in kernels(steps).items() if layer in wanted}
-        learned = {layer: s + rate * jnp.exp(s) * jnp.sum(slope[layer] * jnp.sign(old[layer]))
+        size = {layer: blocks.norms(v, block) for layer, v in new.items()}
+        learned = {layer: s + rate * jnp.exp(s) * jnp.sum(slope[layer] * blocks.directions(old[layer], block))
                    for layer, s in state.log_threshold.items()}
 
         def rise() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             known = {layer: jnp.where(jnp.isfinite(s), s, 0) for layer, s in learned.items()}  # all start as one
-            score = jnp.concatenate([(jnp.abs(v) / jnp.exp(known[layer])).reshape(-1) for layer, v in new.items()])
-            kept = keep_largest(score, score.size - jnp.round(fraction * goal(new)).astype(jnp.int32))
+            score = jnp.concatenate([(norm / jnp.exp(known[layer])).reshape(-1) for layer, norm in size.items()])
+            kept = keep_largest(score, score.size - jnp.round(fraction * goal(size)).astype(jnp.int32))
             shift = jnp.log(jnp.max(score, where=~kept, initial=0))
-            parts = jnp.split(kept, np.cumsum([v.size for v in new.values()])[:-1])
-            alive = {layer: part.reshape(v.shape) for (layer, v), part in zip(new.items(), parts, strict=True)}
+            parts = jnp.split(kept, np.cumsum([norm.size for norm in size.values()])[:-1])
+            alive = {layer: part.reshape(norm.shape) for (layer, norm), part in zip(size.items(), parts, strict=True)}
             return {layer: s + shift for layer, s in known.items()}, alive
 
         def stay() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-            alive = {layer: jnp.abs(v) > jnp.exp(learned[layer]) for layer, v in new.items()}
+            last = {layer: blocks.kept(mask, block) for layer, mask in kernels(state.masks.tree).items()}
+            alive = {layer: norm > jnp.exp(learned[layer]) for layer, norm in size.items()}
             return learned, {layer: jnp.where(ended, last[layer], mask) for layer, mask in alive.items()}
 
-        log_threshold, alive = lax.cond(due, rise, stay) if wanted else ({}, {})
-        soft = {layer: jnp.where(alive[layer], jnp.sign(v) * jnp.maximum(jnp.abs(v) - jnp.exp(log_threshold[layer]), 0), 0)
-                for layer, v in new.items()}
+        log_threshold, whole = lax.cond(due, rise, stay) if wanted else ({}, {})
+        alive = {layer: blocks.spread(mask, new[layer].shape, block) for layer, mask in whole.items()}
+
+        def shrunk(layer: str, v: jax.Array) -> jax.Array:
+            rest = jnp.maximum(size[layer] - jnp.exp(log_threshold[layer]), 0)
+            return jnp.where(alive[layer], blocks.directions(v, block) * blocks.spread(rest, v.shape, block), 0)
+
+        soft = {layer: shrunk(layer, v) for layer, v in new.items()}
         log_threshold = {layer: jnp.where(ends, -jnp.inf, s) for layer, s in log_threshold.items()}
         shadow = {layer: jnp.where(ends, soft[layer], v) for layer, v in new.items()}
 
@@ -128,8 +151,8 @@ def soft_threshold(
         moves = map_masks(lambda layer, _, u, p: soft[layer] - p, state.masks, steps, params, elsewhere=lambda u, p: u)
         return hold(masks, moves, params), SoftThresholdState(count, inner_state, dense, log_threshold, masks)
 
-    def goal(layers: Mapping[str, jax.Array]) -> int:
-        """How many weights to prune in the end."""
-        return sum(v.size - round(wanted[layer] * v.size) for layer, v in layers.items())
+    def goal(norms: Mapping[str, jax.Array]) -> int:
+        """How many blocks to prune in the end."""
+        return sum(norm.size - round(wanted[layer] * norm.size) for layer, norm in norms.items())
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparseflax.prune import blocks
 from sparseflax.prune.gsl import Loop, LoopState, settle
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import Masks, all_kept, map_masks
@@ -41,6 +42,7 @@ def surgery(
     threshold: float = 0.1,
     patience: int | None = None,
     rate: float = 0.1,
+    block: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Prune the guide's layers to its densities by surgery. Must be the last transformation of a chain:
 
@@ -63,11 +65,12 @@ def surgery(
         full. Less than most of the ramp also takes out layers that were only slow to give way, and the time of a layer
         that left is made up for in part at best: the speedup of the guide is then missed.
       rate: by how much the pressure may change in a step; 0 for the threshold as it is given.
+      block: prune and splice blocks of so many neighbouring input channels: 4 for int8. |W| is then the norm of a block.
 
     Raises:
       ValueError: for a patience below 1 or a negative rate; in `init`, for a layer of the guide without a kernel.
     """
-    loop = Loop(guide, ramp, patience, rate)
+    loop = Loop(guide, ramp, patience, rate, block)
     order = loop.order
 
     def init(params: Any) -> SurgeryState:
@@ -82,9 +85,10 @@ def surgery(
             return (jnp.where(mask, p, w) + u).astype(p.dtype)
 
         def choose(layer: str, mask: jax.Array, w: jax.Array) -> jax.Array:
-            i, size = order[layer], jnp.abs(w)
-            t = (threshold * orders.pressure[i] * jnp.mean(size, dtype=jnp.float32)).astype(w.dtype)
-            return settle(orders, i, w, mask, size > t * jnp.where(mask, *(jnp.asarray(end, w.dtype) for end in BAND)))
+            i, size = order[layer], blocks.norms(w, block)
+            t = (threshold * orders.pressure[i] * jnp.mean(size, dtype=jnp.float32)).astype(size.dtype)
+            low, high = (jnp.asarray(end, size.dtype) for end in BAND)
+            return settle(orders, i, size, mask, size > t * jnp.where(blocks.kept(mask, block), low, high), block)
 
         def apply(_: str, old: jax.Array, u: jax.Array, p: jax.Array, w: jax.Array, new: jax.Array) -> jax.Array:
             wide = jnp.promote_types(u.dtype, p.dtype)

@@ -15,8 +15,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from sparseflax.prune.blocks import norms
 from sparseflax.prune.guide import Guidance, LayerGuide, Layers, named
 from sparseflax.prune.mask import kernels
 
@@ -55,15 +57,15 @@ def erk(params: Any, density: float, *, exclude: Layers = ()) -> Guidance:
     return _guidance(params, dict(zip(layers, np.where(full, 1.0, eps * extent / size).tolist(), strict=True)), "ERK")
 
 
-def global_magnitude(params: Any, density: float, *, exclude: Layers = ()) -> Guidance:
+def global_magnitude(params: Any, density: float, *, exclude: Layers = (), block: int = 1) -> Guidance:
     """The densities that one threshold on |w| over all layers would leave, with these weights. Take trained ones.
 
-    A layer keeps at least one weight. Arguments and errors as in `uniform`, but `params` must hold concrete arrays. Han et
-    al., "Learning both Weights and Connections for Efficient Neural Networks" (2015) cut layer by layer; with one cut for
-    all it is the usual baseline since.
+    A layer keeps at least one weight; or one block of `block` neighbouring input channels, whose norm the threshold is on then.
+    Other arguments and errors as in `uniform`, but `params` must hold concrete arrays. Han et al., "Learning both Weights and
+    Connections for Efficient Neural Networks" (2015) cut layer by layer; with one cut for all it is the usual baseline since.
     """
     layers = _layers(params, density, exclude)
-    magnitudes = [np.abs(np.asarray(kernel, np.float32)).reshape(-1) for kernel in layers.values()]
+    magnitudes = [np.asarray(norms(jnp.asarray(kernel, jnp.float32), block)).reshape(-1) for kernel in layers.values()]
     everything = np.concatenate(magnitudes)
     owner = np.repeat(np.arange(len(layers)), [m.size for m in magnitudes])
     largest = np.argsort(-everything, kind="stable")[: round(density * everything.size)]

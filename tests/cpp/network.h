@@ -40,7 +40,7 @@ inline Code Network(int64_t chunk) {
   c.Step(Op::kConcat, {6, 5, 12}, {3, 4, 2}, {}, {});                                                                         // 5
   c.Step(Op::kWindow, {6, 5, 4}, {5}, {}, {0, 0, 6}, {0});                                                                    // 6
   c.Step(Op::kCombine, {6, 5, 4}, {6, 1}, {}, {0, 0, 0});                                                                     // 7
-  c.Step(Op::kMap, {6, 5, 4}, {7}, {}, {2}, {0, 0});                                                                          // 8
+  c.Step(Op::kMap, {6, 5, 4}, {7}, {}, {10}, {0.25f, 0.5f, 0, 1, 2, -1, 0.5f, 0.125f});                                            // 8
   c.Step(Op::kCombine, {6, 5, 4}, {8}, {1}, {2, 2, 0});                                                                       // 9
   c.Step(Op::kChannelSum, {6, 5, 12}, {5}, {}, {5, 2});                                                                       // 10
   c.Step(Op::kReshape, {1, 1, 360}, {10}, {}, {});                                                                            // 11

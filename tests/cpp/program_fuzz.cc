@@ -162,9 +162,10 @@ class Grown {
     switch (draw_.Below(7)) {
       case 0: return Add(Op::kQuantize, {x.h, x.w, x.c, true}, {v}, 0, {}, {2.0f, static_cast<float>(draw_.Below(256))});
       case 1: {
-        const int64_t op = draw_.Below(10);
+        const int64_t op = draw_.Below(11);
         std::vector<float> numbers = {draw_.OneIn(2) ? 0.25f : 0.75f, 6.0f};
-        if (op == 0) numbers.insert(numbers.end(), {-1.0f, 9.0f});
+        if (op == 0 || op == 10) numbers.insert(numbers.end(), {-1.0f, 9.0f});
+        if (op == 10) numbers.insert(numbers.end(), {2.0f, 0.5f, -3.0f, 1.0f});
         return Add(Op::kMap, x, {v}, 0, {op}, numbers);
       }
       case 2: return Add(Op::kChannelSum, x, {v}, 0, {draw_.Between(1, 9), draw_.Below(5)});

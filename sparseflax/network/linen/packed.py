@@ -12,26 +12,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from flax.core import unfreeze
 
+from sparseflax.conv.int8 import Quantization, QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.layers import rules as sparse
+from sparseflax.layers.int8 import Int8Conv, Int8Dense
 from sparseflax.layers.stack import of_step, steps
 from sparseflax.network.fold import fold
 from sparseflax.network.fuse import fuse
+from sparseflax.network.linen.layers import as_nnx, norm_of
 from sparseflax.network.linen.trace import at, given, trace, weight_of
-from sparseflax.network.plan import Plan
+from sparseflax.network.plan import LayerPlan, Plan
 from sparseflax.network.shapes import WINDOW
 
 
-class Norm(NamedTuple):
-    """A batch norm at inference: statistics, scale and shift (oc,), the last two or None."""
+class Words(NamedTuple):
+    """What is static of a layer in eight bits: see QuantizedKernel."""
 
-    mean: Any
-    var: Any
-    scale: Any
-    bias: Any
-    epsilon: float
+    pattern: Pattern
+    channels: int
+    inputs: Quantization
+    outputs: Quantization | None
+
+
+Static = Pattern | tuple[Pattern, ...] | Words
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,14 @@ class PackedModel:
     """A Linen model whose planned layers run packed, for inference; `sparseflax.pack_model` makes it and its variables.
 
     The variables are the model's, but for sparse layers, which have the params `values` (nnz,) and `bias` (oc,) instead of
-    `kernel` and `bias`, and for folded batch norms, which have none. A stack that `nn.scan` runs has `values` (layers, most),
-    `bias` (layers, oc), and `step` (layers, layers), which says in a step which of them it is.
+    `kernel` and `bias`, in eight bits `words` (nnz,), `scale`, `sums` and `bias` (oc,); and for folded batch norms, which have
+    none. A stack that `nn.scan` runs has `values` (layers, most), `bias` (layers, oc), and `step` (layers, layers), which says
+    in a step which of them it is.
 
     Attributes:
       module: the model, unbound.
-      patterns: the weights that each sparse layer keeps, as pairs (path, pattern); of a stack a pattern for each of its layers.
+      patterns: the weights that each sparse layer keeps, as pairs (path, pattern); of a stack a pattern for each of its layers,
+        of a layer in eight bits its Words.
       biased: paths of dense layers that have a bias only since a batch norm was folded into them.
       folded: paths of the folded batch norms.
       fused: whether `apply` runs through `sparseflax.fuse`; a call with `mutable` collections never does.
@@ -52,7 +60,7 @@ class PackedModel:
     """
 
     module: nn.Module
-    patterns: tuple[tuple[str, Pattern | tuple[Pattern, ...]], ...]
+    patterns: tuple[tuple[str, Static], ...]
     biased: frozenset[str]
     folded: frozenset[str]
     fused: bool = True
@@ -70,7 +78,7 @@ class PackedModel:
         return fuse(run, self.chunk)(variables, *args, **kwargs)
 
     @functools.cached_property
-    def _pattern(self) -> dict[str, Pattern | tuple[Pattern, ...]]:
+    def _pattern(self) -> dict[str, Static]:
         return dict(self.patterns)
 
     def _replace(self, run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -82,22 +90,17 @@ class PackedModel:
         if path not in self._pattern:
             y = run(*args, **kwargs)
             return y + module.get_variable("params", "bias").reshape(*[1] * (y.ndim - 1), -1) if path in self.biased else y
-        pattern, values = self._pattern[path], module.get_variable("params", "values")
-        bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else None
+        pattern, param = self._pattern[path], functools.partial(module.get_variable, "params")
+        bias = param("bias") if module.has_variable("params", "bias") else None
         x = next(iter((*args, *kwargs.values())))
         layer = SimpleNamespace(activation=None, dtype=module.dtype, **{
             name: getattr(module, name) for name in WINDOW if hasattr(module, name)})
         compute = sparse.convolve if sparse.rank(module) else sparse.multiply
+        if isinstance(pattern, Words):
+            return compute(layer, QuantizedKernel(param("words"), param("scale"), param("sums"), *pattern), bias, x, None)
         if isinstance(pattern, Pattern):
-            return compute(layer, PackedKernel(values, pattern), bias, x, None)
-        return of_step(module.get_variable("params", "step"), values, pattern,
-                       lambda kernel: compute(layer, kernel, bias, x, None))
-
-
-def norm_of(module: Any, variables: Any, path: str) -> Norm:
-    """The batch norm at a path of the variables."""
-    params, statistics = (at(nn.unbox(variables.get(name, {})), path) for name in ("params", "batch_stats"))
-    return Norm(statistics["mean"], statistics["var"], params.get("scale"), params.get("bias"), module.epsilon)
+            return compute(layer, PackedKernel(param("values"), pattern), bias, x, None)
+        return of_step(param("step"), param("values"), pattern, lambda kernel: compute(layer, kernel, bias, x, None))
 
 
 def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: bool, chunk: int | None, call: Mapping[str, Any]
@@ -124,15 +127,13 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
             folded.add(row.norm)
             params |= {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
         if row.choice == "sparse":
-            stack = sparse.is_stack(layer, params["kernel"].ndim)
             try:
-                packed: Any = (sparse.pack_stack if stack else sparse.pack_dense)(
-                    layer, params["kernel"], getattr(layer, "feature_group_count", 1))
+                static, arrays = _packed(layer, params, row)
             except ValueError as error:
                 raise ValueError(f"layer {row.path!r}: {error}") from error
             del params["kernel"]
-            params |= {"values": packed.values, **({"step": steps(len(packed.patterns))} if stack else {})}
-            patterns.append((row.path, packed.patterns if stack else packed.pattern))
+            params |= arrays
+            patterns.append((row.path, static))
             biased.discard(row.path)
     for path in folded:
         for collection in ("params", "batch_stats"):
@@ -140,3 +141,20 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
             at(tree.get(collection, {}), "/".join(parents)).pop(last, None)  # type: ignore[union-attr]
     return PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), fused,
                        chunk or plan.chunk), tree
+
+
+def _packed(layer: Any, params: Mapping[str, Any], row: LayerPlan) -> tuple[Static, dict[str, Any]]:
+    """What is static of a sparse layer, and its params that take the place of its kernel."""
+    if row.inputs is not None:
+        dense = as_nnx(layer, params)
+        int8 = (Int8Conv if isinstance(dense, nnx.Conv) else Int8Dense)(dense, row.inputs, row.correction or None,
+                                                                        outputs=row.outputs)
+        kernel = int8.kernel
+        return (Words(*kernel.tree_flatten()[1]),
+                {"words": kernel.words, "scale": kernel.scale, "sums": kernel.sums, "bias": int8.bias[...]})
+    groups = getattr(layer, "feature_group_count", 1)
+    if sparse.is_stack(layer, params["kernel"].ndim):
+        stack = sparse.pack_stack(layer, params["kernel"], groups)
+        return stack.patterns, {"values": stack.values, "step": steps(len(stack.patterns))}
+    packed = sparse.pack_dense(layer, params["kernel"], groups)
+    return packed.pattern, {"values": packed.values}

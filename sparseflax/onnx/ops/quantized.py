@@ -44,6 +44,11 @@ def dynamic_quantize_linear(x: Value) -> tuple[Value, Value, Value]:
             value(zero.astype(np.uint8)))
 
 
+def rounded_to_its_range(x: Value) -> Value:
+    """What is left of x when it is quantized over the range that it has and dequantized."""
+    return dequantize_linear(*dynamic_quantize_linear(x))
+
+
 def shifted(x: Value, zero_point: Value | None = None, axis: int = 1) -> Value:
     """x - zero_point as float32."""
     array = x.array.astype(np.float32)
@@ -89,6 +94,6 @@ def _along(x: Value, v: Value, axis: int, block: int) -> Any:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "DequantizeLinear": dequantize_linear, "DynamicQuantizeLinear": dynamic_quantize_linear, "QuantizeLinear": quantize_linear,
-    "RoundedTo": rounded_to,  # both of these, one after the other
+    "RoundedTo": rounded_to, "RoundedToItsRange": rounded_to_its_range,  # both of these, one after the other
     "Rounded": rounded, "Shifted": shifted,  # of ConvInteger and MatMulInteger
 }
