@@ -159,13 +159,18 @@ class Separable(nnx.Module):
         return self.last(self.three(y)) + y
 
 
-def test_depthwise_between_layers_in_int8_is_uint8(monkeypatch):
-    monkeypatch.setattr("sparseflax.network.plan.MARGIN", 0)
-    model, x = Separable(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((20, 9, 9, 16)).astype(np.float32)
+def halved(model, x):
+    """Its plan in eight bits with half of the blocks of three layers, and the model packed, fused and not."""
     nnx.update(model, sparseflax.prune.one_shot(nnx.state(model, nnx.Param), sparseflax.prune.constant(
         {name: 0.5 for name in ("one", "two", "three")}), block=4))
     plan = sparseflax.plan(model, x[:3], HERE, precision="int8", examples=x)
-    packed, apart = sparseflax.pack_model(model, plan), sparseflax.pack_model(model, plan, fuse=False)
+    return plan, sparseflax.pack_model(model, plan), sparseflax.pack_model(model, plan, fuse=False)
+
+
+def test_depthwise_between_layers_in_int8_is_uint8(monkeypatch):
+    monkeypatch.setattr("sparseflax.network.plan.MARGIN", 0)
+    x = np.random.default_rng(0).standard_normal((20, 9, 9, 16)).astype(np.float32)
+    plan, packed, apart = halved(Separable(nnx.Rngs(0)), x)
     made = steps(packed, x[:3])
     assert [(step.op, step.uint8) for step in made] == [
         ("quantize", True), ("conv_int8", True), ("depthwise", True), ("conv_int8", True), ("depthwise", True),
@@ -205,11 +210,8 @@ class Shortcut(nnx.Module):
 
 def test_a_shortcut_is_rounded_by_its_own_range(monkeypatch):
     monkeypatch.setattr("sparseflax.network.plan.MARGIN", 0)
-    model, x = Shortcut(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float32)
-    nnx.update(model, sparseflax.prune.one_shot(nnx.state(model, nnx.Param), sparseflax.prune.constant(
-        {name: 0.5 for name in ("one", "two", "three")}), block=4))
-    plan = sparseflax.plan(model, x[:3], HERE, precision="int8", examples=x)
-    packed, apart = sparseflax.pack_model(model, plan), sparseflax.pack_model(model, plan, fuse=False)
+    x = np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float32)
+    _, packed, apart = halved(Shortcut(nnx.Rngs(0)), x)
     assert [(step.op, step.uint8, len(step.args)) for step in steps(packed, x[:3])] == [
         ("quantize", True, 1), ("conv_int8", True, 1), ("conv_int8", True, 2), ("conv_int8", False, 1)]
     got, want = (np.asarray(jax.jit(lambda m, x: m(x))(m, x[:3])) for m in (packed, apart))

@@ -145,7 +145,7 @@ def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
     if not math.isfinite(number):
         return None
     if name == "div":
-        return {"scale": 1 / number} if not swapped and 2.0**-126 <= abs(number) <= 2.0**126 else None
+        return {"scale": 1 / number} if not swapped and _is_normal(number) else None
     if name == "sub":
         return {"scale": -1.0, "shift": number} if swapped else {"shift": -number}
     return {{"add": "shift", "mul": "scale", "max": "low", "min": "high"}[name]: number}
@@ -154,16 +154,22 @@ def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
 def _clamped(region: Region, equation: Any, x: Node, scale: float = 1.0, shift: float = -0.0, low: float = -math.inf,
              high: float = math.inf) -> Node | None:
     """min(max(scale x + shift, low), high); of such a one that waits it makes one, where that adds no number to a number; of
-    a gate that waits one with the line."""
+    a gate that waits one with the line, likewise."""
     if region.is_open(x, "map") and x.params == ("gate",) and (low, high) == (-math.inf, math.inf):
         *numbers, s, t = x.numbers
-        return replace(x, numbers=(*numbers, scale * s, scale * t + shift))
+        if 0 in (shift, t) and _is_normal(scale * s):
+            return replace(x, numbers=(*numbers, scale * s, scale * t + shift))
     if region.is_open(x, "map") and x.params == ("clamp",) and scale > 0 and 0 in (shift, x.numbers[1]):
         first, second, below, above = x.numbers
         numbers = scale * first, scale * second + shift, max(scale * below + shift, low), min(scale * above + shift, high)
-        if numbers[2] <= numbers[3] and 2.0**-126 <= abs(numbers[0]) <= 2.0**126:
+        if numbers[2] <= numbers[3] and _is_normal(numbers[0]):
             return replace(x, numbers=numbers)
     return region.node(equation, "map", [x], params=["clamp"], numbers=[scale, shift, low, high])
+
+
+def _is_normal(number: float) -> bool:
+    """Whether a number and its reciprocal are float32 of full precision."""
+    return 2.0**-126 <= abs(number) <= 2.0**126
 
 
 def _max(region: Region, equation: Any, a: Any, b: Any) -> Node | None:

@@ -32,12 +32,20 @@ OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "
        "dequantize", "upsample", "dense", "reduce")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
 OTHERS = "same", "number", "channel", "image", "scalar", "pixel"
+
+
+def _gate(x: jax.Array, p: Any, q: Any, low: Any, high: Any, a: Any, b: Any, s: Any, t: Any) -> jax.Array:
+    """HardSwish and its like: s u min(max(p u + q, low), high) + t, u = a x + b."""
+    u = a * x + b
+    return s * (u * jnp.minimum(jnp.maximum(p * u + q, low), high)) + t
+
+
 UNARY: dict[str, Any] = {
     "clamp": lambda x, p, q, low, high: jnp.minimum(jnp.maximum(p * x + q, low), high),
     "leaky": lambda x, p, *_: jnp.where(x >= 0, x, p * x),
     "logistic": lambda x, *_: jax.lax.logistic(x), "sqrt": lambda x, *_: jnp.sqrt(x), "rsqrt": lambda x, *_: jax.lax.rsqrt(x),
     "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p,
-    "exp": lambda x, *_: jnp.exp(x), "gate": lambda *numbers: _gate(*numbers)}
+    "exp": lambda x, *_: jnp.exp(x), "gate": _gate}
 Size = tuple[int, int, int]  # (h, w, c) of an image
 
 
@@ -161,12 +169,6 @@ def upsample(x: jax.Array, fh: int, fw: int, channels: int) -> jax.Array:
     n, h, w, c = x.shape
     y = x.reshape(n, h, 1, w, 1, c) if c == channels else x.reshape(n, h, w, fh, fw, channels).transpose(0, 1, 3, 2, 4, 5)
     return jnp.broadcast_to(y, (n, h, fh, w, fw, channels)).reshape(n, fh * h, fw * w, channels)
-
-
-def _gate(x: jax.Array, p: Any, q: Any, low: Any, high: Any, a: Any, b: Any, s: Any, t: Any) -> jax.Array:
-    """HardSwish and its like: s u min(max(p u + q, low), high) + t, u = a x + b."""
-    u = a * x + b
-    return s * (u * jnp.minimum(jnp.maximum(p * u + q, low), high)) + t
 
 
 def _activated(y: jax.Array, bias: jax.Array | None, activation: Activation) -> jax.Array:

@@ -184,19 +184,20 @@ def _ordered(nodes: Sequence[Node], known: set[str], outputs: tuple[str, ...]) -
     if missing:
         wanted = ", ".join(f"{name!r} of {user}" for name, user in missing.items())
         raise ValueError(f"nothing in the graph makes or holds {wanted}: an initializer is missing, export the model with them")
-    order = graphlib.TopologicalSorter({node.name: {maker[i]: None for i in node.inputs if i in maker} for node in nodes})
-    by_name = {node.name: node for node in nodes}
-    try:
-        sorted_ = tuple(by_name[name] for name in order.static_order())
-    except graphlib.CycleError as error:
-        raise ValueError(f"the graph has a cycle through {' -> '.join(error.args[1])}: it was damaged, export it "
-                         "again") from None
     made = set(known)
     for node in nodes:
         if not made.issuperset(filter(None, node.inputs)):
-            return sorted_
+            break
         made.update(node.outputs)
-    return tuple(nodes)
+    else:
+        return tuple(nodes)
+    order = graphlib.TopologicalSorter({node.name: {maker[i]: None for i in node.inputs if i in maker} for node in nodes})
+    by_name = {node.name: node for node in nodes}
+    try:
+        return tuple(by_name[name] for name in order.static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"the graph has a cycle through {' -> '.join(error.args[1])}: it was damaged, export it "
+                         "again") from None
 
 
 def _shapes(onnx: Any, model: Any) -> dict[str, Shape]:
