@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, resnet18, resnet50
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, resnet18, resnet50
 from sparseflax import conv_shapes
 
 
@@ -64,6 +64,7 @@ NETWORKS = {spec.name: spec for spec in (
     Spec("resnet18", resnet18, 224, _tenth),
     Spec("resnet50", resnet50, 224, _tenth),
     Spec("mobilenet", MobileNetV1, 224, _pointwise),
+    Spec("squeezenet", SqueezeNet, 224, _tenth),
 )}
 
 

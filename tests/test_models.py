@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import sparseflax
-from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, layers, resnet18, resnet50
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, layers, resnet18, resnet50
 from experiments.networks import Spec, pruned
 from sparseflax.conv import ffi
 from tests.machines import HERE
@@ -25,6 +25,7 @@ PUBLISHED = {
     "resnet18": (resnet18, 224, 11_689_512, 1.81),
     "resnet50": (resnet50, 224, 25_557_032, 4.09),
     "mobilenet": (MobileNetV1, 224, 4_231_976, 0.569),
+    "squeezenet": (SqueezeNet, 224, 1_235_496, 0.349),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, resnet18
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, resnet18
 from experiments.weights import load_weights, put
 from sparseflax.files import safetensors
 
@@ -160,6 +160,9 @@ def test_names_are_torchvisions():
     assert google["conv1.conv.weight"].shape == (64, 3, 7, 7)
     mobile = torch_names(nnx.eval_shape(lambda: MobileNetV1(rngs=nnx.Rngs(0))))
     assert mobile["blocks.3.5.conv_dw.weight"].shape == (512, 1, 3, 3)
+    squeeze = torch_names(nnx.eval_shape(lambda: SqueezeNet(rngs=nnx.Rngs(0))))
+    assert squeeze["features.12.expand3x3.weight"].shape == (256, 64, 3, 3)
+    assert squeeze["classifier.1.weight"].shape == (1000, 512, 1, 1)
 
 
 def test_all_that_is_wrong_is_named_and_nothing_changes():
