@@ -281,6 +281,17 @@ def test_what_is_gated_by_itself_is_one_step(f, wanted, others):
     agrees(lambda x: f(conv(x)), X)
 
 
+@pytest.mark.parametrize("f, wanted", [
+    (nnx.silu, ["silu"]), (lambda y: jax.nn.sigmoid(y) * y, ["silu"]), (lambda y: y * jax.nn.sigmoid(2 * y), ["clamp", "logistic", "mul"]),
+    (lambda y: (lambda g: y * g + g)(jax.nn.sigmoid(y)), ["logistic", "mul", "add"])])
+def test_silu_is_one_step(f, wanted):
+    found = [step.params[0] for step in steps(fuse(lambda x: f(conv(x))), X) if step.op in ("map", "combine")]
+    assert found == wanted
+    got, want = (jax.jit(run)(X) for run in (fuse(lambda x: f(conv(x))), lambda x: f(conv(x))))
+    # As in tests/test_program.py; XLA's is off by as much, and what it makes of a large negative number may be 0.
+    np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24, atol=2.0**-126)
+
+
 def test_a_number_that_is_traced():
     def f(x, scale, shift):
         return conv(x) * scale + shift

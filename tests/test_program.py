@@ -113,10 +113,10 @@ def test_rounding_of_any_numbers():
     check(one(step, (10, 10, 10)), [x.reshape(1, 10, 10, 10)])
 
 
-@pytest.mark.parametrize("name, ulps", [("logistic", 8), ("sqrt", 0), ("rsqrt", 4), ("power", 8)])
+@pytest.mark.parametrize("name, ulps", [("logistic", 8), ("silu", 8), ("sqrt", 0), ("rsqrt", 4), ("power", 8)])
 def test_functions_of_any_numbers(name, ulps):
-    x = jnp.abs(jnp.linspace(-30.0, 30.0, 5 * 1000).reshape(5, 10, 10, 10)) + (0 if name == "logistic" else 2.0**-20)
-    x = x * (jnp.arange(5).reshape(5, 1, 1, 1) % 2 * 2 - 1) if name == "logistic" else x
+    x = jnp.abs(jnp.linspace(-30.0, 30.0, 5 * 1000).reshape(5, 10, 10, 10)) + (0 if name in ("logistic", "silu") else 2.0**-20)
+    x = x * (jnp.arange(5).reshape(5, 1, 1, 1) % 2 * 2 - 1) if name in ("logistic", "silu") else x
     check(one(Step("map", (10, 10, 10), (0,), (), (name,), (-0.75, 0.0)), (10, 10, 10)), [x], rtol=ulps * 2.0**-24)
 
 
@@ -131,6 +131,42 @@ def test_exponentials_of_any_numbers():
     np.testing.assert_allclose(np.ravel(y), wanted, rtol=4 * 2.0**-24, atol=2.0**-126)
 
 
+FUNCTIONS = {"clamp": (0.5, 1.0, -3.0, 4.0), "leaky": (0.25, 0.0), "gate": (0.25, 0.5, 0.0, 1.0, 2.0, -1.0, 0.5, 0.125),
+             "logistic": (0.0, 0.0), "silu": (0.0, 0.0)}
+CONVOLUTIONS = {
+    "conv": lambda c, packed: Step("conv", (4, 5, 7), (0,), (0, 1), (SAME, "relu", True, False), pattern=packed.pattern),
+    "depthwise": lambda c, packed: Step("depthwise", (4, 5, c), (0,), (0, 1), ((3, 3), SAME, None, None, None, True)),
+    "dense": lambda c, packed: Step("dense", (4, 5, 7), (0,), (0, 1), ((1, 1), PIXELS, 1, "relu6", True)),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 5, 37])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_that_follows_a_convolution(name, kind, channels):
+    """Where nothing else reads the convolution it does so itself, as its trace says, and elsewhere it does not; of pixels side by
+    side, of those with others between, and in place of a layer of one pixel."""
+    draw = np.random.default_rng(3)
+    packed = sparseflax.pack(reference.integers(draw, 3, 3, channels, 7) * (draw.random((3, 3, channels, 7)) < 0.4).astype(np.float32))
+    conv = CONVOLUTIONS[kind](channels, packed)
+    weights = {"conv": packed.values, "depthwise": reference.integers(draw, 3, 3, 1, channels), "dense": reference.integers(draw, channels, 7)}
+    size, out = (4, 5, channels), conv.size
+    function = Step("map", out, (1,), (), (name,), FUNCTIONS[name])
+    alone = Program((size,), (conv, function), (2,), 2, 1)
+    beside = Program((size,), (conv, function, Step("concat", (*out[:2], 2 * out[2] + channels), (2, 0, 2))), (3,), 2, 1)
+    again = Program((size,), (conv, function, Step("combine", out, (1, 2), (), ("add", "same", False))), (3,), 2, 1)
+    shared = [jnp.asarray(weights[kind]), jnp.asarray(reference.integers(draw, out[2]))]
+    for program in (alone, beside, again):
+        for n in (1, 5):
+            check(program, [images(n, n, size)], shared, rtol=8 * 2.0**-24 if name in ("logistic", "silu") else 0.0)
+        run = jax.jit(lambda x, program=program: run_program(program, [x], shared))
+        run(images(0, 1, size))
+        ffi.native.trace(True)
+        jax.block_until_ready(run(images(0, 1, size)))
+        (times,) = [times for words, times in ffi.native.trace(False) if words == program.encode()["words"].tolist() and any(times)]
+        assert (times[1] == 0) == (program is not again) and times[0] > 0
+
+
 @pytest.mark.parametrize("name", ["max", "min", "add", "mul"])
 def test_what_is_not_finite(name):
     odd = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0, -0.0, 1.0])
@@ -142,8 +178,9 @@ def test_what_is_not_finite(name):
     for function, numbers in (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0)),
                               ("gate", (1.0, 3.0, -0.0, 6.0, 1.0, -0.0, 0.5, -0.0))):
         check(one(Step("map", (1, 6, 6), (0,), (), (function,), numbers), (1, 6, 6)), [a])
-    y = run_program(one(Step("map", (1, 6, 6), (0,), (), ("logistic",), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
-    np.testing.assert_allclose(y, jax.nn.sigmoid(a), atol=2.0**-24)
+    for function, wanted in (("logistic", jax.nn.sigmoid), ("silu", jax.nn.silu)):
+        y = run_program(one(Step("map", (1, 6, 6), (0,), (), (function,), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
+        np.testing.assert_allclose(y, wanted(a), atol=2.0**-24)
 
 
 PADDING = st.tuples(st.integers(0, 2), st.integers(0, 2))

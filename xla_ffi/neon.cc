@@ -15,6 +15,7 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "maps.inc"
 #include "float32.inc"
 #include "dense.inc"
 #include "steps.inc"

@@ -50,6 +50,14 @@ struct V {
     for (int i = 0; i < 4; ++i) r[i] = static_cast<int32_t>(std::nearbyint(y[i]));
     return r;
   }
+  static SF_INLINE Reg Pow2(Reg t) {  // 2^n of t = n + 1.5 * 2^23, -127 < n < 128; 0 and infinity of these
+    typedef uint32_t Bits __attribute__((vector_size(16), may_alias));
+    Bits bits;
+    std::memcpy(&bits, &t, sizeof t);
+    bits = (bits << 23) + (127u << 23);
+    std::memcpy(&t, &bits, sizeof t);
+    return t;
+  }
   static SF_INLINE Reg ToFloat(Whole a) { return __builtin_convertvector(a, Reg); }
   static SF_INLINE Reg FromBytes(const uint8_t* p, int m) {
     Reg r = {};
@@ -75,6 +83,7 @@ struct V {
 };
 
 #include "microkernel.inc"
+#include "maps.inc"
 #include "float32.inc"
 #include "dense.inc"
 #include "steps.inc"

@@ -88,6 +88,8 @@ struct Whole {
   }
 };
 
+Function FunctionOf(const Step& map) { return {static_cast<Unary>(map.params[0]), map.numbers.data()}; }
+
 // All programs that are there, and whether they are traced.
 std::mutex all_mutex;
 std::set<Program*>* const all = new std::set<Program*>;  // never destroyed: a program may outlive it
@@ -134,6 +136,7 @@ std::unique_ptr<Program> Program::Make(const int64_t* words, int64_t count, cons
   program->words_.assign(words, words + count);
   *error = program->Decode(words, count, numbers, number_count, gaps, gap_count);
   if (!error->empty()) return nullptr;
+  program->Follow();
   program->Join();
   program->Cut();
   program->Lay();
@@ -206,7 +209,7 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
           case Op::kDequantize:
             loops.dequantize({work.x.Strip<uint8_t>(row, j, count), y, {number(0), static_cast<int32_t>(number(1))}}, 0, 1);
             break;
-          case Op::kMap: loops.map({x, y, static_cast<Unary>(p[0]), step.numbers.data()}, 0, 1); break;
+          case Op::kMap: loops.map({x, y, FunctionOf(step)}, 0, 1); break;
           case Op::kChannelSum: loops.channel_sum({x, y, p[0], p[1]}, 0, 1); break;
           case Op::kReduce: loops.reduce({x, y, p[0] != 0}, 0, 1); break;
           default: {
@@ -227,6 +230,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
   const Steps& loops = *(isa_ != nullptr ? isa_ : Isas()[0])->steps;
   const bool traced = tracing.load(std::memory_order_relaxed);
   for (size_t i = segment.begin; i < segment.end; ++i) {
+    if (Stays(i)) continue;
     const Step& step = steps_[i];
     const auto start = traced ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
     const std::vector<int64_t>& p = step.params;
@@ -235,10 +239,12 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
     const Image x = At<float>(call, step.args[0]), y = At<float>(call, result);  // sizes, where they are bytes
     const auto operand = [&](size_t index) { return static_cast<const float*>(call.shared[static_cast<size_t>(step.shared[index])]); };
     const int64_t rows = call.count * y.h;
+    const Function function = step.then > 0 ? FunctionOf(steps_[step.then]) : Function{};
+    const Function* const then = step.then > 0 ? &function : nullptr;
     const auto spread = [&](int64_t floats, const auto& f) { ForRows(call.executor, rows, call.count * floats, f); };
     switch (step.op) {
       case Op::kConv: {
-        Buffers b{x.data, operand(0), p[15] != 0 ? operand(1) : zeros_.data(), nullptr, y.data, nullptr, x.pixel, y.pixel};
+        Buffers b{x.data, operand(0), p[15] != 0 ? operand(1) : zeros_.data(), nullptr, y.data, nullptr, x.pixel, y.pixel, then};
         if (p[16] != 0) b.residual = At<float>(call, step.args[1]).data;
         const std::string error = step.conv->Run(call.count, x.h, x.w, y.h, y.w, b, static_cast<int>(p[14]), call.executor);
         if (!error.empty()) return "step " + std::to_string(i) + ": " + error;
@@ -263,7 +269,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
           const Filter f{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
           const float* const bias = p[9] != 0 ? operand(1) : nullptr;
           spread(y.h * y.w * y.c * p[0] * p[1], [&](int64_t row, int64_t end) {
-            loop({in, out, f, operand(0), bias, static_cast<int>(p[8]), from, to}, row, end);
+            loop({in, out, f, operand(0), bias, static_cast<int>(p[8]), from, to, then}, row, end);
           });
         };
         const Bytes x_bytes = At<uint8_t>(call, step.args[0]), y_bytes = At<uint8_t>(call, result);
@@ -273,7 +279,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
       }
       case Op::kDense: {
         const Dense d{x, y, {p[0], p[1], p[2], p[3], 0, 0, p[6], p[7]}, p[8], operand(0), p[10] != 0 ? operand(1) : nullptr,
-                      static_cast<int>(p[9]), rows};
+                      static_cast<int>(p[9]), then, rows};
         const int64_t floats = y.h * y.w * y.c * p[0] * p[1] * (x.c / p[8]) / kPerFloat;
         ForRows(call.executor, rows * d.Panels(loops.dense_width), call.count * floats, [&](int64_t unit, int64_t end) { loops.dense(d, unit, end); });
         break;
@@ -296,7 +302,6 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         i = step.end - 1;
         break;
       case Op::kWindow:
-        if (Stays(i)) break;
         spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
           if (!bytes) return CopyWindow(x, y, p, step.numbers[0], row, end);
           CopyWindow(At<uint8_t>(call, step.args[0]), At<uint8_t>(call, result), p, static_cast<uint8_t>(step.numbers[0]), row, end);

@@ -24,6 +24,7 @@ enum class Op : int64_t {
   kReduce, kEnd
 };
 
+constexpr int64_t kProgramVersion = 6;       // as VERSION in program.py
 constexpr int64_t kMost = int64_t{1} << 31;  // images, and elements of one
 inline int64_t AlignLines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -42,6 +43,7 @@ struct Step {
   std::unique_ptr<Conv> conv;  // of a kConv or kConvInt8
   size_t segment = 0, begin = 0, end = 0;  // which it belongs to; the steps with which it runs pixel by pixel
   int64_t slots = 0;                       // of the values between these, if it is the first of them
+  size_t then = 0;                         // a map that a convolution does to its result at once; 0 for none
 };
 
 class Program {
@@ -89,6 +91,7 @@ class Program {
   std::string Decode(const int64_t* words, int64_t count, const float* numbers, int64_t number_count, const uint8_t* gaps,
                      int64_t gap_count);
   std::string CheckStep(const Step& step, Value* y);
+  void Follow();
   void Join();
   void Cut();
   void Lay();

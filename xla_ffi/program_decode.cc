@@ -7,8 +7,6 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kVersion = 5;
-
 // Reads words in order; 0 and `ended` past the end.
 struct Reader {
   const int64_t* at;
@@ -33,7 +31,7 @@ std::string Program::Decode(const int64_t* words, int64_t count, const float* nu
                             int64_t gap_count) {
   Reader in{words, words + count};
   const int64_t version = in.Next();
-  if (version != kVersion) return "a program of version " + std::to_string(version) + ", this build runs " + std::to_string(kVersion);
+  if (version != kProgramVersion) return "a program of version " + std::to_string(version) + ", this build runs " + std::to_string(kProgramVersion);
   inputs_ = in.Next();
   const int64_t steps = in.Next(), results = in.Next(), operands = in.Next();
   chunk_ = in.Next();
@@ -214,7 +212,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       return "malformed";
     }
     case Op::kMap:  // op
-      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kGate)) return "malformed";
+      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kSilu)) return "malformed";
       return counts(1, 0, 1, NumbersOf(static_cast<Unary>(p[0]))) && same(*x[0], y) ? "" : wrong;
     case Op::kWindow:  // y[i,j,c] = x[i + p0, j + p1, c + p2], or a number outside
       if (p.size() != 3 || std::min({p[0], p[1], p[2]}) < -kMost || std::max({p[0], p[1], p[2]}) > kMost) return "malformed";

@@ -10,6 +10,24 @@ constexpr int64_t kHeavy = 256 << 10;  // bytes of weights, and offsets, from wh
 
 }  // namespace
 
+// Convolutions whose result nothing reads but a map do that at once, while what they wrote is in a cache: their result lies where the map's does.
+void Program::Follow() {
+  std::vector<int64_t> reads(values_.size());
+  std::vector<size_t> reader(values_.size());
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    for (const int64_t arg : steps_[i].args) ++reads[static_cast<size_t>(arg)], reader[static_cast<size_t>(arg)] = i;
+  }
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Op op = steps_[i].op;
+    Value& y = values_[i + static_cast<size_t>(inputs_)];
+    if ((op != Op::kConv && op != Op::kDepthwise && op != Op::kDense) || steps_[i].args.size() > 1 || reads[i + static_cast<size_t>(inputs_)] != 1) continue;
+    const size_t map = reader[i + static_cast<size_t>(inputs_)];
+    if (y.place == Place::kOutput || steps_[map].op != Op::kMap || !Follows(static_cast<Unary>(steps_[map].params[0]))) continue;
+    steps_[i].then = map;
+    y.parent = static_cast<int64_t>(map) + inputs_;
+  }
+}
+
 // Gives values a place inside of others: what is concatenated is written where it will lie, a range of channels stays where it is, and
 // a reshape is its argument.
 void Program::Join() {
@@ -60,12 +78,14 @@ int64_t Program::Root(int64_t value) const {
 // Whether a step's result lies where its argument does, so that nothing is to be done.
 bool Program::Stays(size_t step) const {
   const Op op = steps_[step].op;
-  return op == Op::kReshape || (op == Op::kWindow && values_[step + static_cast<size_t>(inputs_)].parent == steps_[step].args[0]);
+  const int64_t y = static_cast<int64_t>(step) + inputs_, x = steps_[step].args[0];
+  return op == Op::kReshape || (op == Op::kWindow && values_[static_cast<size_t>(y)].parent == x) || (op == Op::kMap && values_[static_cast<size_t>(x)].parent == y);
 }
 
 // Whether each pixel of its result is made of the same pixels of others.
 bool Program::Pixelwise(size_t step) const {
   const Op op = steps_[step].op;
+  if (Stays(step)) return false;
   return op == Op::kCombine || op == Op::kMap || op == Op::kChannelSum || op == Op::kReduce || op == Op::kQuantize || op == Op::kDequantize;
 }
 

@@ -90,7 +90,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   }
   // Streaming pays when the output would not stay in the last cache anyway. Of a larger one others have their share.
   constexpr int64_t kOurs = int64_t{32} << 20;
-  const bool stream = b.rescale == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.y_pixel % lanes == 0 && s.ocg() % lanes == 0 &&
+  const bool stream = b.rescale == nullptr && b.then == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.y_pixel % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
   Rescale rescale{};
   if (b.rescale != nullptr) {
@@ -102,7 +102,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
     if (rescale.inner != nullptr) rescale.inner += first;
   }
   c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(at.tile * accumulators * lanes)], out,
-                b.residual != nullptr ? residual : nullptr, activation, stream, &rescale});
+                b.residual != nullptr ? residual : nullptr, activation, stream, &rescale, b.then});
 }
 
 // 0 * inf and 0 * nan are nan: visits what was pruned, with weights of zero. Rare, so the lists are made here.

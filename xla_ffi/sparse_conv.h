@@ -122,6 +122,7 @@ struct Store {
   int activation;               // 0 none, 1 relu, 2 relu6
   bool stream;                  // past the caches; wants out and table aligned to whole vectors, channels % lanes == 0
   const Rescale* rescale;       // of int8, from channel k = 0; the activation is in its bounds
+  const Function* then;         // what is done to float32 after the activation, or null; not past the caches
 };
 
 // How many sums each accumulator of a tile is split into: an FMA's result is there after 4 cycles, in which 8 others start.
@@ -200,6 +201,7 @@ struct Buffers {
   void* y;
   const Rescale* rescale = nullptr;  // for int8
   int64_t x_pixel = 0, y_pixel = 0;  // as in Shape; 0 for ic and oc
+  const Function* then = nullptr;    // for float32, after the activation
 };
 
 struct Plan;  // the pattern expanded for one image size, batch and tile

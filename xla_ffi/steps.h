@@ -28,6 +28,23 @@ struct Quantization {
   int32_t zero;
 };
 
+enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower, kExp, kGate, kSilu };
+
+// How many numbers it has.
+constexpr size_t NumbersOf(Unary op) { return op == Unary::kGate ? 8 : op == Unary::kClamp ? 4 : 2; }
+
+// f(x), with p, q, low, high, a, b, s, t its numbers, as many as it has. kClamp: min(max(p x + q, low), high), p of a normal size; kLeaky:
+// x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4; kGate: s (u min(max(p u + q, low), high)) + t, u = a x + b; kSilu: x / (1 + e^-x)
+struct Function {
+  Unary op;
+  const float* numbers;
+};
+
+// Whether a convolution can do it to its result.
+constexpr bool Follows(Unary op) {
+  return op == Unary::kClamp || op == Unary::kLeaky || op == Unary::kLogistic || op == Unary::kGate || op == Unary::kSilu;
+}
+
 // y[i,j,c] = act( sum_{r,s} x[i*sh + r*dh - top, j*sw + s*dw - left, c] * kernel[r,s,c] + bias[c] ), zeros outside; bytes of x are what they
 // stand for, and bytes of y are rounded as by Quantize
 template <typename X, typename Y>
@@ -39,6 +56,7 @@ struct Depthwise {
   const float* bias;      // or null
   int activation;         // 0 none, 1 relu, 2 relu6
   Quantization from, to;  // of bytes
+  const Function* then = nullptr;  // a function that Follows, done after the activation to a result in float32; or null
 };
 
 // y[i,j,o] = act( sum_{r,s,c} x[i*sh + r*dh, j*sw + s*dw, g*icg + c] * kernel[r,s,c,o] + bias[o] ), g = o / (channels of y / groups),
@@ -50,6 +68,7 @@ struct Dense {
   const float* kernel;
   const float* bias;  // or null
   int activation;     // as above
+  const Function* then;  // as above
   // A group's output channels are done some at a time: unit u is row u % rows of the output of the u / rows-th of these panels.
   int64_t rows;
   // Whether windows are pixels: rows are one then.
@@ -100,17 +119,10 @@ struct Upsample {
   int64_t fh, fw;
 };
 
-enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower, kExp, kGate };
-
-// Numbers of a map.
-constexpr size_t NumbersOf(Unary op) { return op == Unary::kGate ? 8 : op == Unary::kClamp ? 4 : 2; }
-
-// y = op(x), with p, q, low, high, a, b, s, t its numbers, as many as it has. kClamp: min(max(p x + q, low), high), p of a normal size;
-// kLeaky: x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4; kGate: s (u min(max(p u + q, low), high)) + t, u = a x + b
+// y = f(x)
 struct Map {
   Image x, y;
-  Unary op;
-  const float* numbers;
+  Function f;
 };
 
 // y = clamp(round(x / scale), -zero, 255 - zero) + zero, to nearest, ties to even; of nan 0

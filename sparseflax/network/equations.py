@@ -131,8 +131,12 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
 
 
 def _gate(region: Region, equation: Any, x: Any, gate: Any) -> Node | None:
-    """x times a clamped line of it, as in HardSwish, and the line before it."""
-    if not region.is_open(gate, "map") or gate.params != ("clamp",) or gate.args[0] is not x or not isinstance(x, Node):
+    """x times a clamped line of it, as in HardSwish, and the line before it; or x times its logistic function."""
+    if not region.is_open(gate, "map") or gate.args[0] is not x or not isinstance(x, Node):
+        return None
+    if gate.params == ("logistic",):
+        return region.node(equation, "map", [x], params=["silu"], numbers=[0.0, 0.0])
+    if gate.params != ("clamp",):
         return None
     source, line, unread = x, (1.0, -0.0), x.read == 2 and not region.is_done(x)
     if unread and x.op == "map" and x.params == ("clamp",) and x.numbers[2:] == (-math.inf, math.inf):

@@ -27,7 +27,7 @@ from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
-VERSION = 5
+VERSION = 6
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
        "dequantize", "upsample", "dense", "reduce")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
@@ -45,7 +45,7 @@ UNARY: dict[str, Any] = {
     "leaky": lambda x, p, *_: jnp.where(x >= 0, x, p * x),
     "logistic": lambda x, *_: jax.lax.logistic(x), "sqrt": lambda x, *_: jnp.sqrt(x), "rsqrt": lambda x, *_: jax.lax.rsqrt(x),
     "square": lambda x, *_: x * x, "neg": lambda x, *_: -x, "abs": lambda x, *_: jnp.abs(x), "power": lambda x, p, *_: x**p,
-    "exp": lambda x, *_: jnp.exp(x), "gate": _gate}
+    "exp": lambda x, *_: jnp.exp(x), "gate": _gate, "silu": lambda x, *_: x * jax.lax.logistic(x)}
 Size = tuple[int, int, int]  # (h, w, c) of an image
 
 

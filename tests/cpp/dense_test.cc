@@ -1,5 +1,6 @@
 // The dense convolution of every instruction set that runs here, against plain sums of integers, which are exact; in any two parts of its
 // units, between guard pages.
+#include <algorithm>
 #include <cstdio>
 #include <random>
 
@@ -17,6 +18,9 @@ struct Case {
 // Tiles of all sizes, panels of all widths and parts of vectors; taps side by side and not; sums of several blocks, cut at rows of the
 // window, at its columns, and within them; single pixels, which read the
 // kernel as it lies.
+const float kNumbers[] = {2, 1, -5, 9};
+const Function kDoubled = {Unary::kClamp, kNumbers};
+
 const Case kCases[] = {
     {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0},   {1, 1, 2, 3, 5, 1, 1, 1, 1, 1, 1, 1, 0},    {2, 3, 3, 8, 16, 1, 1, 1, 1, 1, 1, 1, 3},
     {1, 5, 7, 5, 33, 1, 1, 2, 2, 1, 1, 1, 0},  {2, 4, 13, 3, 17, 3, 3, 1, 1, 1, 1, 1, 0},   {1, 3, 6, 4, 48, 2, 3, 2, 1, 1, 2, 1, 2},
@@ -40,11 +44,11 @@ bool Check(const Isa& isa, const Case& c, Flush flush, std::mt19937& draw) {
   const Guarded x(Integers(size(c.n * ih * iw, x_pixel, c.ic), draw), flush);
   const Guarded kernel(Integers(static_cast<size_t>(c.kh * c.kw * icg * c.oc), draw), flush), bias(Integers(static_cast<size_t>(c.oc), draw), flush);
   const int activation = static_cast<int>(draw() % 3);
-  const bool biased = draw() % 2 == 0;
+  const bool biased = draw() % 2 == 0, follows = draw() % 2 == 0;
   GuardedArray<float> y(size(rows * c.ow, y_pixel, c.oc), flush);
   std::fill_n(y.data(), y.size(), 99.0f);
   const Dense d{{x.data(), ih, iw, c.ic, x_pixel}, {y.data(), c.oh, c.ow, c.oc, y_pixel}, {c.kh, c.kw, c.sh, c.sw, 0, 0, c.dh, c.dw}, c.groups,
-                kernel.data(), biased ? bias.data() : nullptr, activation, rows};
+                kernel.data(), biased ? bias.data() : nullptr, activation, follows ? &kDoubled : nullptr, rows};
   const int64_t units = rows * d.Panels(isa.steps->dense_width), half = static_cast<int64_t>(draw() % static_cast<unsigned>(units + 1));
   isa.steps->dense(d, half, units);
   isa.steps->dense(d, 0, half);
@@ -64,6 +68,7 @@ bool Check(const Isa& isa, const Case& c, Flush flush, std::mt19937& draw) {
         }
         if (activation >= 1) want = std::max(want, 0.0);
         if (activation == 2) want = std::min(want, 6.0);
+        if (follows) want = std::clamp(2 * want + 1, -5.0, 9.0);
       }
       if (y.data()[pixel * y_pixel + o] != want) {
         std::printf("%s, case %td, pixel %ld, channel %ld: %g, wanted %g\n", isa.name.data(), &c - kCases, static_cast<long>(pixel),

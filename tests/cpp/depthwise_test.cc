@@ -19,6 +19,9 @@ struct Case {
 
 // Channels that fill two vectors of an instruction set, one, and parts; three taps side by side one and two apart, and whatever else;
 // windows that lie inside, over each edge, and outside.
+const float kNumbers[] = {2, 1, -5, 9};
+const Function kDoubled = {Unary::kClamp, kNumbers};
+
 const Case kCases[] = {
     {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0},    {2, 5, 9, 3, 5, 9, 3, 3, 1, 1, 1, 1, 1, 1, 0},   {1, 6, 13, 32, 6, 13, 3, 3, 1, 1, 1, 1, 1, 1, 0},
     {1, 7, 17, 8, 4, 9, 3, 3, 2, 2, 1, 1, 1, 1, 3},   {2, 6, 12, 45, 3, 6, 3, 3, 2, 2, 0, 0, 1, 1, 0},  {1, 9, 15, 20, 3, 5, 3, 3, 3, 3, 1, 1, 1, 1, 0},
@@ -49,10 +52,10 @@ bool Check(const Isa& isa, const Case& c, Flush flush, std::mt19937& draw, void 
   const int32_t zeros[] = {0, 100, 255};
   // By powers of two, so that sums stay exact; quotients by any number are as IEEE has them.
   const Quantization from = {kFrom ? 0.25f : 1.0f, kFrom ? zeros[draw() % 3] : 0}, to = {draw() % 2 == 0 ? 0.5f : 1.3f, zeros[draw() % 3]};
-  const bool biased = draw() % 2 == 0;
+  const bool biased = draw() % 2 == 0, follows = !kTo && draw() % 2 == 0;
   const int activation = static_cast<int>(draw() % 3);
   const Depthwise<X, Y> d{{x.data(), c.ih, c.iw, c.c, x_pixel}, {y.data(), c.oh, c.ow, c.c, y_pixel}, {c.kh, c.kw, c.sh, c.sw, c.top, c.left, c.dh, c.dw},
-                          kernel.data(), biased ? bias.data() : nullptr, activation, from, to};
+                          kernel.data(), biased ? bias.data() : nullptr, activation, from, to, follows ? &kDoubled : nullptr};
   const int64_t half = static_cast<int64_t>(draw() % static_cast<unsigned>(rows + 1));
   loop(d, half, rows);
   loop(d, 0, half);
@@ -72,6 +75,7 @@ bool Check(const Isa& isa, const Case& c, Flush flush, std::mt19937& draw, void 
         }
         if (activation >= 1) sum = std::max(sum, 0.0f);
         if (activation == 2) sum = std::min(sum, 6.0f);
+        if (follows) sum = std::clamp(2 * sum + 1, -5.0f, 9.0f);
         const float zero = static_cast<float>(to.zero);
         want = kTo ? std::nearbyint(std::clamp(sum / to.scale, -zero, 255 - zero)) + zero : sum;
       }

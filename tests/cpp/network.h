@@ -5,6 +5,7 @@
 
 #include "program.h"
 
+using sparseflax::kProgramVersion;
 using sparseflax::Op;
 
 struct Code {
@@ -30,7 +31,7 @@ struct Code {
 // layers, of which one meets each weight once; a softmax; and depthwise convolutions from float32 to bytes, to bytes and back.
 inline Code Network(int64_t chunk) {
   Code c;
-  c.words = {5, 1, 33, 8, 13, chunk, 6, 5, 4, 0};
+  c.words = {kProgramVersion, 1, 33, 8, 13, chunk, 6, 5, 4, 0};
   const auto full = [&](int64_t taps) { c.gaps.insert(c.gaps.end(), static_cast<size_t>(taps), 0); return taps; };
   int64_t kept = full(3 * 3 * 4 * 4);
   c.Step(Op::kConv, {6, 5, 4}, {0}, {0, 1}, {3, 3, 4, 4, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, kept);                   // 1

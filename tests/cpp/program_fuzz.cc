@@ -31,7 +31,7 @@ class Grown {
  public:
   explicit Grown(Draw& draw) : draw_(draw) {
     const int64_t inputs = draw.Between(1, 2), steps = draw.Between(1, 12);
-    code.words = {5, inputs, steps, 0, 0, draw.Between(1, 4)};
+    code.words = {kProgramVersion, inputs, steps, 0, 0, draw.Between(1, 4)};
     for (int64_t i = 0; i < inputs; ++i) {
       values_.push_back({draw.Between(1, 7), draw.Between(1, 7), 4 * draw.Between(1, 5), draw.OneIn(3)});
       if (!values_.back().bytes && draw.OneIn(2)) values_.back().c = draw.Between(1, 19);
@@ -162,7 +162,7 @@ class Grown {
     switch (draw_.Below(7)) {
       case 0: return Add(Op::kQuantize, {x.h, x.w, x.c, true}, {v}, 0, {}, {2.0f, static_cast<float>(draw_.Below(256))});
       case 1: {
-        const int64_t op = draw_.Below(11);
+        const int64_t op = draw_.Below(12);
         std::vector<float> numbers = {draw_.OneIn(2) ? 0.25f : 0.75f, 6.0f};
         if (op == 0 || op == 10) numbers.insert(numbers.end(), {-1.0f, 9.0f});
         if (op == 10) numbers.insert(numbers.end(), {2.0f, 0.5f, -3.0f, 1.0f});

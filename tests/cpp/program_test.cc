@@ -78,7 +78,7 @@ int main() {
       if (Run(Network(chunk), 7, threads, &error) != want || !error.empty()) return std::printf("differs: %s\n", error.c_str()), 1;
     }
   }
-  Code wide{{5, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, {0}};  // 2^30 channels, of which one has a weight
+  Code wide{{kProgramVersion, 1, 1, 1, 1, 1, 1, 1, 1, 0}, {}, {0}};  // 2^30 channels, of which one has a weight
   wide.Step(Op::kConv, {1, 1, 1 << 30}, {0}, {0}, {1, 1, 1, 1 << 30, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0}, {}, 1);
   wide.words.push_back(1);
   if (Program::Make(wide.words.data(), static_cast<int64_t>(wide.words.size()), nullptr, 0, wide.gaps.data(), 1, nullptr, nullptr, &error) == nullptr) {
