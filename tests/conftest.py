@@ -4,9 +4,8 @@ import gc
 import os
 import tempfile
 
-# Two thirds of the tests' time was compilation, and few wait for what is compiled: so without LLVM's optimizations, and with
-# XLA's first emitter of fusions. In the environment: other processes have to compute the same, to the bit.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+from tests.compilation import QUICK
+
 os.environ |= QUICK
 
 import jax  # noqa: E402

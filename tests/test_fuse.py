@@ -23,6 +23,7 @@ import sparseflax
 from sparseflax import fuse, pack_model, plan
 from sparseflax.conv import ffi
 from tests import reference
+from tests.compilation import AS_FOR_USERS
 from tests.machines import HERE
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -689,7 +690,7 @@ def test_a_packed_network_is_one_program(packed):
         return nnx.merge(graphdef, state)(x)
 
     assert len(epilogues(call, state, x)) == 4
-    text = jax.jit(call).lower(state, x).compile({"xla_cpu_use_fusion_emitters": True}).as_text()  # as for users
+    text = jax.jit(call).lower(state, x).compile(AS_FOR_USERS).as_text()
     entry = text[text.index("ENTRY"):]
     assert len(re.findall(r"custom-call\([^\n]*" + ffi.PROGRAM, entry)) == 1
     assert ffi.TARGET not in entry

@@ -13,6 +13,7 @@ import sparseflax
 from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, layers, resnet18, resnet50
 from experiments.networks import Spec, pruned
 from sparseflax.conv import ffi
+from tests.compilation import AS_FOR_USERS
 from tests.machines import HERE
 from tests.networks import NARROW
 
@@ -79,7 +80,7 @@ def test_packed_networks_copy_no_images(name):
     planned = sparseflax.plan(model, x, HERE)
     graphdef, state = nnx.split(sparseflax.pack_model(model, planned))
     traced = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, x)
-    text = traced.lower().compile({"xla_cpu_use_fusion_emitters": True}).as_text()  # as for users
+    text = traced.lower().compile(AS_FOR_USERS).as_text()
     assert len(re.findall(r"Step\(op='conv'", str(traced.jaxpr))) >= sum(row.choice == "sparse" for row in planned.layers) > 5
     assert text.count(ffi.PROGRAM) == 1 and ffi.TARGET not in text
     assert re.findall(r"= \S+ fusion\(|= \S+ custom-call\(", text), "what is looked for below would be found"

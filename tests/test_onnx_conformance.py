@@ -8,6 +8,7 @@ import pytest
 
 from experiments import foreign
 from sparseflax.onnx import load_onnx
+from tests.compilation import AS_FOR_USERS
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -35,6 +36,7 @@ REFUSED = {
     "test_training_dropout_zero_ratio_mask",
 }
 AT_ONCE = 100
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
 def compiled(models, inputs):
@@ -42,8 +44,7 @@ def compiled(models, inputs):
     def run(models, inputs):
         return [model(x) for model, x in zip(models, inputs, strict=True)]
 
-    return jax.jit(run).lower(models, inputs).compile(
-        {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True})(models, inputs)
+    return jax.jit(run).lower(models, inputs).compile(UNOPTIMIZED | AS_FOR_USERS)(models, inputs)
 
 
 def as_array(given):
@@ -98,7 +99,6 @@ def test_operators_agree_with_the_tests_of_the_onnx_project(tmp_path):
     assert len(loaded) >= 300
 
 
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 INSTALLED = foreign.installed()
 OF_PACKAGES = {"ch_PP-OCRv4_det_infer": (1, 3, 64, 96), "ch_PP-OCRv4_rec_infer": (1, 3, 48, 72), "common": (1, 1, 64, 56),
                "ch_ppocr_mobile_v2.0_cls_infer": (2, 3, 48, 96), "light_squeezenet": (1, 3, 224, 224),

@@ -100,10 +100,11 @@ def native(target: str, folder: Path) -> list[str]:
     """A C++ program, built as `tests/test_cpp.py` builds its tests."""
     from tests import test_cpp
 
-    compiler, flags, sources = test_cpp.BUILDS["address,undefined"]
-    sources = [source for source in sources if source not in test_cpp.MAINS or source.name == NATIVE[target]]
+    name = "address,undefined"
+    parts = test_cpp.parts(name, test_cpp.TEST.with_name(NATIVE[target]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: test_cpp.compiled(compiler, flags, source, folder), sources))
+        objects = list(pool.map(lambda part: test_cpp.compiled(*test_cpp.BUILDS[part[1]][:2], part[0], folder), parts.items()))
+    compiler, flags, _ = test_cpp.BUILDS[name]
     test_cpp.run(compiler, *flags, "-pthread", *objects, "-o", folder / "fuzz")
     return [str(folder / "fuzz")]
 

@@ -58,18 +58,15 @@ T ShuffleQuads(const T& a, const T& b, int imm) {
   return Each<T>([&](int i) { return (i < 8 ? a : b).at[(imm >> (2 * (i / 4)) & 3) * 4 + i % 4]; });
 }
 inline int32_t Round(float a) { return std::abs(a) < 2147483648.f ? static_cast<int32_t>(std::nearbyint(a)) : INT32_MIN; }
-// Four products of an unsigned and a signed byte, and the sum, modulo 2^32.
-inline int32_t Dot(int32_t sum, int32_t a, int32_t b) {
-  int64_t all = sum;
-  for (int byte = 0; byte < 32; byte += 8) all += static_cast<uint8_t>(a >> byte) * static_cast<int8_t>(b >> byte);
-  return static_cast<int32_t>(all);
-}
-inline __m256i Dot(__m256i sum, __m256i a, __m256i b) {
-  int32_t s[8], x[8], w[8];
-  std::memcpy(s, &sum, 32), std::memcpy(x, &a, 32), std::memcpy(w, &b, 32);
-  for (int i = 0; i < 8; ++i) s[i] = Dot(s[i], x[i], w[i]);
-  std::memcpy(&sum, s, 32);
-  return sum;
+// Four products of an unsigned and a signed byte, and the sum, modulo 2^32: of all elements at once, as most of the time goes here.
+template <typename T>
+T Dot(const T& sum, const T& a, const T& b) {
+  typedef uint32_t Unsigned __attribute__((vector_size(sizeof(T))));
+  typedef int32_t Signed __attribute__((vector_size(sizeof(T))));
+  const auto x = Read<Unsigned>(&a), w = Read<Unsigned>(&b);
+  auto all = Read<Unsigned>(&sum);
+  for (int byte = 0; byte < 32; byte += 8) all += (x >> byte & 255) * (Unsigned)((Signed)(w << (24 - byte)) >> 24);
+  return Read<T>(&all);
 }
 inline __m128i Narrow(const Ints& a) {
   uint8_t bytes[16];
@@ -135,7 +132,7 @@ inline void WriteFloats(float* p, unsigned mask, __m256 a) {
 #define _mm512_set1_epi32(a) SF_EACH(Ints, ((void)i, a))
 #define _mm512_or_si512(a, b) SF_EACH(Ints, (a).at[i] | (b).at[i])
 #define _mm512_add_epi32(a, b) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) + static_cast<uint32_t>((b).at[i])))
-#define _mm512_dpbusd_epi32(s, a, b) SF_EACH(Ints, emulated::Dot((s).at[i], (a).at[i], (b).at[i]))
+#define _mm512_dpbusd_epi32(s, a, b) emulated::Dot(s, a, b)
 #define _mm512_broadcast_i32x4(a) emulated::Each<emulated::Ints>([q = emulated::Read<emulated::Quad>(&static_cast<const __m128i&>(a))](int i) { return q.at[i % 4]; })
 #define _mm512_shuffle_epi32(a, imm) emulated::Shuffle(a, a, imm)
 #define _mm512_castsi512_ps(a) emulated::Read<emulated::Floats>(&static_cast<const emulated::Ints&>(a))
