@@ -117,7 +117,7 @@ def test_every_layer_is_found_in_the_program(make):
     x = np.ones((1, 64, 64, 3), np.float32)
     model = pruned(spec)
     planned = plan(model, x, MACHINE)
-    inside, rest = where_time_goes(pack_model(model, planned), x)
+    inside, rest, steps = where_time_goes(pack_model(model, planned), x)
     assert set(inside) == {layer.path for layer in planned.layers}
     assert all(seconds >= 0 for seconds in [*inside.values(), *rest.values()]) and sum(inside.values()) > 0
 
