@@ -43,8 +43,8 @@ def main() -> None:
     bench = commands.add_parser("bench", help="time a network dense and packed")
     bench.add_argument("--density", type=float, help="prune every layer to it first, by magnitude, for the timing alone")
     bench.add_argument("--seconds", type=float, default=5.0, help="for timing (default: %(default)g)")
-    bench.add_argument("--steps", action="store_true", help="what each step of the packed network takes, predicted and measured")
-    bench.add_argument("--svg", type=Path, metavar="FILE", help="the same as a picture, to be written")
+    bench.add_argument("--steps", action="store_true", help="of the packed network, each predicted and measured")
+    bench.add_argument("--svg", type=Path, metavar="FILE", help="to write the longest of these steps to, as bars")
     for command in (plan, bench):
         command.add_argument("network", help="an ONNX file, or module:function")
         command.add_argument("--batch", type=int, default=1, help="images in the batch (default: %(default)s)")
@@ -111,9 +111,11 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     import sparseflax
+    from sparseflax.cost.progress import progress
     from sparseflax.cost.timing import in_turn
+    from sparseflax.files.safetensors import write
     from sparseflax.network.measure import program
-    from sparseflax.network.steps import step_times
+    from sparseflax.network.steps import ROUNDS, step_times
     from sparseflax.prune.measure import pruned
 
     model, x = read(args.network, args.batch, args.shape)
@@ -137,10 +139,11 @@ def _bench(args: argparse.Namespace) -> None:
     for name, (low, median, high) in zip(networks, quartiles, strict=True):
         print(f"{name:<26} {median:>10.3f} {f'{low:.3f} to {high:.3f}':>16} {f'{fastest / median:.2f}x':>22}")
     if args.steps or args.svg:
-        steps = step_times(networks["packed"], x, plan.machine)
+        with progress("timing steps", ROUNDS) as advance:
+            steps = step_times(networks["packed"], x, plan.machine, advance=advance)
         print(f"\n{steps}")
         if args.svg:
-            args.svg.write_text(_picture(args.network, steps))
+            write(args.svg, _picture(args.network, steps).encode())
             print(f"written to {args.svg}")
 
 

@@ -162,13 +162,3 @@ def _whole(size: int, step: int) -> int:
 def _beyond(size: float, cache: int) -> float:
     """The part of `size` bytes, walked again and again, that a cache does not hold: a half where they are as large as it."""
     return size**4 / (size**4 + cache**4) if size else 0.0
-
-
-def traffic(read: float, written: float, machine: Machine) -> SparseCounts:
-    """The bytes of a loop that threads share, as those of a sparse convolution's images; without rates all come from memory."""
-    if machine.fitted is None:
-        return FREE_SPARSE._replace(input_bytes=read, output_bytes=written)
-    moved = read + written
-    far = _beyond(moved / machine.threads, machine.l2_bytes) / machine.threads
-    return FREE_SPARSE._replace(input_bytes=far * read, output_bytes=far * written,
-                                memory_bytes=moved * _beyond(moved, machine.l3_bytes // 4))

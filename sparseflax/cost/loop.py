@@ -1,23 +1,25 @@
-"""How long a loop takes that is no convolution: its vector instructions, and the bytes that leave a core's own cache."""
+"""How long a loop takes that is no convolution: its vector instructions, and the bytes that go through the caches."""
 
 from __future__ import annotations
 
-from sparseflax.cost.counts import traffic
 from sparseflax.cost.machine import Machine
 
 OPERATIONS = 4  # of a lane in a cycle, at the peak of a machine of which no more is known: two multiply-adds
+START = 2000  # cycles until a loop runs at its speed, whose code others have put out of the first cache
 
 
-def loop_seconds(cycles: float, read: float, written: float, machine: Machine) -> float:
+def loop_seconds(cycles: float, bytes_: float, machine: Machine) -> float:
     """Seconds of a loop over images that all threads share.
 
-        t = cycles * seconds per cycle / lanes / threads + bytes of each cache that is left * seconds per byte
+        t = (start + cycles / lanes / threads) * seconds per cycle + bytes / bandwidth
+
+    What goes from one loop to the next has seldom stayed in a core's own cache: it comes at about the speed of memory.
 
     Args:
       cycles: elements times cycles of a vector of them.
-      read, written: bytes of all images.
+      bytes_: of all images, read and written.
       machine: where it runs. Its sparse kernel's multiply-adds are counted in cycles: how long one takes was fitted.
     """
-    rates = machine.rates.sparse
-    cycle = rates.fma / machine.lanes / machine.threads if machine.fitted else OPERATIONS / machine.peak
-    return cycles * cycle + sum(count * rate for count, rate in zip(traffic(read, written, machine), rates, strict=True))
+    lanes = machine.lanes * machine.threads
+    cycle = machine.rates.sparse.fma if machine.fitted else OPERATIONS / machine.peak * lanes
+    return (START + cycles / lanes) * cycle + bytes_ / machine.bandwidth

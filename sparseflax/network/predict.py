@@ -114,12 +114,10 @@ def _loop(program: Program, group: Sequence[int], copied: int, images: int, mach
     read = {arg for step in steps for arg in step.args} - inside
     elsewhere = {arg for number, step in enumerate(program.steps) if number not in group for arg in step.args}
     written = inside & (elsewhere | set(program.outputs))
-    if steps[0].op == "concat":  # what lies where it belongs is not touched
-        share = copied / steps[0].size[2]
-    else:
-        share = 1.0
-    sizes = [share * images * sum(_bytes(program, value) for value in values) for values in (read, written)]
-    return loop_seconds(share * images * sum(_cycles(program, step) for step in steps), *sizes, machine)
+    # Of a concatenation what lies where it belongs is not touched.
+    count = images * (copied / steps[0].size[2] if steps[0].op == "concat" else 1)
+    moved = sum(_bytes(program, value) for value in read | written)
+    return loop_seconds(count * sum(_cycles(program, step) for step in steps), count * moved, machine)
 
 
 def _cycles(program: Program, step: Step) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ from jax.extend.core import Literal
 from sparseflax.conv import ffi
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine
-from sparseflax.cost.progress import progress
+from sparseflax.cost.progress import Advance
 from sparseflax.network.measure import called, program
 from sparseflax.network.plan import elsewhere
 from sparseflax.network.predict import StepTime, predict
 from sparseflax.network.program import Program, program_p
 
-ROUNDS, BURST = 5, 0.01  # rounds at least, seconds of a round
+ROUNDS = 40  # of calls that are measured
 QUARTILE = 0.25  # of the rounds
 KERNELS = "kernel", "values", "words"  # of a layer: dense, sparse, in eight bits
 Words = tuple[int, ...]  # what a program is known by
@@ -74,7 +73,7 @@ class Steps:
 
 
 def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: bool = True, seconds: float = 2.0,
-               **call: Any) -> Steps:
+               advance: Advance = lambda done, text="": None, **call: Any) -> Steps:
     """Predicts what each step of a packed network takes, and measures it.
 
     All times are wall times of a call: of what threads do side by side, each for images of its own, a thread's share.
@@ -84,27 +83,28 @@ def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: b
       x: its input, an array (n, ...) or a pytree of them.
       machine: where it runs; None for this one.
       measure: whether to run it, here; let nothing else run meanwhile. Without, the prediction alone.
-      seconds: of measuring, compiling apart; a few rounds at least, of which a step's lower quartile counts, as in a calibration:
-        others on the machine only ever add to a time.
+      seconds: of measuring, compiling apart, in ROUNDS rounds, whose lower quartile counts, as in a calibration: others on the
+        machine only ever add to a time.
+      advance: told of each round.
       **call: further keyword arguments of the call.
 
     Raises:
-      ValueError: no step of the model runs in the native kernel, `measure` for another machine than this one, or a layer that the
-        cost model cannot count for the machine.
+      ValueError: no step of the model runs in the native kernel, `measure` for another machine than this one, or a machine
+        whose kernel the cost model cannot count.
     """
     if measure and machine is not None and elsewhere(machine):
         raise ValueError(f"measure=True times on this machine, but {elsewhere(machine)}: leave `machine` out, or say "
                          "measure=False for the prediction alone")
     machine = machine or detect_machine()
-    programs = list(_native_programs(model, x, call))
+    programs = list(_native_programs(model, x, **call))
     if not programs:
-        raise ValueError("no step of the model runs in the native kernel: pass what sparseflax.pack_model(model, plan) returns, "
+        raise ValueError("no step of the model runs in the native kernel: pass what sparseflax.pack_model(model, plan) returns "
                          "with fuse=True, of a model that has a convolution")
     images = len(jax.tree.leaves(x)[0])
     predicted = [(words, predict(each, layers, images, machine)) for words, each, layers in programs]
     if not measure:
         return Steps(tuple(step for _, steps in predicted for step in steps), machine, images)
-    traced, whole = _trace(program(model, x, **call), seconds)
+    traced, whole = _trace(program(model, x, **call), seconds, advance)
     alike = Counter(words for words, _, _ in programs)  # these cannot be told apart: each takes the same share
 
     def measured(words: Words, step: StepTime) -> float:
@@ -115,35 +115,34 @@ def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: b
     return Steps(tuple(steps), machine, images, float(np.quantile(whole, QUARTILE)))
 
 
-def _trace(run: Callable[[], Any], seconds: float) -> tuple[list[dict[Words, list[float]]], list[float]]:
-    """In each of some rounds {program: nanoseconds of each step in a call, of all threads}, and seconds of a whole call."""
+def _trace(run: Callable[[], Any], seconds: float, advance: Advance) -> tuple[list[dict[Words, list[float]]], list[float]]:
+    """In each round {program: nanoseconds of each step in a call, of all threads}, and seconds of a whole call."""
     assert ffi.native is not None
     traced, whole = list[dict[Words, list[float]]](), list[float]()
     run()
     start = time.perf_counter()
     run()
-    calls = max(1, math.ceil(BURST / (time.perf_counter() - start)))
-    rounds = max(ROUNDS, int(seconds / (calls + 1) / (time.perf_counter() - start)))
-    with progress("timing steps", rounds) as advance:
-        for done in range(1, rounds + 1):
-            run()  # what lies between rounds is in the caches now
-            ffi.native.trace(True)
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            whole.append((time.perf_counter() - start) / calls)
-            once: dict[Words, list[float]] = {}
-            for words, times in ffi.native.trace(False):
-                if any(times):  # others of the same, of programs compiled before, did not run
-                    same = once.get(tuple(words), [0.0] * len(times))
-                    once[tuple(words)] = [a + b / calls for a, b in zip(same, times, strict=True)]
-            traced.append(once)
-            advance(done, f"{1e3 * whole[-1]:.3g} ms")
+    calls = max(1, round(seconds / ROUNDS / (time.perf_counter() - start)))
+    for done in range(1, ROUNDS + 1):
+        run()  # what lies between rounds is in the caches now
+        ffi.native.trace(True)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        whole.append((time.perf_counter() - start) / calls)
+        once: dict[Words, list[float]] = {}
+        for words, times in ffi.native.trace(False):
+            if any(times):  # others of the same, of programs compiled before, did not run
+                same = once.get(tuple(words), [0.0] * len(times))
+                once[tuple(words)] = [a + b / calls for a, b in zip(same, times, strict=True)]
+        traced.append(once)
+        advance(done, f"{1e3 * whole[-1]:.3g} ms")
     return traced, whole
 
 
-def _native_programs(model: Any, x: Any, call: dict[str, Any]) -> Iterator[tuple[Words, Program, list[str | None]]]:
-    """Each program with what it is known by, and the layers whose kernels it is given."""
+def _native_programs(model: Any, x: Any, **call: Any) -> Iterator[tuple[Words, Program, list[str | None]]]:
+    """Each program of a model's call, with what a trace knows it by, and paths of the layers whose kernels its shared operands
+    are, None for others."""
     function, weights = called(model, **call)
     jaxpr = jax.make_jaxpr(function)(weights, x).jaxpr
     names = dict(zip(jaxpr.invars, map(kernels(weights).get, range(len(jaxpr.invars))), strict=True))
