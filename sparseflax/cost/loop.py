@@ -1,4 +1,4 @@
-"""How long a loop takes that is no convolution: its vector instructions, and the bytes that go through the caches."""
+"""How long a loop takes that meets few weights or none: its vector instructions, and the bytes that go through the caches."""
 
 from __future__ import annotations
 

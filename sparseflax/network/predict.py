@@ -22,8 +22,9 @@ from sparseflax.cost.shape import ConvShape
 from sparseflax.network.program import Program, Size, Step
 from sparseflax.network.region import CONVOLUTIONS
 
-# Cycles of a vector, where it takes more than a load, an instruction or two, and a store.
-CYCLES = {"exp": 14.0, "logistic": 20.0, "sqrt": 7.0, "rsqrt": 12.0, "power": 20.0, "div": 6.0}
+# Cycles of a vector, by what is done to it: of others a load, an instruction or two, a store, and a share of starting a strip.
+CYCLES = {"exp": 16.0, "logistic": 24.0, "sqrt": 5.0, "rsqrt": 8.0, "power": 10.0, "div": 3.0}
+OTHERS, COPY = 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def predict(program: Program, layers: Sequence[str | None], n: int, machine: Mac
         side = min(runs, machine.threads)
         # As many runs as there are threads, a thread for each, take what all threads take for a batch of their images.
         images = max(1, round(n / runs * side))
-        if steps[0].op in CONVOLUTIONS:
-            seconds = layer_seconds(program, steps[0], images, machine)
+        if steps[0].op in CONVOLUTIONS and steps[0].op != "depthwise":
+            seconds = _layer(program, steps[0], images, machine)
         else:
             seconds = _loop(program, group, copied, images, machine)
         path = layers[steps[0].shared[0]] if steps[0].op in CONVOLUTIONS else None
@@ -87,27 +88,23 @@ def predict(program: Program, layers: Sequence[str | None], n: int, machine: Mac
     return times
 
 
-def layer_seconds(program: Program, step: Step, images: int, machine: Machine) -> float:
+def _layer(program: Program, step: Step, images: int, machine: Machine) -> float:
     """Seconds of a convolution's step for some images, on all threads, as the cost model has it."""
-    shape = _layer_shape(program, step, images)
+    h, w, c = _size(program, step.args[0])
+    if step.pattern is not None:
+        (kh, kw, _, oc), groups, window = step.pattern.shape, step.pattern.groups, step.params[0]
+    else:
+        (kh, kw), window, groups, *_ = step.params
+        oc = step.size[2]
+    shape = ConvShape(images, h, w, c, oc, kh, kw, window.strides, window.padding, window.dilation, groups)
     if step.pattern is None:
         return float(dense_seconds(shape, machine))
     density = max(step.pattern.nnz, 1) / math.prod(step.pattern.shape)
     return int8_seconds(shape, density, machine) if step.op == "conv_int8" else float(conv_seconds(shape, density, machine))
 
 
-def _layer_shape(program: Program, step: Step, images: int) -> ConvShape:
-    h, w, c = _size(program, step.args[0])
-    if step.pattern is not None:
-        (kh, kw, _, _), groups, window = step.pattern.shape, step.pattern.groups, step.params[0]
-    else:
-        (kh, kw), window, groups, *_ = step.params
-    return ConvShape(images, h, w, c, step.size[2], kh, kw, window.strides, window.padding, window.dilation,
-                     c if step.op == "depthwise" else groups)
-
-
 def _loop(program: Program, group: Sequence[int], copied: int, images: int, machine: Machine) -> float:
-    """Seconds of steps that are no layers and run together."""
+    """Seconds of what meets few weights or none: a depthwise convolution, or steps that run together and are no layers."""
     first = len(program.inputs)
     inside = {first + number for number in group}
     steps = [program.steps[number] for number in group]
@@ -122,15 +119,19 @@ def _loop(program: Program, group: Sequence[int], copied: int, images: int, mach
 
 def _cycles(program: Program, step: Step) -> float:
     """Of an image, all of whose vectors have one lane."""
-    h, w, c = step.size
+    outputs = math.prod(step.size)
+    if step.op == "depthwise":
+        return outputs * math.prod(step.params[0])
     if step.op == "pool":  # the rows of a window first, for each column once
         _, (kh, kw), window = step.params
-        return h * w * c * (kh * window.strides[1] + kw)
+        return outputs * (kh * window.strides[1] + kw)
     if step.op == "channel_sum":
-        return h * w * c * step.params[0]
+        return outputs * (OTHERS + step.params[0])
     if step.op == "reduce":
-        return math.prod(_size(program, step.args[0]))
-    return h * w * c * CYCLES.get(step.params[0] if step.op in ("map", "combine") else step.op, 1.0)
+        return OTHERS * math.prod(_size(program, step.args[0]))
+    if step.op in ("window", "concat", "upsample"):
+        return outputs * COPY
+    return outputs * CYCLES.get(step.params[0] if step.op in ("map", "combine") else step.op, OTHERS)
 
 
 def _size(program: Program, value: int) -> Size:
