@@ -111,11 +111,10 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     import sparseflax
-    from sparseflax.cost.progress import progress
     from sparseflax.cost.timing import in_turn
     from sparseflax.files.safetensors import write
     from sparseflax.network.measure import program
-    from sparseflax.network.steps import ROUNDS, step_times
+    from sparseflax.network.steps import step_times
     from sparseflax.prune.measure import pruned
 
     model, x = read(args.network, args.batch, args.shape)
@@ -139,8 +138,7 @@ def _bench(args: argparse.Namespace) -> None:
     for name, (low, median, high) in zip(networks, quartiles, strict=True):
         print(f"{name:<26} {median:>10.3f} {f'{low:.3f} to {high:.3f}':>16} {f'{fastest / median:.2f}x':>22}")
     if args.steps or args.svg:
-        with progress("timing steps", ROUNDS) as advance:
-            steps = step_times(networks["packed"], x, plan.machine, advance=advance)
+        steps = step_times(networks["packed"], x, plan.machine, show=True)
         print(f"\n{steps}")
         if args.svg:
             write(args.svg, _picture(args.network, steps).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,13 @@ from jax.extend.core import Literal
 from sparseflax.conv import ffi
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine
-from sparseflax.cost.progress import Advance
+from sparseflax.cost.progress import progress
 from sparseflax.network.measure import called, program
 from sparseflax.network.plan import elsewhere
 from sparseflax.network.predict import StepTime, predict
 from sparseflax.network.program import Program, program_p
 
-ROUNDS = 40  # of calls that are measured
+ROUNDS, BURST = 5, 0.01  # rounds of calls at least, and seconds of one: short ones, which others leave alone
 QUARTILE = 0.25  # of the rounds
 KERNELS = "kernel", "values", "words"  # of a layer: dense, sparse, in eight bits
 Words = tuple[int, ...]  # what a program is known by
@@ -73,7 +74,7 @@ class Steps:
 
 
 def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: bool = True, seconds: float = 2.0,
-               advance: Advance = lambda done, text="": None, **call: Any) -> Steps:
+               show: bool = False, **call: Any) -> Steps:
     """Predicts what each step of a packed network takes, and measures it.
 
     All times are wall times of a call: of what threads do side by side, each for images of its own, a thread's share.
@@ -83,9 +84,9 @@ def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: b
       x: its input, an array (n, ...) or a pytree of them.
       machine: where it runs; None for this one.
       measure: whether to run it, here; let nothing else run meanwhile. Without, the prediction alone.
-      seconds: of measuring, compiling apart, in ROUNDS rounds, whose lower quartile counts, as in a calibration: others on the
-        machine only ever add to a time.
-      advance: told of each round.
+      seconds: of measuring, compiling apart, in some rounds at least, whose lower quartile counts, as in a calibration: others
+        on the machine only ever add to a time.
+      show: how far it is, on stderr.
       **call: further keyword arguments of the call.
 
     Raises:
@@ -104,7 +105,7 @@ def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: b
     predicted = [(words, predict(each, layers, images, machine)) for words, each, layers in programs]
     if not measure:
         return Steps(tuple(step for _, steps in predicted for step in steps), machine, images)
-    traced, whole = _trace(program(model, x, **call), seconds, advance)
+    traced, whole = _trace(program(model, x, **call), seconds, show)
     alike = Counter(words for words, _, _ in programs)  # these cannot be told apart: each takes the same share
 
     def measured(words: Words, step: StepTime) -> float:
@@ -115,28 +116,31 @@ def step_times(model: Any, x: Any, machine: Machine | None = None, *, measure: b
     return Steps(tuple(steps), machine, images, float(np.quantile(whole, QUARTILE)))
 
 
-def _trace(run: Callable[[], Any], seconds: float, advance: Advance) -> tuple[list[dict[Words, list[float]]], list[float]]:
+def _trace(run: Callable[[], Any], seconds: float, show: bool) -> tuple[list[dict[Words, list[float]]], list[float]]:
     """In each round {program: nanoseconds of each step in a call, of all threads}, and seconds of a whole call."""
     assert ffi.native is not None
     traced, whole = list[dict[Words, list[float]]](), list[float]()
     run()
     start = time.perf_counter()
     run()
-    calls = max(1, round(seconds / ROUNDS / (time.perf_counter() - start)))
-    for done in range(1, ROUNDS + 1):
-        run()  # what lies between rounds is in the caches now
-        ffi.native.trace(True)
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        whole.append((time.perf_counter() - start) / calls)
-        once: dict[Words, list[float]] = {}
-        for words, times in ffi.native.trace(False):
-            if any(times):  # others of the same, of programs compiled before, did not run
-                same = once.get(tuple(words), [0.0] * len(times))
-                once[tuple(words)] = [a + b / calls for a, b in zip(same, times, strict=True)]
-        traced.append(once)
-        advance(done, f"{1e3 * whole[-1]:.3g} ms")
+    once = time.perf_counter() - start
+    calls = max(1, round(BURST / once))
+    rounds = max(ROUNDS, int(seconds / (1 + calls) / once))
+    with progress("timing steps", rounds) if show else nullcontext(lambda done, text="": None) as advance:
+        for done in range(1, rounds + 1):
+            run()  # what lies between rounds is in the caches now
+            ffi.native.trace(True)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            whole.append((time.perf_counter() - start) / calls)
+            found: dict[Words, list[float]] = {}
+            for words, times in ffi.native.trace(False):
+                if any(times):  # others of the same, of programs compiled before, did not run
+                    same = found.get(tuple(words), [0.0] * len(times))
+                    found[tuple(words)] = [a + b / calls for a, b in zip(same, times, strict=True)]
+            traced.append(found)
+            advance(done, f"{1e3 * whole[-1]:.3g} ms")
     return traced, whole
 
 
