@@ -73,9 +73,9 @@ def pairs(rows: Sequence[tuple[str, float, float]], names: tuple[str, str], unit
         y = top + i * height
         parts.append(f'<text x="330" y="{y + 19}" text-anchor="end">{html.escape(label)}</text>')
         for j, (value, colour) in enumerate(zip(values, (GREY, BLUE), strict=True)):
-            length = 480 * value / most
+            length, text = 480 * value / most, f"{value:.0f}" if value >= 100 else f"{value:.3g}"
             parts += [f'<rect x="340" y="{y + 3 + 13 * j}" width="{max(1.0, length):.1f}" height="11" fill="{colour}"/>',
-                      f'<text x="{346 + length:.1f}" y="{y + 13 + 13 * j}" font-size="11">{value:.3g}</text>']
+                      f'<text x="{346 + length:.1f}" y="{y + 13 + 13 * j}" font-size="11">{text}</text>']
     return _svg(900, top + height * len(rows), parts)
 
 
