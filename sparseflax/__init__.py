@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from sparseflax.network.plan import LayerPlan as LayerPlan
     from sparseflax.network.plan import Plan as Plan
     from sparseflax.network.plan import plan as plan
+    from sparseflax.network.predict import StepTime as StepTime
     from sparseflax.network.shapes import conv_shapes as conv_shapes
+    from sparseflax.network.steps import Steps as Steps
+    from sparseflax.network.steps import step_times as step_times
 
 keep_memory()  # before JAX starts its threads
 
@@ -57,7 +60,9 @@ _NAMES = {  # the same names for Python, by module
     "network.fuse": ("fuse",),
     "network.pack": ("pack_model",),
     "network.plan": ("LayerPlan", "Plan", "plan"),
+    "network.predict": ("StepTime",),
     "network.shapes": ("conv_shapes",),
+    "network.steps": ("Steps", "step_times"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

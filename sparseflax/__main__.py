@@ -6,6 +6,7 @@
     python -m sparseflax plan network.onnx                          # what of a network would run sparse, and why
     python -m sparseflax plan my.module:network --speedup 2.5       # which of its layers to prune, and how far, for that
     python -m sparseflax bench network.onnx --speedup 2.5           # pruned like that and timed, whatever it then computes
+    python -m sparseflax bench network.onnx --density 0.1 --steps   # and where its time goes, predicted beside measured
     python -m sparseflax faster network.onnx --images DIR --speedup 2     # pruned for that by pictures, written, with a report
 
 A network is an ONNX file, or `module:function`: a function without arguments that returns a model, or a pair (model, x) with
@@ -24,6 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 
+PICTURED = 25  # steps
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sparseflax", description=__doc__,
@@ -40,6 +43,8 @@ def main() -> None:
     bench = commands.add_parser("bench", help="time a network dense and packed")
     bench.add_argument("--density", type=float, help="prune every layer to it first, by magnitude, for the timing alone")
     bench.add_argument("--seconds", type=float, default=5.0, help="for timing (default: %(default)g)")
+    bench.add_argument("--steps", action="store_true", help="of the packed network, each predicted and measured")
+    bench.add_argument("--svg", type=Path, metavar="FILE", help="to write the longest of these steps to, as bars")
     for command in (plan, bench):
         command.add_argument("network", help="an ONNX file, or module:function")
         command.add_argument("--batch", type=int, default=1, help="images in the batch (default: %(default)s)")
@@ -107,7 +112,9 @@ def _plan(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     import sparseflax
     from sparseflax.cost.timing import in_turn
+    from sparseflax.files.safetensors import write
     from sparseflax.network.measure import program
+    from sparseflax.network.steps import step_times
     from sparseflax.prune.measure import pruned
 
     model, x = read(args.network, args.batch, args.shape)
@@ -130,6 +137,23 @@ def _bench(args: argparse.Namespace) -> None:
     print(f"{'measured':<26} {'median ms':>10} {'quartiles':>16} {'over the faster dense':>22}")
     for name, (low, median, high) in zip(networks, quartiles, strict=True):
         print(f"{name:<26} {median:>10.3f} {f'{low:.3f} to {high:.3f}':>16} {f'{fastest / median:.2f}x':>22}")
+    if args.steps or args.svg:
+        steps = step_times(networks["packed"], x, plan.machine, show=True)
+        print(f"\n{steps}")
+        if args.svg:
+            write(args.svg, _picture(args.network, steps).encode())
+            print(f"written to {args.svg}")
+
+
+def _picture(network: str, steps: Any) -> str:
+    """The steps that take longest, as SVG."""
+    from sparseflax.job.page import pairs
+
+    longest = sorted(steps.steps, key=lambda step: -max(step.predicted, step.measured))[:PICTURED]
+    rows = [(step.path or step.op, 1e6 * step.predicted, 1e6 * step.measured) for step in longest]
+    title = (f"{Path(network).name}, {steps.images} image{'s' * (steps.images > 1)}, {steps.machine.threads} threads: "
+             f"{len(rows)} of {len(steps.steps)} steps")
+    return pairs(rows, ("predicted", "measured"), "us", title)
 
 
 def _faster(args: argparse.Namespace) -> None:

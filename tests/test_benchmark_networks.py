@@ -81,6 +81,9 @@ def test_a_line_of_the_results(line):
     assert rows["fc7"]["choice"] == "sparse"
     assert all(row["measured"] > 0 for row in rows.values())
     assert line["rest"] and all(seconds > 0 for seconds in line["rest"].values())
+    assert all(row["predicted"] > 0 for row in rows.values())
+    assert line["steps"]["predicted"] > sum(row["predicted"] for row in rows.values())
+    assert line["steps"]["measured"] >= sum(row["measured"] for row in rows.values())
 
 
 def test_tables(line, tmp_path):
@@ -97,6 +100,11 @@ def test_tables(line, tmp_path):
     found = results.by_cpu(path)
     (text,) = map(networks_table.networks_table, found.values())
     assert "| tiny | 2 | 1 |" in text and "| 2000 | 4000 | 2.00x |" in text and "**2.00x**" in text
+    assert f"take {line['steps']['measured'] / line['steps']['predicted']:.2f}x the prediction" in text
+    older = {key: value for key, value in line.items() if key != "steps"}
+    inside, predicted = (sum(row[kind] for row in line["layers"]) for kind in ("measured", "predicted"))
+    assert f"which takes {inside / predicted:.2f}x the prediction" in networks_table.networks_table([older | {
+        key: found[next(iter(found))][0][key] for key in ("versions", "cpu", "date", "commit")}])
     text = networks_table.cpus_table(found | {"another": [line | {"layer": "other", "isa": "avx2"}]})
     assert "| tiny | 2 | 4000 → 2000 | **2.00x** | not measured |  |" in text.splitlines()
 
@@ -117,9 +125,10 @@ def test_every_layer_is_found_in_the_program(make):
     x = np.ones((1, 64, 64, 3), np.float32)
     model = pruned(spec)
     planned = plan(model, x, MACHINE)
-    inside, rest = where_time_goes(pack_model(model, planned), x)
+    inside, rest, steps = where_time_goes(pack_model(model, planned), x)
     assert set(inside) == {layer.path for layer in planned.layers}
     assert all(seconds >= 0 for seconds in [*inside.values(), *rest.values()]) and sum(inside.values()) > 0
+    assert steps is not None and {step.path for step in steps.steps if step.path is not None} == set(inside)
 
 
 def test_names_of_rivals_and_networks():

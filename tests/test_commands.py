@@ -2,6 +2,7 @@
 
 import re
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11,6 +12,7 @@ from sparseflax.calibration.samples import Sample
 from sparseflax.conv import ffi
 from sparseflax.cost import detect
 from sparseflax.cost.counts import dense_counts, tile_counts
+from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.machine import ATOM_C2750, TYPICAL
 from sparseflax.cost.profile import load_machine
 from sparseflax.prune.whole import Whole
@@ -117,6 +119,16 @@ def test_bench(monkeypatch, capsys):
     out = run(monkeypatch, capsys, "bench", "userland:with_input", "--density", "0.1", "--seconds", "0.1")
     rows = re.findall(r"^(dense|dense, batch norms folded|packed) +[\d.]+ +[\d.]+ to [\d.]+ +[\d.]+x$", out, re.MULTILINE)
     assert rows == ["dense", "dense, batch norms folded", "packed"] and "0.100" in out
+
+
+@native
+def test_bench_step_by_step(monkeypatch, capsys, tmp_path):
+    out = run(monkeypatch, capsys, "bench", "userland:with_input", "--density", "0.1", "--seconds", "0.1", "--steps",
+              "--svg", "steps.svg")
+    assert re.search(r"^all steps( +[\d.]+){3}$", out, re.MULTILINE) and out.endswith("written to steps.svg\n")
+    texts = {text.text for text in ElementTree.parse(tmp_path / "steps.svg").iter("{http://www.w3.org/2000/svg}text")}
+    assert {"predicted, us", "measured, us", "layers/0", "layers/2"} <= texts
+    assert f"userland:with_input, 1 image, {client_threads()} threads: " in " ".join(map(str, texts))
 
 
 def test_onnx_files(monkeypatch, capsys, tmp_path):

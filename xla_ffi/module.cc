@@ -70,6 +70,21 @@ nb::dict DescribeSchedule(const std::vector<int64_t>& image, const std::vector<i
   return d;
 }
 
+// What becomes of a batch in each step of a program.
+nb::list DescribeProgram(const nb::bytes& words, const nb::bytes& numbers, const nb::bytes& gaps, int64_t n, int64_t threads) {
+  using namespace sparseflax;
+  if (n < 1 || n > kMost || threads < 1 || threads > kMost) throw nb::value_error("n and threads must be at least 1");
+  const auto items = [](const nb::bytes& bytes, size_t size) { return static_cast<int64_t>(bytes.size() / size); };
+  std::string error;
+  const std::unique_ptr<Program> program = Program::Make(
+      static_cast<const int64_t*>(words.data()), items(words, 8), static_cast<const float*>(numbers.data()), items(numbers, 4),
+      static_cast<const uint8_t*>(gaps.data()), items(gaps, 1), nullptr, nullptr, &error);
+  if (!error.empty()) throw nb::value_error(error.c_str());
+  nb::list described;
+  for (const Program::Described& each : program->Describe(n, threads)) described.append(nb::make_tuple(each.runs, each.first, each.copied));
+  return described;
+}
+
 }  // namespace
 
 namespace sparseflax {
@@ -105,6 +120,9 @@ NB_MODULE(_native, m) {
     for (const Program::Traced& each : Program::Trace(on)) traced.append(nb::make_tuple(each.words, each.nanoseconds));
     return traced;
   }, nb::arg("on"), "Starts or ends counting the time of each step of all programs: (words, nanoseconds of each step) of each.");
+  m.def("describe", DescribeProgram, nb::arg("words"), nb::arg("numbers"), nb::arg("gaps"), nb::arg("n"), nb::arg("threads"),
+        "How a batch goes through each step of a program: (runs that it is shared out in, 0 where nothing is to be done; the step it "
+        "runs with; channels copied by a concatenation) of each.");
   m.def("schedule", DescribeSchedule, nb::arg("image"), nb::arg("layout"), nb::arg("window"), nb::arg("nnz"), nb::arg("isa") = "", nb::arg("threads") = 1,
         nb::arg("caches") = std::pair<int64_t, int64_t>(0, 0), nb::arg("fma_cycles") = 0.0,
         "What the kernel would do for a convolution of nnz kept weights: tile, lanes and the counts a performance model needs.");

@@ -317,7 +317,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         int64_t channel = 0;
         for (const int64_t arg : step.args) {
           const Value& value = values_[static_cast<size_t>(arg)];
-          if (value.parent != static_cast<int64_t>(i) + inputs_ || value.channel != channel) {
+          if (!Lies(i, arg, channel)) {
             const auto copy = [&](auto from, auto to) {
               to.data += channel;
               to.c = value.c;
@@ -337,15 +337,36 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
   return "";
 }
 
+// Of a batch, each of some images: one of fewer images than threads is a unit for all of them.
+int64_t Program::Units(int64_t n, int64_t threads) const {
+  if (n < threads) return 1;
+  const int64_t units = (n - 1) / chunk_ + 1;
+  return std::min(n, (units + threads - 1) / threads * threads);  // the same for every thread
+}
+
+std::vector<Program::Described> Program::Describe(int64_t n, int64_t threads) const {
+  std::vector<Described> described;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Step& step = steps_[i];
+    Described each{segments_[step.segment].together ? 1 : Units(n, threads), static_cast<int64_t>(step.begin), 0};
+    if (step.op == Op::kConcat) {
+      int64_t channel = 0;
+      for (const int64_t arg : step.args) {
+        const int64_t c = values_[static_cast<size_t>(arg)].c;
+        if (!Lies(i, arg, channel)) each.copied += c;
+        channel += c;
+      }
+    }
+    if (Stays(i) || (step.op == Op::kConcat && each.copied == 0)) each.runs = 0;
+    described.push_back(each);
+  }
+  return described;
+}
+
 std::string Program::Run(int64_t n, const std::vector<const void*>& images, const std::vector<const void*>& operands,
                          const std::vector<void*>& results, Executor& executor) {
   if (n < 1) return "";
-  const int64_t threads = executor.threads();
-  int64_t units = 1;
-  if (n >= threads) {
-    units = (n - 1) / chunk_ + 1;
-    units = std::min(n, (units + threads - 1) / threads * threads);  // the same for every thread
-  }
+  const int64_t threads = executor.threads(), units = Units(n, threads);
   const int64_t most = (n + units - 1) / units, slots = std::min(units, threads);
   if (n > kMost || whole_bytes_ > kMostBytes / n || unit_bytes_ > kMostBytes / (most * slots)) return "it needs more than 2^46 bytes";
   std::unique_ptr<Arena> arena;

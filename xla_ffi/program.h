@@ -61,6 +61,13 @@ class Program {
     std::vector<int64_t> words, nanoseconds;
   };
   static std::vector<Traced> Trace(bool on);
+
+  // How a batch of n images goes through each step: in so many runs of equally many images, one after the other on all threads if it is
+  // one run, else each on a thread of its own; the step with which it runs row by row; channels that it copies, of a concatenation.
+  struct Described {
+    int64_t runs, first, copied;
+  };
+  std::vector<Described> Describe(int64_t n, int64_t threads) const;
   ~Program();
 
   // Thread-safe; each call has memory of its own, which is kept for the next.
@@ -100,6 +107,8 @@ class Program {
   ImageOf<T> At(const Call& call, int64_t value) const;
   bool Stays(size_t step) const;
   bool Pixelwise(size_t step) const;
+  bool Lies(size_t concat, int64_t arg, int64_t channel) const;
+  int64_t Units(int64_t n, int64_t threads) const;
   void RunPixelwise(size_t first, const Call& call, const Steps& loops, int64_t row, int64_t end) const;
   std::string RunSteps(const Segment& segment, const Call& call) const;
 

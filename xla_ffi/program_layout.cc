@@ -82,6 +82,12 @@ bool Program::Stays(size_t step) const {
   return op == Op::kReshape || (op == Op::kWindow && values_[static_cast<size_t>(y)].parent == x) || (op == Op::kMap && values_[static_cast<size_t>(x)].parent == y);
 }
 
+// Whether what a concatenation has from a channel on was written there already.
+bool Program::Lies(size_t concat, int64_t arg, int64_t channel) const {
+  const Value& value = values_[static_cast<size_t>(arg)];
+  return value.parent == static_cast<int64_t>(concat) + inputs_ && value.channel == channel;
+}
+
 // Whether each pixel of its result is made of the same pixels of others.
 bool Program::Pixelwise(size_t step) const {
   const Op op = steps_[step].op;

@@ -125,8 +125,14 @@ def check(contenders: Iterable[Rival], exact: np.ndarray) -> dict[str, float]:
 
 
 def breakdown(packed: nnx.Module, planned: Plan, x: np.ndarray) -> dict[str, Any]:
-    """Where the packed network's time goes: "layers" with predicted and measured seconds, "rest" by operation."""
-    layers, rest = where_time_goes(packed, x)
+    """Where the packed network's time goes: "layers" with predicted and measured seconds, "rest" by operation, and "steps",
+    predicted and measured, of all that runs in native programs."""
+    layers, rest, steps = where_time_goes(packed, x)
+    predicted: dict[str | None, float] = {layer.path: 0.0 for layer in planned.layers}
+    for step in steps.steps if steps else ():
+        predicted[step.path] = predicted.get(step.path, 0.0) + step.predicted
     rows = [{"path": layer.path, "shape": str(layer.shape), "density": layer.density, "choice": layer.choice,
-             "predicted": layer.seconds, "measured": layers.get(layer.path, 0.0)} for layer in planned.layers]
-    return {"layers": rows, "rest": rest}
+             "predicted": predicted[layer.path] or layer.seconds, "measured": layers.get(layer.path, 0.0)}
+            for layer in planned.layers]
+    found = {"layers": rows, "rest": rest}
+    return found | ({"steps": {"predicted": steps.predicted, "measured": steps.measured}} if steps else {})

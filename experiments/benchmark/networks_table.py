@@ -93,7 +93,7 @@ def _engine(line: Line) -> str:
 
 
 def _where(lines: Sequence[Line]) -> list[str]:
-    """For each network: how much of its time is spent in layers, and what takes most of the rest."""
+    """For each network: how much of its time is spent in layers, what of it was predicted, and what takes most of the rest."""
     text = []
     for line in lines:
         inside, outside = sum(layer["measured"] for layer in line["layers"]), sum(line["rest"].values())
@@ -102,8 +102,14 @@ def _where(lines: Sequence[Line]) -> list[str]:
             text.append(f"- {name}: ran some images at a time, in a loop of which the profiler does not tell the layers")
             continue
         most = ", ".join(f"{operation} {_ms(seconds)} ms" for operation, seconds in list(line["rest"].items())[:3])
-        text.append(f"- {name}: {inside / (inside + outside):.0%} of the time in layers, which takes "
-                    f"{inside / sum(layer['predicted'] for layer in line['layers']):.2f}x the prediction; then {most}")
+        share = f"{inside / (inside + outside):.0%} of the time in layers"
+        if steps := line.get("steps"):
+            took = f", all steps take {steps['measured'] / steps['predicted']:.2f}x the prediction"
+        elif line["n"] >= line["threads"] > 1:
+            took = ", summed over threads"  # as lines were written before they had steps: no time that was predicted
+        else:
+            took = f", which takes {inside / sum(layer['predicted'] for layer in line['layers']):.2f}x the prediction"
+        text.append(f"- {name}: {share}{took}; then {most}")
     return ["", *text] if text else []
 
 

@@ -68,7 +68,7 @@ def _call(network: nnx.Module) -> Call:
 
 def _where(packed: nnx.Module, plan: sparseflax.Plan, x: np.ndarray) -> dict[str, float]:
     """Shares of the packed network's time, by the kind of what takes it."""
-    layers, others = where_time_goes(packed, x)
+    layers, others, _ = where_time_goes(packed, x)
     rows = {row.path: row for row in plan.layers}
     shares: dict[str, float] = dict.fromkeys(("pruned layers", "depthwise layers", "other layers"), 0.0)
     for path, seconds in layers.items():

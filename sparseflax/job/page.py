@@ -62,6 +62,23 @@ def bars(rows: Sequence[tuple[str, float, str]], chosen: Sequence[str] = ()) -> 
     return _svg(760, height * len(rows), parts)
 
 
+def pairs(rows: Sequence[tuple[str, float, float]], names: tuple[str, str], unit: str, title: str) -> str:
+    """Two horizontal bars, one below the other, for each (label, value, value); `names` says what they are, in which unit."""
+    most, height, top = max((max(pair) for _, *pair in rows), default=0.0) or 1.0, 32, 56
+    parts = [f'<text x="10" y="20" font-weight="bold">{html.escape(title)}</text>']
+    for i, (name, colour) in enumerate(zip(names, (GREY, BLUE), strict=True)):
+        parts += [f'<rect x="{340 + 150 * i}" y="30" width="24" height="12" fill="{colour}"/>',
+                  f'<text x="{370 + 150 * i}" y="41">{html.escape(f"{name}, {unit}")}</text>']
+    for i, (label, *values) in enumerate(rows):
+        y = top + i * height
+        parts.append(f'<text x="330" y="{y + 19}" text-anchor="end">{html.escape(label)}</text>')
+        for j, (value, colour) in enumerate(zip(values, (GREY, BLUE), strict=True)):
+            length, text = 480 * value / most, f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+            parts += [f'<rect x="340" y="{y + 3 + 13 * j}" width="{max(1.0, length):.1f}" height="11" fill="{colour}"/>',
+                      f'<text x="{346 + length:.1f}" y="{y + 13 + 13 * j}" font-size="11">{text}</text>']
+    return _svg(900, top + height * len(rows), parts)
+
+
 def curve(points: Sequence[tuple[float, float]], chosen: tuple[float, float] | None, x_label: str, y_label: str,
           limit: float | None = None) -> str:
     """A line through points, one of them marked; a dashed line at the limit of y."""

@@ -74,15 +74,19 @@ def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured
         return Measured(*medians([lambda: dense(x, weights), lambda: sparse(x, packed)], seconds))
 
 
+def called(model: Any, **call: Any) -> tuple[Callable[[Any, Any], Any], Any]:
+    """The model's call in evaluation mode as a function of (weights, x), and its weights."""
+    if isinstance(model, tuple):
+        module, variables = model
+        return lambda variables, x: module.apply(variables, x, **call), variables
+    copy = nnx.clone(model)
+    copy.eval()
+    graph, state = nnx.split(copy)
+    return lambda state, x: nnx.merge(graph, state)(x, **call), state
+
+
 def program(model: Any, x: Any, **call: Any) -> Callable[[], Any]:
     """The model's call in evaluation mode, as one jitted program with its weights as operands; complete when it returns."""
-    if isinstance(model, tuple):
-        module, weights = model
-        run = jax.jit(lambda variables, x: module.apply(variables, x, **call))
-    else:
-        copy = nnx.clone(model)
-        copy.eval()
-        graph, weights = nnx.split(copy)
-        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, **call))
-    operands = jax.device_put((weights, x), jax.devices("cpu")[0])
+    function, weights = called(model, **call)
+    run, operands = jax.jit(function), jax.device_put((weights, x), jax.devices("cpu")[0])
     return lambda: jax.block_until_ready(run(*operands))
