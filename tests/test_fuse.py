@@ -283,7 +283,8 @@ def test_what_is_gated_by_itself_is_one_step(f, wanted, others):
 
 
 @pytest.mark.parametrize("f, wanted", [
-    (nnx.silu, ["silu"]), (lambda y: jax.nn.sigmoid(y) * y, ["silu"]), (lambda y: y * jax.nn.sigmoid(2 * y), ["clamp", "logistic", "mul"]),
+    (nnx.silu, ["silu"]), (lambda y: jax.nn.sigmoid(y) * y, ["silu"]),
+    (lambda y: y * jax.nn.sigmoid(2 * y), ["clamp", "logistic", "mul"]),
     (lambda y: (lambda g: y * g + g)(jax.nn.sigmoid(y)), ["logistic", "mul", "add"])])
 def test_silu_is_one_step(f, wanted):
     found = [step.params[0] for step in steps(fuse(lambda x: f(conv(x))), X) if step.op in ("map", "combine")]

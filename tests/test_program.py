@@ -144,12 +144,13 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_that_follows_a_convolution(name, kind, channels):
-    """Where nothing else reads the convolution it does so itself, as its trace says, and elsewhere it does not; of pixels side by
-    side, of those with others between, and in place of a layer of one pixel."""
+    """Where nothing else reads the convolution it does so itself, as its trace says, and elsewhere it does not; of pixels side
+    by side, and of those with others between."""
     draw = np.random.default_rng(3)
-    packed = sparseflax.pack(reference.integers(draw, 3, 3, channels, 7) * (draw.random((3, 3, channels, 7)) < 0.4).astype(np.float32))
+    packed = sparseflax.pack(reference.integers(draw, 3, 3, channels, 7) * (draw.random((3, 3, channels, 7)) < 0.4))
     conv = CONVOLUTIONS[kind](channels, packed)
-    weights = {"conv": packed.values, "depthwise": reference.integers(draw, 3, 3, 1, channels), "dense": reference.integers(draw, channels, 7)}
+    weights = {"conv": packed.values, "depthwise": reference.integers(draw, 3, 3, 1, channels),
+               "dense": reference.integers(draw, channels, 7)}
     size, out = (4, 5, channels), conv.size
     function = Step("map", out, (1,), (), (name,), FUNCTIONS[name])
     alone = Program((size,), (conv, function), (2,), 2, 1)
@@ -163,7 +164,8 @@ def test_a_function_that_follows_a_convolution(name, kind, channels):
         run(images(0, 1, size))
         ffi.native.trace(True)
         jax.block_until_ready(run(images(0, 1, size)))
-        (times,) = [times for words, times in ffi.native.trace(False) if words == program.encode()["words"].tolist() and any(times)]
+        encoded = program.encode()["words"].tolist()
+        (times,) = [times for words, times in ffi.native.trace(False) if words == encoded and any(times)]
         assert (times[1] == 0) == (program is not again) and times[0] > 0
 
 

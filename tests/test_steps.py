@@ -75,6 +75,16 @@ def test_every_step_is_there_once_and_sums_are_theirs():
     assert alone.call is alone.measured is None and {step.measured for step in alone.steps} == {None}
 
 
+def test_a_function_that_a_convolution_does_is_part_of_its_step():
+    x, rngs = np.ones((1, 8, 8, 16), np.float32), nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Conv(16, 24, (1, 1), rngs=rngs), nnx.silu,
+                           nnx.Conv(24, 24, (3, 3), feature_group_count=24, rngs=rngs), nnx.hard_swish)
+    dense, depthwise = step_times(pack_model(model, plan(model, x, HERE), x), x, HERE, measure=False).steps
+    assert (dense.op, depthwise.op) == ("dense, silu", "depthwise, gate")
+    alone = float(dense_seconds(conv_shapes(model, x)["layers/0"], HERE))
+    assert dense.predicted == pytest.approx(alone + loop_seconds(64 * 24 * 12, 0, HERE), rel=1e-9)
+
+
 def test_a_table():
     _, _, network, x = packed(2)
     steps = step_times(network, x, HERE, seconds=SECONDS)

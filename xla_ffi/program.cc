@@ -357,7 +357,11 @@ std::vector<Program::Described> Program::Describe(int64_t n, int64_t threads) co
         channel += c;
       }
     }
-    if (Stays(i) || (step.op == Op::kConcat && each.copied == 0)) each.runs = 0;
+    if (Stays(i) && step.op == Op::kMap) {
+      each.first = step.args[0] - inputs_;  // the convolution that does it
+    } else if (Stays(i) || (step.op == Op::kConcat && each.copied == 0)) {
+      each.runs = 0;
+    }
     described.push_back(each);
   }
   return described;

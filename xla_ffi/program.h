@@ -63,7 +63,7 @@ class Program {
   static std::vector<Traced> Trace(bool on);
 
   // How a batch of n images goes through each step: in so many runs of equally many images, one after the other on all threads if it is
-  // one run, else each on a thread of its own; the step with which it runs row by row; channels that it copies, of a concatenation.
+  // one run, else each on a thread of its own; the step with which it runs; channels that it copies, of a concatenation.
   struct Described {
     int64_t runs, first, copied;
   };

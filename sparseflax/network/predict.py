@@ -3,8 +3,8 @@
     t(step) = runs / side by side * t(one run)
 
 A run takes some images through a step, a thread for each run side by side, or it is the whole batch on all threads: which of
-the two, the program itself says. Steps that run pixel by pixel with others are one here: what lies between them stays in a
-register or the first cache.
+the two, the program itself says. Steps that run pixel by pixel with others are one here, and so are a convolution and the
+function that it does to its result: what lies between them stays in a register or a cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparseflax.network.program import Program, Size, Step
 from sparseflax.network.region import CONVOLUTIONS
 
 # Cycles of a vector, by what is done to it: of others a load, an instruction or two, a store, and a share of starting a strip.
-CYCLES = {"exp": 16.0, "logistic": 24.0, "sqrt": 5.0, "rsqrt": 8.0, "power": 10.0, "div": 3.0}
+CYCLES = {"exp": 16.0, "logistic": 11.0, "silu": 12.0, "gate": 6.0, "sqrt": 5.0, "rsqrt": 8.0, "power": 10.0, "div": 3.0}
 OTHERS, COPY = 2.0, 1.0
 
 
@@ -81,6 +81,8 @@ def predict(program: Program, layers: Sequence[str | None], n: int, machine: Mac
         images = max(1, round(n / runs * side))
         if steps[0].op in CONVOLUTIONS and steps[0].op != "depthwise":
             seconds = _layer(program, steps[0], images, machine)
+            if steps[1:]:  # a function of what it has just written
+                seconds += loop_seconds(images * sum(_cycles(program, step) for step in steps[1:]), 0, machine)
         else:
             seconds = _loop(program, group, copied, images, machine)
         path = layers[steps[0].shared[0]] if steps[0].op in CONVOLUTIONS else None
