@@ -393,6 +393,15 @@ def test_a_branch_that_sizes_choose(tmp_path, size):
     agree(save(tmp_path / "m.onnx", nodes, constants | {"w": random(6, 6, 3, 3)}), random(*IMAGE), 60)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_branch_that_data_choose(tmp_path, sign):
+    then = body("then", [node("Conv", "r w", "k", pads=[1, 1, 1, 1]), node("Relu", "k", "t")], outputs={"t": F})
+    other = body("else", [node("Mul", "r two", "e")], outputs={"e": F}, constants={"two": np.float32(2)})
+    nodes = [node("Abs", "x", "r"), node("ReduceSum", "x", "s", keepdims=0), node("Greater", "s zero", "test"),
+             node("If", "test", "k", then_branch=then, else_branch=other), node("Neg", "k", "y")]
+    agree(save(tmp_path / "m.onnx", nodes, {"zero": np.float32(0), "w": random(6, 6, 3, 3)}), sign * np.abs(random(*IMAGE)), 60)
+
+
 @pytest.mark.parametrize("count, going", [(3, 9), (9, 2), (None, 4)])
 def test_a_counted_loop(tmp_path, count, going):
     step = body("body", [node("Mul", "h half", "n"), node("Add", "n x", "m"), node("Less", "i last", "on"),
@@ -413,8 +422,8 @@ def test_a_counted_loop(tmp_path, count, going):
 @pytest.mark.parametrize("nodes, message", [
     ([node("ReduceSum", "x", "s", keepdims=0), node("Greater", "s zero", "test"),
       node("If", "test", "y", then_branch=body("t", [node("Relu", "x", "a")], outputs={"a": F}),
-           else_branch=body("e", [node("Neg", "x", "b")], outputs={"b": F}))],
-     "If 'the_y': its condition is computed from the data"),
+           else_branch=body("e", [node("ReduceSum", "x", "b", keepdims=0)], outputs={"b": F}))],
+     r"If 'the_y': its condition of shape \(\) is computed from the data, and its branches return \[\('float32', \(2, 6, 9, 8\)"),
     ([node("If", "on", "y", then_branch=body("t", [node("Unique", "x", "a"), node("Relu", "x", "c")], outputs={"a": F}),
            else_branch=body("e", [node("Concat", "x x", "b")], outputs={"b": F}))],
      "Concat 'the_b': it has no attribute 'axis'; Unique 'the_a': how much it returns depends on the data"),

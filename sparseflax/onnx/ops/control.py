@@ -1,10 +1,11 @@
-"""ONNX's operators that hold graphs of their own, where it is known while tracing how they run."""
+"""ONNX's operators that hold graphs of their own: run where it is known while tracing how, and branches where it is not, too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,9 +18,20 @@ Run = Callable[..., Any]  # what another operator makes of its inputs and attrib
 
 
 def if_(run: Run, condition: Value, *outer: Value, then_branch: Body, else_branch: Body, captured: Sequence[str]) -> Any:
-    """One of two graphs."""
-    chosen = then_branch if number(condition, "condition") else else_branch
-    return _body(run, chosen, (), dict(zip(captured, outer, strict=True)))
+    """One of two graphs; where the data choose, both are compiled, and have to return the same shapes."""
+    values: dict[str, Any] = dict(zip(captured, outer, strict=True))
+    if condition.known:
+        return _body(run, then_branch if number(condition, "condition") else else_branch, (), values)
+
+    def branch(body: Body) -> Callable[[], tuple[jax.Array, ...]]:
+        return lambda: tuple(jnp.asarray(v.plain()) for v in _body(run, body, (), values))
+
+    branches = branch(then_branch), branch(else_branch)
+    returned = [[(a.dtype.name, a.shape) for a in jax.eval_shape(each)] for each in branches]
+    if returned[0] != returned[1] or condition.shape not in ((), (1,)):
+        raise Unsupported(f"its condition of shape {condition.shape} is computed from the data, and its branches return {returned[0]} "
+                          f"and {returned[1]}: wanted one condition and the same shapes, or a constant")
+    return tuple(map(value, jax.lax.cond(condition.array.reshape(()), *branches)))
 
 
 def loop(run: Run, *given: Value | None, body: Body, captured: Sequence[str]) -> Any:
