@@ -155,7 +155,10 @@ def test_speedups_that_were_asked_for():
             "cpu": "c", "date": "2026-01-01", "commit": "abc"}
     text = asked.asked_table([line, line | {"asked": 3.0, "measured": 1.5}, line | {"asked": 9.0, "refused": "too fast"}])
     assert "| a | 1 | 1 | 2x | 1.90 | -5% | 2.00 | 2.000 | 1.000 |" in text and "- a, 1 thread, 9x: too fast" in text
-    assert "- 1 thread: 1 of 2 speedups met within 10%, none off by more than 50%" in text
+    assert "- 1 thread: 1 of 2 speedups met within 10%, none off by more than 50%\n" in text
+    more = asked.asked_table([line, line | {"asked": 1.5}])
+    assert "| 1.5x | 1.90 | +27%, unpruned | 2.00 |" in more
+    assert "- 1 thread: 1 of 1 speedups met within 10%, none off by more than 5%, 1 exceeded without pruning" in more
     assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
 
 

@@ -132,6 +132,7 @@ inline void WriteFloats(float* p, unsigned mask, __m256 a) {
 #define _mm512_set1_epi32(a) SF_EACH(Ints, ((void)i, a))
 #define _mm512_or_si512(a, b) SF_EACH(Ints, (a).at[i] | (b).at[i])
 #define _mm512_add_epi32(a, b) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) + static_cast<uint32_t>((b).at[i])))
+#define _mm512_slli_epi32(a, n) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) << (n)))
 #define _mm512_dpbusd_epi32(s, a, b) emulated::Dot(s, a, b)
 #define _mm512_broadcast_i32x4(a) emulated::Each<emulated::Ints>([q = emulated::Read<emulated::Quad>(&static_cast<const __m128i&>(a))](int i) { return q.at[i % 4]; })
 #define _mm512_shuffle_epi32(a, imm) emulated::Shuffle(a, a, imm)
