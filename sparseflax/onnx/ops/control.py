@@ -1,4 +1,4 @@
-"""ONNX's operators that hold graphs of their own: run where it is known while tracing how, and branches where it is not, too."""
+"""ONNX's operators that hold graphs of their own: loops that are known while tracing, and branches."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def if_(run: Run, condition: Value, *outer: Value, then_branch: Body, else_branc
     branches = branch(then_branch), branch(else_branch)
     returned = [[(a.dtype.name, a.shape) for a in jax.eval_shape(each)] for each in branches]
     if returned[0] != returned[1] or condition.shape not in ((), (1,)):
-        raise Unsupported(f"its condition of shape {condition.shape} is computed from the data, and its branches return {returned[0]} "
-                          f"and {returned[1]}: wanted one condition and the same shapes, or a constant")
+        raise Unsupported(f"its condition of shape {condition.shape} is computed from the data, and its branches return "
+                          f"{returned[0]} and {returned[1]}: wanted one condition and the same shapes, or a constant")
     return tuple(map(value, jax.lax.cond(condition.array.reshape(()), *branches)))
 
 
