@@ -36,7 +36,7 @@ class Steps:
       steps: those that have something to do.
       machine: where they run.
       images: in the batch.
-      call: seconds of a whole call, the median; None where nothing was measured.
+      call: seconds of a whole call, the lower quartile of its rounds; None where nothing was measured.
     """
 
     steps: tuple[StepTime, ...]
