@@ -41,7 +41,7 @@ bool RunsHere() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 #endif
 }
-double FmaCycles() { return 0.5; }  // not measured: as float32
+double FmaCycles() { return 0.54; }  // measured on Zen 4: as float32
 }  // namespace avx512vlvnni
 
 extern const Isa kAvx512vlVnni;
