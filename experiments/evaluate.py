@@ -19,7 +19,7 @@ from sparseflax import prune
 from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
 from sparseflax.layers.nnx import SparseConv, SparseDense
-from sparseflax.network.fuse import fuse_call
+from sparseflax.network.call import fuse_call
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan

@@ -6,7 +6,6 @@ results, and by what compiles better (rewrites.py).
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, Literal, primitives
 
@@ -26,7 +24,6 @@ from sparseflax.network.unroll import inlined, step_rows
 
 MAX_CONSTANT = 1 << 12  # values of an array that is computed while tracing
 T = TypeVar("T")
-Model = TypeVar("Model", bound=nnx.Module)
 
 
 def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
@@ -77,73 +74,6 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
         return jax.tree.unflatten(jax.tree.structure(shapes), _run(closed.jaxpr, closed.consts, arrays, chunk))
 
     return fused
-
-
-def fuse_call(model: Model, chunk: int = 1) -> Model:
-    """Makes calls of an nnx module fused: the same object, now of a subclass of its class with a `__call__` of its own.
-
-    It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
-    what a call writes to Variables (statistics, caches) is kept. It is pickled and copied as its class is.
-
-    Args:
-      model: what to change.
-      chunk: images that a thread takes through a program at a time.
-
-    Returns:
-      `model`.
-    """
-    object.__setattr__(model, "__class__", _fused(type(model), chunk))
-    return model
-
-
-class _FusedType(type(nnx.Module)):
-    """Of the classes made here, which no module has: so that `pickle` can say in a graphdef which one it was."""
-
-
-@functools.lru_cache
-def _fused(model_type: Any, chunk: int) -> type:
-    if getattr(model_type, "_is_fused", False):
-        return model_type
-
-    class Fused(model_type, metaclass=_FusedType if issubclass(_FusedType, type(model_type)) else type(model_type)):
-        _is_fused, _chunk = True, chunk
-
-        def __call__(self, *args, **kwargs):
-            graphdef, state = nnx.split(self)
-
-            def call(state, args, kwargs):
-                before = {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(state)}
-                model: Any = nnx.merge(graphdef, state)
-                y = model_type.__call__(model, *args, **kwargs)
-                after = nnx.to_flat_state(nnx.state(model))
-                return y, nnx.from_flat_state([(path, leaf) for path, leaf in after if not _same(before.get(path), leaf)])
-
-            y, written = fuse(call, chunk)(state, args, kwargs)
-            if written:
-                nnx.update(self, written)
-            return y
-
-        def __reduce_ex__(self, protocol):
-            dense = object.__new__(model_type)  # its class says how it is pickled and copied
-            vars(dense).update(vars(self))
-            reduced: Any = dense.__reduce_ex__(protocol)
-            return reduced if isinstance(reduced, str) else (_remake, (chunk, *reduced[:2]), *reduced[2:])
-
-    Fused.__name__, Fused.__qualname__, Fused.__module__ = model_type.__name__, model_type.__qualname__, model_type.__module__
-    return Fused
-
-
-def _remake(chunk: int, make: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """A fused module, unpickled or copied."""
-    return fuse_call(make(*args), chunk)
-
-
-copyreg.pickle(_FusedType, lambda made: (_fused, (*made.__bases__, made._chunk)))  # type: ignore[arg-type]
-
-
-def _same(before: list[Any] | None, leaf: Any) -> bool:
-    """Whether a leaf of a model's state holds the very arrays that it held before."""
-    return before is not None and list(map(id, before)) == list(map(id, jax.tree.leaves(leaf)))
 
 
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], chunk: int) -> Sequence[Any]:
