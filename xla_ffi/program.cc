@@ -31,7 +31,9 @@ void ForRows(Executor& executor, int64_t rows, int64_t floats, const F& f) {
 
 // Copies what lies inside; `fill` where y reaches beyond x.
 template <typename T>
-void CopyWindow(const ImageOf<T>& x, const ImageOf<T>& y, const std::vector<int64_t>& shift, T fill, int64_t row, int64_t end) {
+void CopyWindow(const ImageOf<T>& source, const ImageOf<T>& target, const std::vector<int64_t>& shifts, T fill, int64_t row, int64_t end) {
+  const ImageOf<T> x = source, y = target;  // a byte that is stored could lie anywhere: these would be read again after each
+  const int64_t shift[] = {shifts[0], shifts[1], shifts[2]};
   const int64_t first = std::clamp(-shift[2], int64_t{0}, y.c), last = std::clamp(x.c - shift[2], first, y.c);
   const bool plain = x.pixel == x.c && y.pixel == y.c && x.c == y.c && shift[2] == 0;  // rows lie side by side
   for (; row < end; ++row) {
@@ -43,6 +45,12 @@ void CopyWindow(const ImageOf<T>& x, const ImageOf<T>& y, const std::vector<int6
       std::fill(start + (to - from) * y.c, y.Row(row) + y.w * y.c, fill);
       continue;
     }
+    if (x.c == 3 && y.c == 4 && shift[2] == 0 && i >= 0 && i < x.h && shift[1] == 0 && x.w == y.w) {  // a picture, for words of four bytes
+      const T* from = x.Row(image * x.h + i);
+      T* to = y.Row(row);
+      for (int64_t j = 0; j < y.w; ++j, from += x.pixel, to += y.pixel) to[0] = from[0], to[1] = from[1], to[2] = from[2], to[3] = fill;
+      continue;
+    }
     for (int64_t j = 0; j < y.w; ++j) {
       T* to = y.Row(row) + j * y.pixel;
       const int64_t from = j + shift[1];
@@ -51,10 +59,6 @@ void CopyWindow(const ImageOf<T>& x, const ImageOf<T>& y, const std::vector<int6
         continue;
       }
       const T* pixel = x.Row(image * x.h + i) + from * x.pixel;
-      if (x.c == 3 && y.c == 4 && shift[2] == 0) {  // a picture for a kernel of four bytes a word: the loops below take 15 cycles a pixel
-        to[0] = pixel[0], to[1] = pixel[1], to[2] = pixel[2], to[3] = fill;
-        continue;
-      }
       std::fill(to, to + first, fill);
       for (int64_t c = first; c < last; ++c) to[c] = pixel[c + shift[2]];
       std::fill(to + last, to + y.c, fill);

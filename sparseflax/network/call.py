@@ -89,7 +89,7 @@ class _Calls:
     """Calls of one module, as long as it is made of the same parts: a walk through them costs more than a small network's call.
 
     Attributes:
-      parts: its modules and containers, each with what it held.
+      parts: of its modules and containers, each: a view of what it holds, and what it held.
       variables: whose values are the weights.
     """
 
@@ -98,20 +98,20 @@ class _Calls:
         self.module = model_type, chunk
         _, self.tree = jax.tree.flatten(state)
         self.variables: list[Any] = [variable for _, variable in nnx.to_flat_state(state)]
-        self.parts = [(part, list(_held(part))) for _, part in nnx.iter_graph(model)
-                      if part is not model and not isinstance(part, nnx.Variable) and _holds(part)]
-        self.own = list(_held(model))
-        self.model = weakref.ref(model, lambda _, key=id(model): _calls.pop(key, None))
+        views = [part if isinstance(part, list) else part.values() if isinstance(part, dict) else vars(part).values()
+                 for _, part in nnx.iter_graph(model) if isinstance(part, (nnx.Pytree, list, dict))]
+        self.parts = [(view, list(view)) for view in views]
+        self.model = weakref.ref(model, lambda _, key=id(model), calls=_calls: calls.pop(key, None))
         self.compiled = functools.lru_cache(KEPT)(self._compile)
 
     def fit(self) -> bool:
         """Whether the module is still made of these."""
-        return _same(self.own, _held(self.model())) and all(_same(held, _held(part)) for part, held in self.parts)
+        return all(_same(now, held) for now, held in self.parts)
 
     def __call__(self, leaves: Sequence[Any], tree: Any) -> tuple[Any, Any]:
         """What a call of such arguments returns, and what it writes to Variables."""
-        weights = [leaf for variable in self.variables for leaf in jax.tree.leaves(variable.get_raw_value())]
-        if not all(isinstance(weight, jax.Array) and not isinstance(weight, Tracer) for weight in weights):
+        weights = jax.tree.leaves([variable.get_raw_value() for variable in self.variables])
+        if not all(issubclass(kind, jax.Array) and not issubclass(kind, Tracer) for kind in set(map(type, weights))):
             return _run(*self.module, self.graphdef, jax.tree.unflatten(self.tree, weights), *jax.tree.unflatten(tree, leaves))
         arrays = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)]
         return self.compiled(tree, tuple(None if isinstance(leaf, ARRAYS) else _Flag(leaf) for leaf in leaves))(weights, arrays)
@@ -134,7 +134,7 @@ def _run(model_type: Any, chunk: int, graphdef: Any, state: Any, args: Sequence[
         y = model_type.__call__(model, *args, **kwargs)
         after = nnx.to_flat_state(nnx.state(model))
         return y, nnx.from_flat_state([(path, leaf) for path, leaf in after
-                                       if path not in before or not _same(before[path], jax.tree.leaves(leaf))])
+                                       if path not in before or not _same(jax.tree.leaves(leaf), before[path])])
 
     return fuse(call, chunk)(state, args, kwargs)
 
@@ -156,15 +156,6 @@ class _Flag:
         return isinstance(other, _Flag) and self.key == other.key
 
 
-def _holds(part: Any) -> bool:
-    return isinstance(part, (list, dict)) or hasattr(part, "__dict__")
-
-
-def _held(part: Any) -> Any:
-    """What a module or container holds."""
-    return part if isinstance(part, list) else part.values() if isinstance(part, dict) else vars(part).values()
-
-
-def _same(before: Sequence[Any], after: Any) -> bool:
+def _same(now: Any, before: Any) -> bool:
     """Whether both hold the very same."""
-    return len(before) == len(after) and all(map(operator.is_, before, after))
+    return len(now) == len(before) and all(map(operator.is_, now, before))

@@ -86,7 +86,12 @@ def called(model: Any, **call: Any) -> tuple[Callable[[Any, Any], Any], Any]:
 
 
 def program(model: Any, x: Any, **call: Any) -> Callable[[], Any]:
-    """The model's call in evaluation mode, as one jitted program with its weights as operands; complete when it returns."""
+    """The model's call in evaluation mode, as one jitted program with its weights as operands; complete when it returns.
+
+    The weights are a plain list: a walk through Flax's state would add up to half a millisecond to each call.
+    """
     function, weights = called(model, **call)
-    run, operands = jax.jit(function), jax.device_put((weights, x), jax.devices("cpu")[0])
+    leaves, tree = jax.tree.flatten(weights)
+    run = jax.jit(lambda leaves, x: function(jax.tree.unflatten(tree, leaves), x))
+    operands = jax.device_put((leaves, x), jax.devices("cpu")[0])
     return lambda: jax.block_until_ready(run(*operands))
