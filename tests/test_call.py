@@ -1,6 +1,7 @@
 """Calls of packed nnx modules outside of a trace: compiled once, with the weights and the parts that the module has by then."""
 
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -106,9 +107,10 @@ def test_nothing_is_kept_of_a_module_that_is_gone():
     check(copy)
     keys = {id(net), id(copy)}
     assert keys <= _calls.keys()
+    kernel = weakref.ref(net.first.kernel.get_raw_value())
     del net, copy
     gc.collect()
-    assert not keys & _calls.keys()
+    assert kernel() is None and not keys & _calls.keys()
 
 
 def test_from_many_threads(net):

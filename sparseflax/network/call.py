@@ -25,9 +25,9 @@ def fuse_call(model: Model, chunk: int = 1) -> Model:
     """Makes calls of an nnx module fused: the same object, now of a subclass of its class with a `__call__` of its own.
 
     It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
-    what a call writes to Variables (statistics, caches) is kept. It is pickled and copied as its class is. A call outside of any
-    trace, `model(x)`, is compiled when arguments of such shapes are met first; later ones hand over the weights as they are then,
-    without a walk through the module.
+    what a call writes to Variables (statistics, caches) is kept. It is pickled and copied as its class is. A call outside of
+    any trace, `model(x)`, is compiled when arguments of such shapes are met first; later ones hand over the weights as they are
+    by then, without a walk through the module.
 
     Args:
       model: what to change.
@@ -101,8 +101,10 @@ class _Calls:
         views = [part if isinstance(part, list) else part.values() if isinstance(part, dict) else vars(part).values()
                  for _, part in nnx.iter_graph(model) if isinstance(part, (nnx.Pytree, list, dict))]
         self.parts = [(view, list(view)) for view in views]
-        self.model = weakref.ref(model, lambda _, key=id(model), calls=_calls: calls.pop(key, None))
-        self.compiled = functools.lru_cache(KEPT)(self._compile)
+        key = id(model)
+        self.model = weakref.ref(model, lambda _, calls=_calls: calls.pop(key, None))
+        # Not a method: the weights of a module that is gone should not wait for the garbage collector.
+        self.compiled = functools.lru_cache(KEPT)(functools.partial(_compile, self.module, self.graphdef, self.tree))
 
     def fit(self) -> bool:
         """Whether the module is still made of these."""
@@ -116,17 +118,19 @@ class _Calls:
         arrays = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)]
         return self.compiled(tree, tuple(None if isinstance(leaf, ARRAYS) else _Flag(leaf) for leaf in leaves))(weights, arrays)
 
-    def _compile(self, tree: Any, flags: Sequence[Any]) -> Callable[..., Any]:
-        @jax.jit
-        def run(weights, arrays):
-            rest = iter(arrays)
-            leaves = [next(rest) if flag is None else flag.value for flag in flags]
-            return _run(*self.module, self.graphdef, jax.tree.unflatten(self.tree, weights), *jax.tree.unflatten(tree, leaves))
 
-        return run
+def _compile(module: tuple[Any, int], graphdef: Any, parts: Any, tree: Any, flags: Sequence[Any]) -> Callable[..., Any]:
+    """A jitted call of (weights, arrays), with the arguments that are no arrays."""
+    @jax.jit
+    def run(weights, arrays):
+        rest = iter(arrays)
+        leaves = [next(rest) if flag is None else flag.value for flag in flags]
+        return _run(*module, graphdef, jax.tree.unflatten(parts, weights), *jax.tree.unflatten(tree, leaves))
+
+    return run
 
 
-def _run(model_type: Any, chunk: int, graphdef: Any, state: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _run(model_type: Any, chunk: int, graphdef: Any, state: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The fused call: what it returns, and what it writes to Variables."""
     def call(state, args, kwargs):
         before = {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(state)}

@@ -11,8 +11,8 @@ from flax import nnx
 from sparseflax.layers.int8 import Int8Conv, Int8Dense
 from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
 from sparseflax.layers.rules import is_stack
-from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.call import fuse_call
+from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.linen.packed import pack_linen
 from sparseflax.network.plan import Plan, describe, elsewhere
 from sparseflax.network.plan import plan as make_plan
