@@ -66,11 +66,11 @@ def networks_table(lines: Sequence[Line]) -> str:
     head = ["network", "n", "threads", "weights kept", "ms", "XLA dense, ms", "speedup", "fastest dense engine, ms", "speedup"]
     rows = []
     for line in lines:
-        name = _engine(line)
+        name = _engine(line, in_float32=True)
         seconds, ours = line["times"][name]["seconds"], line["times"][OURS]["seconds"]
         rows.append([line["layer"], str(line["n"]), str(line["threads"]), f"{line['density']:.1%}", _ms(ours),
                      _ms(over_xla(line) * ours), f"{over_xla(line):.2f}x", f"{_ms(seconds)} ({name})",
-                     f"**{seconds / ours:.2f}x**"])
+                     f"**{seconds / ours:.2f}x**{_by_default(line)}"])
     last = lines[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
@@ -82,13 +82,21 @@ def networks_table(lines: Sequence[Line]) -> str:
 
 def _change(line: Line) -> tuple[str, str]:
     """XLA's time and ours, and the fastest engine's over ours."""
-    ours = line["times"][OURS]["seconds"]
-    return (f"{_ms(over_xla(line) * ours)} → {_ms(ours)}", f"**{line['times'][_engine(line)]['seconds'] / ours:.2f}x**")
+    ours, engine = line["times"][OURS]["seconds"], line["times"][_engine(line, in_float32=True)]["seconds"]
+    return f"{_ms(over_xla(line) * ours)} → {_ms(ours)}", f"**{engine / ours:.2f}x**{_by_default(line)}"
 
 
-def _engine(line: Line) -> str:
-    """The fastest of the dense engines beside XLA; XLA where there are none."""
-    engines = {name: time["seconds"] for name, time in line["times"].items() if time["dense"] and name not in (XLA, XLA_FOLDED)}
+def _by_default(line: Line) -> str:
+    """The speedup over an engine that takes fewer bits than float32 unasked, in brackets; nothing where none is faster for it."""
+    name = _engine(line, in_float32=False)
+    return "" if line["times"][name].get("exact", True) else (
+        f" ({line['times'][name]['seconds'] / line['times'][OURS]['seconds']:.2f}x over {name})")
+
+
+def _engine(line: Line, in_float32: bool) -> str:
+    """The fastest of the dense engines beside XLA, that compute in float32 or as they like; XLA where there are none."""
+    engines = {name: time["seconds"] for name, time in line["times"].items() if time["dense"]
+               and name not in (XLA, XLA_FOLDED) and (time.get("exact", True) or not in_float32)}
     return min(engines, key=engines.__getitem__) if engines else fastest_dense(line)
 
 
