@@ -65,7 +65,10 @@ def with_section(page: str, name: str, section: str) -> str:
 
 def overview() -> str:
     """The README's table: networks before and after, by CPU, and which CPUs are missing."""
-    found = results.by_cpu(results.NETWORKS)
+    every = results.by_cpu(results.NETWORKS)
+    # Early lines do not say the family: they give way to those of a CPU that may be the same one.
+    found = {cpu: lines for cpu, lines in every.items() if not any(
+        other.startswith(f"{cpu} (") and lines[-1]["isa"] == later[-1]["isa"] for other, later in every.items())}
     single = [results.read(path)[-1]["cpu"] for path in LAYERS]
     missing = [f"On {cpu} only single layers were measured so far." for cpu in single
                if not any(other.startswith(cpu) for other in found)]

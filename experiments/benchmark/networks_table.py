@@ -87,7 +87,7 @@ def _change(line: Line) -> tuple[str, str]:
 
 
 def _by_default(line: Line) -> str:
-    """The speedup over an engine that takes fewer bits than float32 unasked, in brackets; nothing where none is faster for it."""
+    """In brackets, the speedup over an engine that takes fewer bits than float32 unasked; nothing where none is faster so."""
     name = _engine(line, in_float32=False)
     return "" if line["times"][name].get("exact", True) else (
         f" ({line['times'][name]['seconds'] / line['times'][OURS]['seconds']:.2f}x over {name})")
