@@ -58,8 +58,8 @@ struct V {
     std::memcpy(&t, &bits, sizeof t);
     return t;
   }
-  static SF_INLINE Reg Rsqrt(Reg x) {
-    for (int i = 0; i < 4; ++i) x[i] = 1 / std::sqrt(x[i]);
+  static SF_INLINE Reg Rsqrt(Reg x, Reg one) {
+    for (int i = 0; i < 4; ++i) x[i] = one[i] / std::sqrt(x[i]);
     return x;
   }
   static SF_INLINE Reg ToFloat(Whole a) { return __builtin_convertvector(a, Reg); }

@@ -68,12 +68,13 @@ double Conflicts(const Schedule& c, int64_t image, int64_t row, int64_t column) 
 // vectors; loading and storing the accumulators of a visit; transposing in and out, dearer beyond L2 and where lanes meet in one
 // set. Fitted to 1400 timed candidates of 17 layers, n = 1 to 16, on a Zen 3 core: a median error of 7 %, and choices 1.6 %
 // slower than the best. On a Zen 4 core, whose 512-bit vectors take twice as long to load and store, 10 layers of densities 0.1 to 1 are
-// 4.4 % slower than the best of 14 candidates for each instruction set, in eight bits 9.4 %, much of it between candidates that count alike.
+// 4.6 % slower than the best of 14 candidates for each instruction set, in eight bits 10.4 %, much of it between candidates that count alike.
 void Cost(const Shape& s, int64_t nnz, const Cpu& cpu, Schedule& c) {
   const double f = c.fma, tiles = static_cast<double>(c.tiles()), kept = static_cast<double>(nnz);
   const double vectors = tiles * c.kernel->y * c.kernel->x, oc = static_cast<double>(s.oc), rows = oc * static_cast<double>(s.blocks());
   const double panel = static_cast<double>(std::min(s.block, s.icg) * c.slots * c.isa->lanes * 4);
-  const double spill = std::max(0.0, panel / static_cast<double>(cpu.l1) - 0.8);  // weights and accumulators pass through L1, too
+  const double fits = c.isa->lanes == 16 ? 0.8 : 1;  // vectors of a whole line wait for each that weights and accumulators drove out
+  const double spill = std::max(0.0, panel / static_cast<double>(cpu.l1) - fits);
   const bool far_in = s.n * s.ih * s.iw * s.ic() * 4 > cpu.l2, far_out = s.n * s.oh * s.ow * s.oc * 4 > cpu.l2;
   const int64_t pixel = s.ic() * 4, to = s.oc * 4, y = c.kernel->y, x = c.kernel->x;
   const double pack = (2 + 2.4 * f + 1.4 * far_in + 0.14 * Conflicts(c, s.ih * s.iw * pixel, y * s.sh * s.iw * pixel, x * s.sw * pixel)) *

@@ -53,17 +53,7 @@ def _fused(model_type: Any, chunk: int) -> type:
         _is_fused, _chunk = True, chunk
 
         def __call__(self, *args, **kwargs):
-            leaves, tree = jax.tree.flatten((args, kwargs))
-            if any(isinstance(leaf, Tracer) for leaf in leaves):
-                y, written = _run(model_type, chunk, *nnx.split(self), args, kwargs)
-            else:
-                calls = _calls.get(id(self))
-                if calls is None or not calls.fit():
-                    calls = _calls[id(self)] = _Calls(self, model_type, chunk)
-                y, written = calls(leaves, tree)
-            if written:
-                nnx.update(self, written)
-            return y
+            return _call(self, model_type, chunk, args, kwargs)
 
         def __reduce_ex__(self, protocol):
             dense = object.__new__(model_type)  # its class says how it is pickled and copied
@@ -82,6 +72,21 @@ def _remake(chunk: int, make: Callable[..., Any], args: Sequence[Any]) -> Any:
 
 copyreg.pickle(_FusedType, lambda made: (_fused, (*made.__bases__, made._chunk)))  # type: ignore[arg-type]
 
+def _call(model: Any, model_type: Any, chunk: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A fused call of `model`: in the trace that there is, or compiled."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        y, written = _run(model_type, chunk, *nnx.split(model), args, kwargs)
+    else:
+        calls = _calls.get(id(model))
+        if calls is None or not calls.fit():
+            calls = _calls[id(model)] = _Calls(model, model_type, chunk)
+        y, written = calls(leaves, tree)
+    if written:
+        nnx.update(model, written)
+    return y
+
+
 _calls: dict[int, _Calls] = {}  # by the id of a living module, in which they would be part of its state
 
 
@@ -90,7 +95,7 @@ class _Calls:
 
     Attributes:
       parts: of its modules and containers, each: a view of what it holds, and what it held.
-      variables: whose values are the weights.
+      variables: whose values are the weights; arrays that are no Variable's are themselves.
     """
 
     def __init__(self, model: Any, model_type: Any, chunk: int):
@@ -104,7 +109,7 @@ class _Calls:
         key = id(model)
         self.model = weakref.ref(model, lambda _, calls=_calls: calls.pop(key, None))
         # Not a method: the weights of a module that is gone should not wait for the garbage collector.
-        self.compiled = functools.lru_cache(KEPT)(functools.partial(_compile, self.module, self.graphdef, self.tree))
+        self.compiled = functools.lru_cache(KEPT, typed=True)(functools.partial(_compile, self.module, self.graphdef, self.tree))
 
     def fit(self) -> bool:
         """Whether the module is still made of these."""
@@ -112,19 +117,21 @@ class _Calls:
 
     def __call__(self, leaves: Sequence[Any], tree: Any) -> tuple[Any, Any]:
         """What a call of such arguments returns, and what it writes to Variables."""
-        weights = jax.tree.leaves([variable.get_raw_value() for variable in self.variables])
-        if not all(issubclass(kind, jax.Array) and not issubclass(kind, Tracer) for kind in set(map(type, weights))):
+        weights = jax.tree.leaves([each.get_raw_value() if isinstance(each, nnx.Variable) else each for each in self.variables])
+        flags = [None if isinstance(leaf, ARRAYS) else leaf for leaf in leaves]
+        concrete = all(issubclass(kind, jax.Array) and not issubclass(kind, Tracer) for kind in set(map(type, weights)))
+        if not (concrete and all(map(_has_hash, flags))):
             return _run(*self.module, self.graphdef, jax.tree.unflatten(self.tree, weights), *jax.tree.unflatten(tree, leaves))
         arrays = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)]
-        return self.compiled(tree, tuple(None if isinstance(leaf, ARRAYS) else _Flag(leaf) for leaf in leaves))(weights, arrays)
+        return self.compiled(tree, *flags)(weights, arrays)
 
 
-def _compile(module: tuple[Any, int], graphdef: Any, parts: Any, tree: Any, flags: Sequence[Any]) -> Callable[..., Any]:
+def _compile(module: tuple[Any, int], graphdef: Any, parts: Any, tree: Any, *flags: Any) -> Callable[..., Any]:
     """A jitted call of (weights, arrays), with the arguments that are no arrays."""
     @jax.jit
     def run(weights, arrays):
         rest = iter(arrays)
-        leaves = [next(rest) if flag is None else flag.value for flag in flags]
+        leaves = [next(rest) if flag is None else flag for flag in flags]
         return _run(*module, graphdef, jax.tree.unflatten(parts, weights), *jax.tree.unflatten(tree, leaves))
 
     return run
@@ -143,21 +150,12 @@ def _run(model_type: Any, chunk: int, graphdef: Any, state: Any, args: Sequence[
     return fuse(call, chunk)(state, args, kwargs)
 
 
-class _Flag:
-    """An argument that is no array: the same only as one of its type, by value or, where it has no hash, by identity."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        try:
-            self.key: Any = type(value), hash(value), value
-        except TypeError:
-            self.key = type(value), id(value), None
-
-    def __hash__(self) -> int:
-        return hash(self.key[:2])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Flag) and self.key == other.key
+def _has_hash(flag: Any) -> bool:
+    try:
+        hash(flag)
+    except TypeError:
+        return False
+    return True
 
 
 def _same(now: Any, before: Any) -> bool:
