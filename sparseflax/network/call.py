@@ -109,7 +109,8 @@ class _Calls:
         key = id(model)
         self.model = weakref.ref(model, lambda _, calls=_calls: calls.pop(key, None))
         # Not a method: the weights of a module that is gone should not wait for the garbage collector.
-        self.compiled = functools.lru_cache(KEPT, typed=True)(functools.partial(_compile, self.module, self.graphdef, self.tree))
+        compiled = functools.partial(_compile, self.module, self.graphdef, self.tree)
+        self.compiled = functools.lru_cache(KEPT, typed=True)(compiled)
 
     def fit(self) -> bool:
         """Whether the module is still made of these."""
