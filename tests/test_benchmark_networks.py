@@ -107,6 +107,10 @@ def test_tables(line, tmp_path):
         key: found[next(iter(found))][0][key] for key in ("versions", "cpu", "date", "commit")}])
     text = networks_table.cpus_table(found | {"another": [line | {"layer": "other", "isa": "avx2"}]})
     assert "| tiny | 2 | 4000 → 2000 | **2.00x** | not measured |  |" in text.splitlines()
+    (newest,) = next(iter(found.values()))
+    half = {"engine bf16": newest["times"][XLA] | {"seconds": 3.0, "exact": False}}
+    text = networks_table.cpus_table({"another": [newest | {"times": newest["times"] | half}]})
+    assert "| tiny | 2 | 4000 → 2000 | **2.00x** (1.50x over engine bf16) |" in text.splitlines()
 
 
 def test_a_network_that_computes_something_else_is_an_error():

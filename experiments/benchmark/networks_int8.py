@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from experiments.benchmark.int8 import INT8
 from experiments.benchmark.results import Line
-from experiments.benchmark.table import OURS, fastest_dense, markdown
+from experiments.benchmark.table import OURS, fastest_dense, fastest_in_fewer_bits, markdown
 
 HEAD = ("network", "n", "threads", "float32 ms", "int8 ms", "off by", "fastest float32", "ms", "fastest in fewer bits", "ms",
         "off by", "speedup")
@@ -15,7 +15,7 @@ HEAD = ("network", "n", "threads", "float32 ms", "int8 ms", "off by", "fastest f
 def row(line: Line) -> tuple[str, ...]:
     """The cells under HEAD; the speedup is that of our faster one over the fastest dense engine at any precision."""
     times = line["times"]
-    dense, fewer = fastest_dense(line), _fewest(line)
+    dense, fewer = fastest_dense(line), fastest_in_fewer_bits(line)
     ours = min(times[name]["seconds"] for name in (OURS, INT8))
     theirs = min(times[name]["seconds"] for name in (dense, fewer) if name)
     other = (fewer, _ms(times[fewer]["seconds"]), f"{times[fewer]['error']:.1%}") if fewer else ("-", "-", "-")
@@ -31,12 +31,6 @@ def table(lines: Sequence[Line]) -> str:
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     caption = f"{last['cpu']}, {last['isa']} ({versions}). Measured {last['date'][:10]} at {commits}."
     return "\n".join([markdown(list(HEAD), rows), "", caption])
-
-
-def _fewest(line: Line) -> str | None:
-    """The fastest dense engine that computes in fewer bits than float32."""
-    times = {name: time["seconds"] for name, time in line["times"].items() if time["dense"] and not time["exact"]}
-    return min(times, key=times.__getitem__, default=None)
 
 
 def _ms(seconds: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.benchmark.networks import XLA, XLA_FOLDED
 from experiments.benchmark.results import Line
-from experiments.benchmark.table import OURS, fastest_dense, markdown, speedup
+from experiments.benchmark.table import OURS, fastest_dense, fastest_in_fewer_bits, markdown, speedup
 
 HEAD = ("network", "n", "threads", "weights kept", "ms", "spread", "xla", "fastest dense", "ms", "spread", "speedup",
         "over xla", "over yardstick")
@@ -66,7 +66,7 @@ def networks_table(lines: Sequence[Line]) -> str:
     head = ["network", "n", "threads", "weights kept", "ms", "XLA dense, ms", "speedup", "fastest dense engine, ms", "speedup"]
     rows = []
     for line in lines:
-        name = _engine(line, in_float32=True)
+        name = _engine(line)
         seconds, ours = line["times"][name]["seconds"], line["times"][OURS]["seconds"]
         rows.append([line["layer"], str(line["n"]), str(line["threads"]), f"{line['density']:.1%}", _ms(ours),
                      _ms(over_xla(line) * ours), f"{over_xla(line):.2f}x", f"{_ms(seconds)} ({name})",
@@ -82,21 +82,22 @@ def networks_table(lines: Sequence[Line]) -> str:
 
 def _change(line: Line) -> tuple[str, str]:
     """XLA's time and ours, and the fastest engine's over ours."""
-    ours, engine = line["times"][OURS]["seconds"], line["times"][_engine(line, in_float32=True)]["seconds"]
+    ours, engine = line["times"][OURS]["seconds"], line["times"][_engine(line)]["seconds"]
     return f"{_ms(over_xla(line) * ours)} → {_ms(ours)}", f"**{engine / ours:.2f}x**{_by_default(line)}"
 
 
 def _by_default(line: Line) -> str:
     """In brackets, the speedup over an engine that takes fewer bits than float32 unasked; nothing where none is faster so."""
-    name = _engine(line, in_float32=False)
-    return "" if line["times"][name].get("exact", True) else (
-        f" ({line['times'][name]['seconds'] / line['times'][OURS]['seconds']:.2f}x over {name})")
+    times, name = line["times"], fastest_in_fewer_bits(line)
+    if name is None or times[name]["seconds"] >= times[_engine(line)]["seconds"]:
+        return ""
+    return f" ({times[name]['seconds'] / times[OURS]['seconds']:.2f}x over {name})"
 
 
-def _engine(line: Line, in_float32: bool) -> str:
-    """The fastest of the dense engines beside XLA, that compute in float32 or as they like; XLA where there are none."""
-    engines = {name: time["seconds"] for name, time in line["times"].items() if time["dense"]
-               and name not in (XLA, XLA_FOLDED) and (time.get("exact", True) or not in_float32)}
+def _engine(line: Line) -> str:
+    """The fastest of the dense engines beside XLA in float32; XLA where there are none."""
+    engines = {name: time["seconds"] for name, time in line["times"].items()
+               if time["dense"] and time.get("exact", True) and name not in (XLA, XLA_FOLDED)}
     return min(engines, key=engines.__getitem__) if engines else fastest_dense(line)
 
 

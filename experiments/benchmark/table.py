@@ -22,6 +22,12 @@ def fastest_dense(line: Line) -> str:
     return min(dense, key=dense.__getitem__)
 
 
+def fastest_in_fewer_bits(line: Line) -> str | None:
+    """Name of the fastest rival that computes in fewer bits than float32 and does not use the zeros, if there is one."""
+    dense = {name: time["seconds"] for name, time in line["times"].items() if time["dense"] and not time.get("exact", True)}
+    return min(dense, key=dense.__getitem__, default=None)
+
+
 def seconds(line: Line) -> tuple[float, float]:
     """(ours, the fastest dense rival's)."""
     return line["times"][OURS]["seconds"], line["times"][fastest_dense(line)]["seconds"]
