@@ -2,7 +2,6 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
@@ -33,16 +32,7 @@ bool RunsHere() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
-// Zen 4 (family 0x19, as Zen 3 without them) runs 512-bit operations in two halves: 1.11 cycles measured, 0.51 for 256 bits.
-double FmaCycles() {
-  static const bool halves = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!RunsHere() || !__get_cpuid(0, &a, &b, &c, &d) || b != 0x68747541) return false;  // "Auth"enticAMD
-    __get_cpuid(1, &a, &b, &c, &d);
-    return ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
-  }();
-  return halves ? 1.11 : 0.5;
-}
+double FmaCycles() { return V::FmaCycles(); }
 }  // namespace avx512
 
 extern const Isa kAvx512;

@@ -11,9 +11,6 @@
 #endif
 
 namespace sparseflax {
-namespace avx512 {
-double FmaCycles();
-}
 namespace avx512vnni {
 
 struct V {
@@ -57,11 +54,7 @@ bool RunsHere() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 #endif
 }
-#if defined(SF_EMULATED)
-double FmaCycles() { return 0.5; }
-#else
-double FmaCycles() { return avx512::FmaCycles(); }  // measured on Zen 4: as float32
-#endif
+double FmaCycles() { return V::F::FmaCycles(); }
 }  // namespace avx512vnni
 
 extern const Isa kAvx512Vnni;

@@ -8,6 +8,9 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "arena.h"
 #include "sparse_conv.h"
