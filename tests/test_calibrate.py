@@ -21,6 +21,7 @@ from sparseflax.conv import ffi
 from sparseflax.cost import detect
 from sparseflax.cost.counts import dense_counts, tile_counts
 from sparseflax.cost.detect import detect_machine
+from sparseflax.cost.int8 import int8_seconds, of_words
 from sparseflax.cost.machine import TYPICAL, XEON_E5_2697V4
 
 native = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
@@ -46,13 +47,19 @@ def made_by(rates, noise=0.0):
             seconds = sum((density if name in PER_WEIGHT else 1) * count * rate
                           for name, count, rate in zip(counts._fields, counts, rates.sparse, strict=True))
             samples.append(Sample(shape, density, float(seconds), 0.1))
+        if rates.int8 is not None and densities:
+            counts = tile_counts(of_words(shape), densities[0], MACHINE)
+            seconds = sum((densities[0] if name in PER_WEIGHT else 1) * count * rate
+                          for name, count, rate in zip(counts._fields, counts, rates.int8, strict=True))
+            samples.append(Sample(shape, densities[0], float(seconds), 0.1, int8=True))
     return [replace(s, seconds=float(s.seconds * np.exp(noise * draw.standard_normal()))) for s in samples]
 
 
 def other_rates():
     draw = np.random.default_rng(0)
     return replace(TYPICAL, sparse=TYPICAL.sparse._make(rate * draw.uniform(0.5, 2) for rate in TYPICAL.sparse),
-                   dense=TYPICAL.dense._make(rate * draw.uniform(0.5, 2) for rate in TYPICAL.dense))
+                   dense=TYPICAL.dense._make(rate * draw.uniform(0.5, 2) for rate in TYPICAL.dense),
+                   int8=TYPICAL.sparse._make(rate * draw.uniform(0.5, 2) for rate in TYPICAL.sparse))
 
 
 @native
@@ -60,12 +67,25 @@ def test_fit_recovers_the_rates():
     samples = made_by(other_rates())
     found = fit(samples, replace(MACHINE, l3_bytes=512 << 20))
     assert found.l3_bytes == MACHINE.l3_bytes
-    for kind in ("sparse", "dense"):
+    for kind in ("sparse", "dense", "int8"):
         known, rates = getattr(other_rates(), kind)._asdict(), getattr(found.rates, kind)._asdict()
         known.pop("split")  # nothing is shared, on one thread
         assert {name: rates[name] for name in known} == pytest.approx(known, rel=1e-3)
     assert errors(samples, found).median < 0.01  # what the smooth minimum over a few tiles adds
     assert found.rates.overlap == 1
+    assert fit([s for s in samples if not s.int8], MACHINE).rates.int8 is None
+
+
+@native
+def test_what_was_timed_in_eight_bits_predicts_eight_bits():
+    samples = made_by(other_rates())
+    found = fit(samples, replace(MACHINE, l3_bytes=512 << 20))
+    sample = next(s for s in samples if s.int8)
+    assert int8_seconds(sample.shape, sample.density, found) == pytest.approx(predict([sample], found)[0], rel=1e-6)
+    assert int8_seconds(sample.shape, sample.density, found) == pytest.approx(sample.seconds, rel=0.1)
+    # Without such times it takes what float32 takes, and what is known of the instructions.
+    known = replace(found, fitted=replace(found.fitted, int8=None), fma_cycles=0.5, int8_cycles=0.5)
+    assert int8_seconds(sample.shape, sample.density, known) != int8_seconds(sample.shape, sample.density, found)
 
 
 @native
@@ -94,10 +114,11 @@ def test_calibrate_stores_what_detect_machine_finds(monkeypatch):
 @pytest.mark.parametrize("isa", [None, "portable"])
 def test_calibrate_times_the_kernel_that_will_run(monkeypatch, isa):
     seen = []
-    monkeypatch.setattr(run_module, "measure", lambda layers, seconds, isa: seen.append(isa) or made_by(TYPICAL, noise=0.02))
+    monkeypatch.setattr(run_module, "measure",
+                        lambda layers, seconds, isa, int8: seen.append((isa, int8)) or made_by(TYPICAL, noise=0.02))
     monkeypatch.setattr(run_module, "doubts", lambda samples, found: [])
     stored = calibrate(1.0, isa)
-    assert seen == [isa] and stored.isa == (isa or ffi.isa())
+    assert seen == [(isa, isa in (None, ffi.isa()))] and stored.isa == (isa or ffi.isa())
 
 
 @native
@@ -142,6 +163,8 @@ def test_measure_a_layer(capsys):
     assert samples[-1].density == 1.0 and all(0 < s.seconds < 1 and s.spread >= 0 for s in samples)
     assert [s.density is None for s in measure(shapes[:1], 0.01, isa="portable", dense=False, rounds=1)] == [False]
     assert "making programs" in capsys.readouterr().err
+    kinds = [s.kind for s in measure(shapes, 0.01, dense=False, int8=True, rounds=1)]
+    assert kinds == ["sparse", "int8", "sparse", "sparse"], "every other layer in eight bits"
 
 
 def test_networks():

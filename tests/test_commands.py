@@ -75,7 +75,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
 
 @native
 def test_calibrate(monkeypatch, capsys):
-    def measured(layers, seconds, isa):
+    def measured(layers, seconds, isa, int8):
         assert seconds == 3
         machine = calibration.describe(isa)
         for shape, densities in layers:

@@ -108,18 +108,22 @@ def test_useful_range_ends_where_half_of_the_time_is_not_the_weights():
 
 def test_dense_counts():
     plain = dense_counts(CONV, MACHINE)
-    assert plain.shifted == plain.split == plain.pixels == 0 and plain.call == 1
-    # Rows of 14 pixels are tiles of 4, 5 and 5, of two vectors each: as many cycles as operations ask for.
+    assert plain.shifted == plain.split == 0 and plain.call == 1
+    # Rows of 14 pixels are tiles of 4, 5 and 5, of two vectors of 4 channels each: as many cycles as operations ask for.
     assert plain.flop == CONV.flops and 0 < plain.deep < plain.flop
     assert plain.patches == 14 * 14 * 96 and plain.packed_bytes == CONV.weight_bytes
-    assert plain.outputs == 14 * 14 * 64 * 4, "864 taps in four parts"
+    assert plain.tiles == 14 * 3 * 8 * 4, "three tiles in a row, of 8 channels each; 864 taps in four parts"
     assert plain.kernel_bytes == pytest.approx(CONV.weight_bytes * 0.33, rel=0.05)  # 216 KB beside an own cache of 256 KB
     shifted = dense_counts(replace(CONV, groups=96, oc=192), MACHINE)
     assert shifted.shifted == 14 * 14 * 9 * 192 and shifted.call == 1
     assert shifted.flop == shifted.patches == shifted.packed_bytes == 0
     # A 1x1 window with stride 2 meets a quarter of the pixels.
     skips = dense_counts(ConvShape(4096, 14, 14, 96, 64, 1, 1, strides=(2, 2)), MACHINE)
-    assert skips.patches == 0 and skips.pixels == 4096 * 7 * 7 * 96
+    assert skips.patches == 0 and skips.tiles == 4096 * 7 * 2 * 8
+    # Weights are packed for each image, and for all of them at once where an image is one pixel; a single one needs no packing.
+    assert skips.packed_bytes == 4096 * 96 * 64 * 4
+    pixel, pixels = (dense_counts(ConvShape(n, 1, 1, 96, 64, 1, 1), MACHINE) for n in (1, 4096))
+    assert (pixel.packed_bytes, pixels.packed_bytes) == (0, 96 * 64 * 4) and pixel.kernel_bytes == pixels.kernel_bytes
     assert skips.activation_bytes == pytest.approx(4096 * 7 * 7 * (96 + 64) * 4, rel=0.01)
     small, large = (dense_counts(CONV.with_batch(n), MACHINE) for n in (1, 4096))
     assert small.activation_bytes < 1 and large.activation_bytes > 4096 * 0.99 * (CONV.input_bytes + CONV.output_bytes)
@@ -132,8 +136,11 @@ def test_dense_counts():
     (12, 8, 2 * 4), (12, 20, 2 * 6 + 2 * 4), (6, 17, 6 + 4)])  # one vector alone waits too, and lanes are filled up
 def test_what_dense_tiles_leave_idle(width, channels, cycles):
     shape = ConvShape(1, 1, width, 32, channels, 1, 3, padding=((0, 0), (1, 1)))
-    machine = replace(MACHINE, isa="avx2", lanes=8)
+    machine = replace(MACHINE, isa="avx2", lanes=8, fma_cycles=0.5)
     assert dense_counts(shape, machine).flop == pytest.approx(cycles * 2 * 2 * 8 * 32 * 3)
+    # Where an FMA takes longer, fewer of them wait for one another.
+    slow = replace(machine, fma_cycles=1.0)
+    assert dense_counts(ConvShape(1, 1, 12, 32, 8, 1, 1), slow).flop == 2 * 6 * 2 * 8 * 32
     # The pixels of all images are one row where windows are pixels.
     row = ConvShape(3, 2, width, 32, 16, 1, 1)
     assert dense_counts(row, machine).flop == pytest.approx(max(6 * width, 4 * -(-6 * width // 6)) * 2 * 2 * 8 * 32)
@@ -189,7 +196,7 @@ GOLDEN = {
         layer(64, 56, 64, 3): "2x7 2x7 dense dense dense",
         layer(1024, 14, 256, 1): "1x10 1x10 dense dense dense",
         layer(256, 13, 384, 3).with_batch(16): "1x13 1x13 dense dense dense",
-        layer(2048, 1, 1000, 1): "1x1 1x1 1x1 dense dense",
+        layer(2048, 1, 1000, 1): "1x1 1x1 dense dense dense",
     },
 }
 

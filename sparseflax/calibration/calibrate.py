@@ -7,7 +7,7 @@ import statistics
 import warnings
 from dataclasses import replace
 
-from sparseflax.calibration.fit import Errors, errors, fit
+from sparseflax.calibration.fit import Errors, by_kind, errors, fit
 from sparseflax.calibration.layers import fitting
 from sparseflax.calibration.samples import Sample, measure
 from sparseflax.conv import ffi
@@ -28,18 +28,19 @@ def calibrate(seconds: float = 50.0, isa: str | None = None) -> Machine:
     result is kept all the same, and its `source` and a RuntimeWarning say how far it may be off.
 
     Args:
-      seconds: for making and timing some 300 programs.
+      seconds: for making and timing some 400 programs.
       isa: instruction set of the sparse kernel; None takes the one that runs.
 
     Raises:
       ValueError: the native kernel does not run here, or not for `isa`.
     """
     start = describe(isa)
-    samples = measure(fitting(), seconds, isa=isa)  # None: as it will run, among all tables that the machine has
+    # None: as it will run, among all tables that the machine has. The kernel in eight bits runs beside that one alone.
+    samples = measure(fitting(), seconds, isa=isa, int8=start.isa == ffi.isa() and bool(ffi.kernels("int8")))
     machine = fit(samples, start)
     found = judge(samples, machine)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    source = f"calibrated {date}, median error {found['sparse'].median:.0%} sparse, {found['dense'].median:.0%} dense"
+    source = f"calibrated {date}, median error {', '.join(f'{error.median:.0%} {kind}' for kind, error in found.items())}"
     if wrong := doubts(samples, found):
         source += f"; in doubt, as {' and '.join(wrong)}: calibrate again when nothing else runs"
         warnings.warn(f"the machine was busy, or the model does not describe it: {' and '.join(wrong)}. Stored all the same; "
@@ -70,19 +71,15 @@ def describe(isa: str | None = None) -> Machine:
 
 def judge(samples: list[Sample], machine: Machine) -> dict[str, Errors]:
     """Errors of the fit by kind."""
-    return {kind: errors(some, machine) for kind, some in _by_kind(samples).items()}
+    return {kind: errors(some, machine) for kind, some in by_kind(samples).items() if some}
 
 
 def doubts(samples: list[Sample], found: dict[str, Errors]) -> list[str]:
     """Why a calibration may be off: a median error, a 90th percentile or a median spread above its bound."""
     wrong = []
-    for kind, some in _by_kind(samples).items():
-        spread = statistics.median(s.spread for s in some)
+    for kind in found:
+        spread = statistics.median(s.spread for s in by_kind(samples)[kind])
         wrong += [f"{what} ({kind}) is {value:.0%}, above {bound:.0%}" for what, value, bound in (
             ("the fit's median error", found[kind].median, MEDIAN), ("its 90th percentile", found[kind].high, HIGH),
             ("the spread of one program's times", spread, SPREAD)) if value > bound]
     return wrong
-
-
-def _by_kind(samples: list[Sample]) -> dict[str, list[Sample]]:
-    return {kind: [s for s in samples if (s.density is None) == (kind == "dense")] for kind in ("sparse", "dense")}

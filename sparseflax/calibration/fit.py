@@ -10,8 +10,9 @@ from scipy.optimize import lsq_linear
 
 from sparseflax.calibration.samples import Sample
 from sparseflax.cost.counts import dense_counts, tile_counts
+from sparseflax.cost.int8 import of_words, work_in
 from sparseflax.cost.machine import TYPICAL, Machine
-from sparseflax.cost.model import Work, conv_seconds, dense_seconds
+from sparseflax.cost.model import conv_seconds, dense_seconds
 from sparseflax.cost.rates import DenseCounts, SparseCounts
 
 PER_WEIGHT = ("fma", "weight", "wait", "spill", "kernel_bytes")
@@ -53,7 +54,7 @@ def fit(samples: Sequence[Sample], machine: Machine) -> Machine:
     convolution is fitted too, as a power of two.
 
     Args:
-      samples: sparse ones, and dense ones or none: then the dense rates stay as they are.
+      samples: sparse ones, and of the other kinds some or none: then the rates of these stay as they are.
       machine: with rates whose overlap is 1, so that the model is linear in them.
     """
     assert machine.fitted is not None and machine.fitted.overlap == 1
@@ -64,16 +65,21 @@ def fit(samples: Sequence[Sample], machine: Machine) -> Machine:
 
 def _with_rates(samples: Sequence[Sample], machine: Machine) -> Machine:
     assert machine.fitted is not None
-    sparse = [s for s in samples if s.density is not None]
-    dense = [s for s in samples if s.density is None]
-    rates = machine.fitted
-    rows = np.array([tile_counts(s.shape, s.density, machine) for s in sparse if s.density is not None])
-    scale = np.array([[s.density if name in PER_WEIGHT else 1.0 for name in SparseCounts._fields] for s in sparse])
-    rates = replace(rates, sparse=SparseCounts(*_least(rows * scale, sparse, TYPICAL.sparse)))
-    if dense:
+    rates, kinds = machine.fitted, by_kind(samples)
+    for kind in ("sparse", "int8"):
+        if some := kinds[kind]:
+            rows = np.array([tile_counts(of_words(s.shape) if s.int8 else s.shape, s.density or 1.0, machine) for s in some])
+            scale = np.array([[s.density if name in PER_WEIGHT else 1.0 for name in SparseCounts._fields] for s in some])
+            rates = replace(rates, **{kind: SparseCounts(*_least(rows * scale, some, TYPICAL.sparse))})
+    if dense := kinds["dense"]:
         rows = np.array([dense_counts(s.shape, machine) for s in dense])
         rates = replace(rates, dense=DenseCounts(*_least(rows, dense, TYPICAL.dense)))
     return replace(machine, fitted=rates)
+
+
+def by_kind(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Samples of sparse and dense convolutions, and of those in eight bits."""
+    return {kind: [s for s in samples if s.kind == kind] for kind in ("sparse", "dense", "int8")}
 
 
 def errors(samples: Sequence[Sample], machine: Machine) -> Errors:
@@ -83,12 +89,11 @@ def errors(samples: Sequence[Sample], machine: Machine) -> Errors:
 def predict(samples: Sequence[Sample], machine: Machine) -> np.ndarray:
     """Seconds (samples,) that the cost model gives."""
     seconds = np.empty(len(samples))
-    for sparse in (False, True):
-        chosen = [i for i, s in enumerate(samples) if (s.density is not None) == sparse]
-        if chosen:
-            work = Work.stack([samples[i].shape for i in chosen], machine)
-            density = np.array([samples[i].density for i in chosen], np.float32) if sparse else None
-            seconds[chosen] = conv_seconds(work, density, machine) if sparse else dense_seconds(work, machine)
+    for kind in by_kind(samples):
+        if chosen := [i for i, s in enumerate(samples) if s.kind == kind]:
+            work, its = work_in("int8" if kind == "int8" else "float32", [samples[i].shape for i in chosen], machine)
+            density = np.array([samples[i].density or 1.0 for i in chosen], np.float32)
+            seconds[chosen] = dense_seconds(work, its) if kind == "dense" else conv_seconds(work, density, its)
     return seconds
 
 

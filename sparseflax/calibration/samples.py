@@ -12,12 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseflax import sparse_conv
+from sparseflax.conv.int8 import LANES, Quantization, pack_int8
+from sparseflax.conv.int8_primitive import int8_conv
 from sparseflax.conv.primitive import dense_conv
 from sparseflax.conv.window import Window
 from sparseflax.cost.progress import progress
@@ -34,19 +37,26 @@ class Sample:
 
     Attributes:
       shape: of the layer.
-      density: kept / all of its weights, None for the dense convolution.
+      density: kept / all of its weights, in eight bits of its words; None for the dense convolution.
       seconds: of a call inside a program, lower quartile over the rounds.
       spread: distance of the quartiles over the rounds / median.
+      int8: whether in eight bits.
     """
 
     shape: ConvShape
     density: float | None
     seconds: float
     spread: float
+    int8: bool = False
+
+    @property
+    def kind(self) -> str:
+        """"dense", "sparse" or "int8"."""
+        return "dense" if self.density is None else "int8" if self.int8 else "sparse"
 
 
 def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float, *, isa: str | None = None,
-            dense: bool = True, rounds: int = 5) -> list[Sample]:
+            dense: bool = True, int8: bool = False, rounds: int = 5) -> list[Sample]:
     """Times layers, each dense and at some densities, all with bias and ReLU.
 
     Args:
@@ -54,15 +64,17 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
       seconds: for making and timing the programs; `rounds` are timed in any case.
       isa: instruction set of our kernel, None for what it chooses.
       dense: whether to time dense convolutions too.
+      int8: whether to time every other one at its first density in eight bits too.
       rounds: at least.
     """
     end = time.perf_counter() + seconds
     draw = np.random.default_rng(0)
-    programs: list[tuple[ConvShape, float | None, Callable[[], jax.Array]]] = []
+    programs: list[tuple[ConvShape, float | None, bool, Callable[[], jax.Array]]] = []
     layers = list(layers)
     with progress("making programs", len(layers)) as advance:
         for i, (shape, densities) in enumerate(layers, 1):
             programs += _programs(shape, densities, draw, isa, dense)
+            programs += _programs_in_eight_bits(shape, densities[:1] if int8 and i % 2 else (), draw)
             advance(i, str(shape))
     calls = [_nothing(), *(call for *_, call in programs)]
     times: list[list[float]] = [[] for _ in calls]
@@ -81,7 +93,8 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
     finally:
         gc.enable()
     nothing = float(np.quantile(times[0], QUARTILE))
-    return [_sample(shape, density, ts, nothing) for (shape, density, _), ts in zip(programs, times[1:], strict=True)]
+    return [_sample(shape, density, int8, ts, nothing)
+            for (shape, density, int8, _), ts in zip(programs, times[1:], strict=True)]
 
 
 def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Generator, isa: str | None, dense: bool):
@@ -101,15 +114,35 @@ def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Gene
         return sparse_conv(x, packed, bias, strides=shape.strides, padding=shape.padding, kernel_dilation=shape.kernel_dilation,
                            feature_group_count=shape.groups, activation="relu", kernel=isa)
 
-    def call(program, *operands):
-        program(*operands).block_until_ready()  # compiles
-        return lambda: program(*operands).block_until_ready()
-
     if dense:
-        yield shape, None, call(unpruned, x, jnp.asarray(kernel), bias)
+        yield shape, None, False, _compiled(unpruned, x, jnp.asarray(kernel), bias)
     for density in densities:
         packed = shape.pack(kernel * (chance < density))
-        yield shape, packed.density, call(ours, x, packed, bias)
+        yield shape, packed.density, False, _compiled(ours, x, packed, bias)
+
+
+def _programs_in_eight_bits(shape: ConvShape, densities: Sequence[float], draw: np.random.Generator):
+    """Of uint8 images, as they are inside a network, with whole words pruned."""
+    steps = Quantization(0.02, 0)
+    x = steps.quantize(jnp.asarray(draw.random((shape.n, shape.ih, shape.iw, shape.ic), np.float32)))
+    kh, kw, channels, oc = shape.kernel_shape
+    kernel, bias = draw.standard_normal(shape.kernel_shape, np.float32), jnp.zeros(shape.oc, jnp.float32)
+
+    @jax.jit
+    def ours(x, packed, bias):
+        return int8_conv(x, packed, bias, strides=shape.strides, padding=shape.padding, kernel_dilation=shape.kernel_dilation,
+                         feature_group_count=shape.groups, activation="relu", output=steps).values
+
+    for density in densities:
+        kept = draw.random((kh, kw, -(-channels // LANES), oc), np.float32) < density
+        packed = pack_int8(kernel * kept.repeat(LANES, 2)[:, :, :channels], steps, shape.groups)
+        yield shape, packed.density, True, _compiled(ours, x, packed, bias)
+
+
+def _compiled(program: Callable[..., jax.Array], *operands: Any) -> Callable[[], jax.Array]:
+    """A call of a program, which is compiled here."""
+    program(*operands).block_until_ready()
+    return lambda: program(*operands).block_until_ready()
 
 
 def _nothing() -> Callable[[], jax.Array]:
@@ -135,6 +168,6 @@ def _burst(call: Callable[[], jax.Array]) -> list[float]:
     return times
 
 
-def _sample(shape: ConvShape, density: float | None, times: list[float], nothing: float) -> Sample:
+def _sample(shape: ConvShape, density: float | None, int8: bool, times: list[float], nothing: float) -> Sample:
     low, median, high = np.quantile(times, (QUARTILE, 0.5, 1 - QUARTILE))
-    return Sample(shape, density, float(max(low - nothing, 0.1 * low)), float((high - low) / median))
+    return Sample(shape, density, float(max(low - nothing, 0.1 * low)), float((high - low) / median), int8)

@@ -118,36 +118,37 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
                                    activation_bytes=float(shape.input_bytes + shape.output_bytes))
     rows, taps, icg = shape.n * shape.oh * shape.ow, shape.kh * shape.kw, shape.ic // shape.groups
     depthwise, moved = shape.groups > 1 and icg == 1, float(_read_bytes(shape) + shape.output_bytes)
+    kernel = shape.weight_bytes * (not depthwise) * (shape.n if shape.oh * shape.ow > 1 else 1)
     product, shared = float(not depthwise), machine.threads > 1 and shape.flops >= 2 * ALONE
-    flop = 0.0 if depthwise else shape.flops * _idle(shape, machine)
+    tiles = [] if depthwise else _dense_tiles(shape, machine)
+    # Lanes without a channel are idle, and a tile of few FMAs waits for the sums of the ones before.
+    least = LATENCY / (machine.fma_cycles or ffi.tables().get(machine.isa, 0.5))
+    flop = 2 * machine.lanes * taps * icg * sum(count * max(pixels * vectors, least) for count, pixels, vectors in tiles)
     return DenseCounts(
         flop=flop,
         deep=flop * taps * icg / (taps * icg + 1000),
         shifted=float(rows * taps * shape.oc * depthwise),
         patches=shape.n * shape.ih * shape.iw * shape.ic * product * any(map(any, shape.padding)),
-        pixels=rows * shape.ic * product * (taps == 1),
-        outputs=float(rows * shape.oc * math.ceil(taps * icg / DENSE_TAPS)),
-        kernel_bytes=shape.weight_bytes * product * _beyond(shape.weight_bytes, machine.l2_bytes),
-        packed_bytes=shape.weight_bytes * product,
+        tiles=float(sum(count for count, *_ in tiles) * math.ceil(taps * icg / DENSE_TAPS)),
+        kernel_bytes=kernel * _beyond(shape.weight_bytes, machine.l2_bytes),
+        packed_bytes=kernel * (rows > 1),
         activation_bytes=moved * _beyond(moved, machine.l3_bytes // 4),
         split=float(shared),
         call=1.0)
 
 
-def _idle(shape: ConvShape, machine: Machine) -> float:
-    """Cycles of the dense kernel's FMAs over those that their number takes: lanes without a channel, and tiles of so few FMAs
-    that each waits for the sum before it, or for the loads."""
-    vectors = DENSE_VECTORS[machine.isa in FEW_REGISTERS]
-    channels, pixels = shape.oc // shape.groups, shape.ow
+def _dense_tiles(shape: ConvShape, machine: Machine) -> list[tuple[int, int, int]]:
+    """The dense kernel's tiles: (how many, pixels, vectors of output channels)."""
+    most, channels = DENSE_VECTORS[machine.isa in FEW_REGISTERS], shape.oc // shape.groups
+    rows, pixels = shape.n * shape.oh, shape.ow
     if shape.kh * shape.kw == 1 and shape.strides == (1, 1) and not any(map(any, shape.padding)):
-        pixels = shape.n * shape.oh * shape.ow  # one row
-    lanes = -(-channels // machine.lanes)
-    panels = [vectors] * (lanes // vectors) + [lanes % vectors] * (lanes % vectors > 0)
-    tiles = -(-pixels // DENSE_PIXELS)
-    few, more = divmod(pixels, tiles)
-    cycles = sum(count * max(tile * panel / 2, (tile + panel) / 2, LATENCY)
-                 for tile, count in ((few, tiles - more), (few + 1, more)) for panel in panels)
-    return cycles / (pixels * channels / machine.lanes / 2)
+        rows, pixels = 1, rows * pixels
+    whole, rest = divmod(-(-channels // machine.lanes), most)
+    across = -(-pixels // DENSE_PIXELS)
+    few, more = divmod(pixels, across)
+    return [(shape.groups * rows * count * panels, tile, vectors)
+            for tile, count in ((few, across - more), (few + 1, more)) for panels, vectors in ((whole, most), (1, rest))
+            if count * panels * vectors]
 
 
 def _read_bytes(shape: ConvShape) -> float:

@@ -21,7 +21,8 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
 
         t(layer, density of words) = t_float32(layer with ceil(ic / 4) channels, density)
 
-    but for multiply-adds, which take the machine's time for four products, and outputs, of which each is a byte.
+    at the rates of a calibration in eight bits. Where there was none they are those of float32, but for multiply-adds, which
+    take the machine's time for four products, and outputs, of which each is a byte.
 
     Args:
       shape: the layer.
@@ -31,7 +32,7 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
     Raises:
       ValueError: as `conv_seconds`.
     """
-    return float(conv_seconds(_of_words(shape), density, for_words(machine)))
+    return float(conv_seconds(of_words(shape), density, for_words(machine)))
 
 
 def work_in(precision: str, shapes: Iterable[ConvShape], machine: Machine) -> tuple[Work, Machine]:
@@ -44,10 +45,10 @@ def work_in(precision: str, shapes: Iterable[ConvShape], machine: Machine) -> tu
     work = Work.stack(shapes, machine)
     if precision == "float32":
         return work, machine
-    return Work.stack(map(_of_words, shapes), machine)._replace(dense=work.dense), for_words(machine)
+    return Work.stack(map(of_words, shapes), machine)._replace(dense=work.dense), for_words(machine)
 
 
-def _of_words(shape: ConvShape) -> ConvShape:
+def of_words(shape: ConvShape) -> ConvShape:
     """The layer with a channel for each word."""
     return replace(shape, ic=shape.groups * -(-shape.ic // shape.groups // LANES))
 
@@ -60,6 +61,8 @@ def for_words(machine: Machine) -> Machine:
     if machine.fitted is None:
         return replace(machine, alpha=machine.alpha * ratio)
     sparse = machine.fitted.sparse
+    if machine.fitted.int8 is not None:
+        return replace(machine, fitted=replace(machine.fitted, sparse=machine.fitted.int8))
     output_bytes = sparse.output_bytes / 4  # one for each float32
     sparse = sparse._replace(fma=sparse.fma * ratio, spill=sparse.spill * ratio, output_bytes=output_bytes)
     return replace(machine, fitted=replace(machine.fitted, sparse=sparse))

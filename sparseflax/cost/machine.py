@@ -94,17 +94,19 @@ TYPICAL = Rates(
     SparseCounts(fma=2.8e-10, weight=2.4e-10, wait=7e-11, spill=5e-11, kernel_bytes=1e-11, visit=1e-9, accumulate=5.5e-10,
                  store=1.5e-9, pack=9e-10, input_bytes=4e-12, output_bytes=1.5e-11, memory_bytes=2e-11, split=5e-6,
                  call=1.5e-6),
-    DenseCounts(flop=1.0e-11, deep=2e-12, shifted=7e-11, patches=1e-11, pixels=3e-11, outputs=5e-11, kernel_bytes=1.5e-11,
+    DenseCounts(flop=1.0e-11, deep=2e-12, shifted=7e-11, patches=1e-11, tiles=1e-8, kernel_bytes=3e-11,
                 packed_bytes=1.5e-11, activation_bytes=2e-11, split=4e-6, call=3e-6),
     overlap=1.0)
+UNCOUNTED = "far", "lone", "group_taps", "odd", "pixels", "outputs"  # dense rates of earlier versions
 TYPICAL_PEAK = 92e9  # flop/s of a matrix product where its dense rates were fitted
 
 
 def to_dict(machine: Machine) -> dict[str, Any]:
     """A machine in plain dicts, strings and numbers, for `json.dump`; `from_dict` is the inverse."""
-    rates = machine.fitted and {"sparse": machine.fitted.sparse._asdict(), "dense": machine.fitted.dense._asdict(),
-                                "overlap": machine.fitted.overlap}
-    return asdict(machine) | {"fitted": rates}
+    rates = machine.fitted
+    plain = rates and {"sparse": rates.sparse._asdict(), "dense": rates.dense._asdict(), "overlap": rates.overlap,
+                       "int8": rates.int8 and rates.int8._asdict()}
+    return asdict(machine) | {"fitted": plain}
 
 
 def from_dict(fields: dict[str, Any]) -> Machine:
@@ -118,7 +120,11 @@ def from_dict(fields: dict[str, Any]) -> Machine:
     if wrong:
         raise ValueError(f"{wrong}, wanted whole numbers that are not negative")
     rates = fields["fitted"]
-    # Rates of XLA's dense convolutions, as they once were fitted, are dropped: no layer asks for them.
-    dense = rates and {name: rate for name, rate in rates["dense"].items() if name not in ("far", "lone", "group_taps", "odd")}
-    fitted = rates and Rates(SparseCounts(**rates["sparse"]), DenseCounts(**dense), rates["overlap"])
-    return Machine(**{**fields, "fitted": fitted})
+    return Machine(**{**fields, "fitted": rates and _rates(**rates)})
+
+
+def _rates(sparse: dict[str, float], dense: dict[str, float], overlap: float, int8: dict[str, float] | None = None) -> Rates:
+    """Rates from plain dicts. What was once fitted of counts that no layer has any more is dropped, what was not is typical."""
+    counted = {name: rate for name, rate in dense.items() if name not in UNCOUNTED}
+    return Rates(SparseCounts(**sparse), TYPICAL.dense._replace(**counted), overlap,
+                 None if int8 is None else SparseCounts(**int8))

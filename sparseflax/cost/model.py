@@ -112,7 +112,7 @@ def dense_seconds(shape: ConvShape | Work, machine: Machine) -> jax.Array:
     """
     counts = shape.dense if isinstance(shape, Work) else dense_counts(shape.one, machine)
     seconds = DenseCounts(*(jnp.asarray(count * rate, float) for count, rate in zip(counts, machine.rates.dense, strict=True)))
-    arithmetic = seconds.flop + seconds.deep + seconds.shifted + seconds.patches + seconds.pixels + seconds.outputs
+    arithmetic = seconds.flop + seconds.deep + seconds.shifted + seconds.patches + seconds.tiles
     traffic = seconds.kernel_bytes + seconds.packed_bytes + seconds.activation_bytes
     return shape.layers * (seconds.call + seconds.split + _overlapped(arithmetic, traffic, machine.rates.overlap))
 

@@ -54,10 +54,9 @@ class DenseCounts(NamedTuple):
       deep: the same, times K / (K + 1000) for K inputs of an output: long sums leave the first cache.
       shifted: multiply-adds of a depthwise convolution.
       patches: inputs copied, with a border around them.
-      pixels: inputs of a 1x1 convolution, which meet few operations each.
-      outputs: written, or added to, once for each part of the taps that is packed at a time.
-      kernel_bytes: that do not stay in the core's own cache.
-      packed_bytes: of the kernel.
+      tiles: of sums, once for each part of the taps that is packed at a time.
+      kernel_bytes: that do not stay in the core's own cache, once for each image.
+      packed_bytes: of the kernel, likewise; none of a single pixel, for which it is read as it lies.
       activation_bytes: of input and output, that do not stay in a quarter of the last cache.
       split: 1 where threads share the work.
       call: 1.
@@ -67,8 +66,7 @@ class DenseCounts(NamedTuple):
     deep: Any
     shifted: Any
     patches: Any
-    pixels: Any
-    outputs: Any
+    tiles: Any
     kernel_bytes: Any
     packed_bytes: Any
     activation_bytes: Any
@@ -88,16 +86,20 @@ class Rates:
       sparse, dense: in the units of the counts.
       overlap: P of the smooth maximum of arithmetic and traffic. 1 adds them up: nothing overlaps; with 8 the shorter is
         all but hidden.
+      int8: as `sparse`, of the kernel in eight bits, in the counts of a layer with a channel for each word; None where that was
+        not timed.
     """
 
     sparse: SparseCounts
     dense: DenseCounts
     overlap: float
+    int8: SparseCounts | None = None
 
     def __post_init__(self):
-        wrong = {name: value for part in (self.sparse, self.dense) for name, value in part._asdict().items()
+        parts = [part for part in (self.sparse, self.dense, self.int8) if part is not None]
+        wrong = {name: value for part in parts for name, value in part._asdict().items()
                  if not (isinstance(value, (int, float)) and 0 <= value < math.inf)}
-        if wrong or not 1 <= self.overlap < math.inf or not min(sum(self.sparse), sum(self.dense)) > 0:
+        if wrong or not 1 <= self.overlap < math.inf or not min(map(sum, parts)) > 0:
             raise ValueError(f"rates {wrong or self}: seconds per count have to be finite, none negative, not all of them "
                              "zero, and `overlap` at least 1")
 
