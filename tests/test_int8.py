@@ -234,7 +234,7 @@ def test_the_border_checks_again():
     if not ffi.available:
         pytest.skip("no native module")
     packed, x = pack_int8(draw(3, 3, 4, 3), INPUTS), jnp.zeros((1, 5, 5, 4), jnp.uint8)
-    rescale = int8_primitive.Rescale(7, 0, 0, -1.0, 300.0, False)
+    rescale = int8_primitive.Rescale(7, 0, 0, -1.0, 300.0, False, 1.0, 1.0)
     window = Window((1, 1), ((1, 1), (1, 1)), (1, 1))
     with pytest.raises(jax.errors.JaxRuntimeError, match="bounds do not fit uint8"):
         int8_primitive.bind_int8(x, packed.words, packed.sums, packed.scale, packed.scale, pattern=packed.pattern,

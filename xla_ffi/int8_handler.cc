@@ -1,4 +1,4 @@
-// The border to XLA of int8 convolutions: as handler.cc, with uint8 images, words of four weights, and a Rescale.
+// The border to XLA of int8 convolutions: as handler.cc, with uint8 images, words of four weights, and Scales.
 #include <algorithm>
 #include <cmath>
 #include <exception>
@@ -18,7 +18,7 @@ namespace {
 struct Int8State {
   static ffi::TypeId id;
   std::unique_ptr<Conv> conv;
-  Rescale rescale{};  // without its arrays
+  Scales scales{};  // without its arrays
 };
 ffi::TypeId Int8State::id = {};
 const auto kStateInfo = ffi::MakeTypeInfo<Int8State>();
@@ -27,8 +27,8 @@ ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument
 
 ffi::ErrorOr<std::unique_ptr<Int8State>> Instantiate(ffi::Span<const uint8_t> gaps, ffi::Span<const int64_t> layout,
                                                      ffi::Span<const int64_t> window, ffi::Span<const int64_t> zeros,
-                                                     ffi::Span<const float> bounds, std::string_view kernel) {
-  if (layout.size() != 6 || window.size() != 8 || zeros.size() != 3 || bounds.size() != 2) {
+                                                     ffi::Span<const float> numbers, std::string_view kernel) {
+  if (layout.size() != 6 || window.size() != 8 || zeros.size() != 3 || numbers.size() != 5) {
     return ffi::Unexpected(Invalid("malformed attributes"));
   }
   if (std::any_of(zeros.begin(), zeros.end(), [](int64_t zero) { return zero < 0 || zero > 255; })) {
@@ -47,17 +47,20 @@ ffi::ErrorOr<std::unique_ptr<Int8State>> Instantiate(ffi::Span<const uint8_t> ga
   std::string error;
   state->conv = Conv::Make(s, gaps.begin(), static_cast<int64_t>(gaps.size()), isa, &error, Element::kInt8);
   if (!error.empty()) return ffi::Unexpected(Invalid(error));
-  Rescale& rescale = state->rescale;
-  rescale.zero_in = static_cast<int32_t>(zeros[0]);
-  rescale.zero = static_cast<int32_t>(zeros[1]);
-  rescale.zero_residual = static_cast<int32_t>(zeros[2]);
-  rescale.low = bounds[0];
-  rescale.high = bounds[1];
+  Scales& scales = state->scales;
+  scales.zero_in = static_cast<int32_t>(zeros[0]);
+  scales.zero = static_cast<int32_t>(zeros[1]);
+  scales.zero_residual = static_cast<int32_t>(zeros[2]);
+  scales.low = numbers[0];
+  scales.high = numbers[1];
+  scales.in = numbers[2];
+  scales.out = numbers[3];
+  scales.residual = numbers[4];
   return state;
 }
 
 ffi::Error Execute(Int8State* state, ffi::ThreadPool pool, ffi::BufferR4<ffi::U8> x, ffi::BufferR1<ffi::S32> words,
-                   ffi::BufferR1<ffi::S32> sums, ffi::BufferR1<ffi::F32> scale, ffi::BufferR1<ffi::F32> offset, ffi::RemainingArgs rest,
+                   ffi::BufferR1<ffi::S32> sums, ffi::BufferR1<ffi::F32> scale, ffi::BufferR1<ffi::F32> bias, ffi::RemainingArgs rest,
                    ffi::Result<ffi::AnyBuffer> y) {
   const Shape& s = state->conv->shape();
   const auto in = x.dimensions(), out = y->dimensions();
@@ -67,28 +70,24 @@ ffi::Error Execute(Int8State* state, ffi::ThreadPool pool, ffi::BufferR4<ffi::U8
     return Invalid("the pattern keeps " + std::to_string(state->conv->nnz()) + " words, " + std::to_string(words.element_count()) +
                    " are given");
   }
-  for (size_t count : {sums.element_count(), scale.element_count(), offset.element_count()}) {
-    if (static_cast<int64_t>(count) != s.oc) return Invalid("sums, scale or offset do not fit the kernel");
+  for (size_t count : {sums.element_count(), scale.element_count(), bias.element_count()}) {
+    if (static_cast<int64_t>(count) != s.oc) return Invalid("sums, scale or bias do not fit the kernel");
   }
-  Rescale rescale = state->rescale;
-  rescale.scale = scale.typed_data();
-  rescale.offset = offset.typed_data();
-  rescale.to_float = y->element_type() == ffi::F32;
-  if (!rescale.to_float) {
+  Scales scales = state->scales;
+  scales.weight = scale.typed_data();
+  scales.bias = bias.typed_data();
+  scales.to_float = y->element_type() == ffi::F32;
+  if (!scales.to_float) {
     if (y->element_type() != ffi::U8) return Invalid("y is neither uint8 nor float32");
-    const float least = static_cast<float>(-rescale.zero), most = static_cast<float>(255 - rescale.zero);
-    if (!(least <= rescale.low && rescale.low <= rescale.high && rescale.high <= most)) return Invalid("bounds do not fit uint8");
+    const float least = static_cast<float>(-scales.zero), most = static_cast<float>(255 - scales.zero);
+    if (!(least <= scales.low && scales.low <= scales.high && scales.high <= most)) return Invalid("bounds do not fit uint8");
   }
-  Buffers buffers = {x.typed_data(), words.typed_data(), sums.typed_data(), nullptr, y->untyped_data(), &rescale};
-  if (rest.size() == 2) {
+  Buffers buffers = {x.typed_data(), words.typed_data(), sums.typed_data(), nullptr, y->untyped_data(), &scales};
+  if (rest.size() == 1) {
     const auto residual = rest.get<ffi::BufferR4<ffi::U8>>(0);
-    const auto ratio = rest.get<ffi::BufferR1<ffi::F32>>(1);
     if (!residual.has_value()) return residual.error();
-    if (!ratio.has_value()) return ratio.error();
     if (!std::equal(out.begin(), out.end(), residual->dimensions().begin())) return Invalid("residual does not fit y");
-    if (static_cast<int64_t>(ratio->element_count()) != s.oc) return Invalid("ratio does not fit the kernel");
     buffers.residual = residual->typed_data();
-    rescale.ratio = ratio->typed_data();
   } else if (rest.size() != 0) {
     return Invalid("wrong number of operands");
   }
@@ -107,7 +106,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<ffi::Span<const int64_t>>("layout")
                            .Attr<ffi::Span<const int64_t>>("window")
                            .Attr<ffi::Span<const int64_t>>("zeros")
-                           .Attr<ffi::Span<const float>>("bounds")
+                           .Attr<ffi::Span<const float>>("numbers")
                            .Attr<std::string_view>("kernel"));
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind()

@@ -53,7 +53,7 @@ struct Plan {
   void FillLists(const std::vector<uint8_t>& gaps, int64_t nnz);
   Place PlaceOf(int64_t unit, const Sharing& sharing) const;
   void Rows(const Buffers& b, const Place& at, const Word* rows[kMaxLanes]) const;
-  void Unit(const Buffers& b, int activation, const Place& at, const Place& next) const;
+  void Unit(const Buffers& b, const Rescale* rescaled, int activation, const Place& at, const Place& next) const;
   void VisitPruned(Visit visit, int64_t channels_here) const;
   int64_t Split(int64_t g, int64_t part, int64_t parts) const;
 };

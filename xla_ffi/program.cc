@@ -261,10 +261,9 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
       case Op::kConvInt8: {
         const auto zero = [&](size_t at) { return static_cast<int32_t>(p[at]); };
         const auto number = [&](size_t at) { return at < step.numbers.size() ? step.numbers[at] : 0.0f; };
-        const Rescale rescale{operand(2), operand(3), p[18] != 0 ? operand(4) : nullptr, step.numbers[0], step.numbers[1],
-                              zero(14), zero(15), zero(16), p[17] != 0, p[19] != 0 ? operand(5) : nullptr,
-                              number(2), number(3), number(4)};
-        Buffers b{x.data, operand(0), operand(1), nullptr, y.data, &rescale, x.pixel / 4, y.pixel};
+        const Scales scales{{number(0), number(1), zero(14), zero(15), zero(16), p[17] != 0, number(5), number(6), number(7)},
+                            operand(2), operand(3), number(2), number(3), number(4), p[19] != 0, number(8)};
+        Buffers b{x.data, operand(0), operand(1), nullptr, y.data, &scales, x.pixel / 4, y.pixel};
         if (p[18] != 0) b.residual = At<uint8_t>(call, step.args[1]).data;
         const std::string error = step.conv->Run(call.count, x.h, x.w, y.h, y.w, b, 0, call.executor);
         if (!error.empty()) return "step " + std::to_string(i) + ": " + error;

@@ -24,7 +24,7 @@ enum class Op : int64_t {
   kReduce, kEnd
 };
 
-constexpr int64_t kProgramVersion = 6;       // as VERSION in program.py
+constexpr int64_t kProgramVersion = 7;       // as VERSION in program.py
 constexpr int64_t kMost = int64_t{1} << 31;  // images, and elements of one
 inline int64_t AlignLines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -154,25 +154,24 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       if (!error.empty()) return error;
       return operand(0, step.conv->nnz()) && (p[15] == 0 || operand(1, s.oc)) ? "" : wrong;
     }
-    case Op::kConvInt8: {  // 6 of the layout, 8 of the window, zeros of x, y and the residual, to float, has residual, inner; bounds
+    case Op::kConvInt8: {  // 6 of the layout, 8 of the window, zeros of x, y and the residual, to float, has residual, rounds; see Scales
       if (std::min({p[14], p[15], p[16]}) < 0 || std::max({p[14], p[15], p[16]}) > 255 || !flag(p[17]) || !flag(p[18]) || !flag(p[19]) || p[19] > p[18]) {
         return "unknown epilogue";
       }
       const Shape& s = step.conv->shape();
       const size_t residual = static_cast<size_t>(p[18]), inner = static_cast<size_t>(p[19]);
-      if (!counts(1 + residual, 4 + residual + inner, 20, 2 + 3 * inner) || x[0]->c != 4 * s.ic() || y.c != s.oc) return wrong;
+      if (!counts(1 + residual, 4, 20, 5 + 4 * inner) || x[0]->c != 4 * s.ic() || y.c != s.oc) return wrong;
       const float low = step.numbers[0], high = step.numbers[1];
       if (p[17] == 0 && !(static_cast<float>(-p[15]) <= low && low <= high && high <= static_cast<float>(255 - p[15]))) {
         return "its bounds do not fit uint8";
       }
-      if (inner == 1 && !(-255 <= step.numbers[2] && step.numbers[2] <= step.numbers[3] && step.numbers[3] <= 255)) {
+      if (inner == 1 && !(-255 <= step.numbers[5] && step.numbers[5] <= step.numbers[6] && step.numbers[6] <= 255)) {
         return "its inner bounds do not fit uint8";
       }
       if (residual == 1 && !same(*x[1], y)) return wrong;
       const std::string error = step.conv->Fits(x[0]->h, x[0]->w, y.h, y.w);
       if (!error.empty()) return error;
-      return operand(0, step.conv->nnz(), Type::kInt32) && operand(1, s.oc, Type::kInt32) && operand(2, s.oc) && operand(3, s.oc) &&
-                     (residual == 0 || operand(4, s.oc)) && (inner == 0 || operand(5, s.oc)) ? "" : wrong;
+      return operand(0, step.conv->nnz(), Type::kInt32) && operand(1, s.oc, Type::kInt32) && operand(2, s.oc) && operand(3, s.oc) ? "" : wrong;
     }
     case Op::kDepthwise: {  // filter, activation, has bias, reads bytes, writes bytes; scale and zero of either
       if (!depthwise || !filter(0) || p[8] < 0 || p[8] > 2 || !flag(p[9]) || !flag(p[10]) || !flag(p[11])) return "malformed";

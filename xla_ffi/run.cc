@@ -1,6 +1,9 @@
 // Runs a plan: packs panels, visits them, stores tiles.
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <iterator>
+#include <optional>
 
 #include "arena.h"
 #include "plan.h"
@@ -9,6 +12,41 @@ namespace sparseflax {
 namespace {
 
 size_t Align(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The nearest of 16 significant bits, ties to even.
+float Of16Bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isfinite(value)) bits = (bits + 127 + (bits >> 8 & 1)) & ~uint32_t{255};
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// A Rescale and its arrays, made of Scales; and where sums start: sum (x - zero) w = sum (x - shift) w - (zero - shift) sum w.
+class PerChannel : public Rescale {
+ public:
+  PerChannel(const Scales& s, const int32_t* sums, int64_t oc, int shift, bool residual)
+      : Rescale{s, nullptr, nullptr, nullptr, nullptr}, arrays_(static_cast<size_t>(4 * oc)), starts_(static_cast<size_t>(oc)) {
+    float *const to_scale = arrays_.data(), *const to_offset = to_scale + oc, *const to_ratio = to_offset + oc, *const to_inner = to_ratio + oc;
+    for (int64_t k = 0; k < oc; ++k) {
+      const float unit = s.weight[k] * s.in;
+      to_offset[k] = s.bias[k] / unit;
+      to_scale[k] = s.rounds ? s.out : s.weight[k] * s.out;
+      to_ratio[k] = s.rounds ? s.residual : Of16Bits(s.residual / unit);
+      to_inner[k] = s.weight[k] * s.inner;
+      starts_[static_cast<size_t>(k)] = static_cast<Word>((shift - s.zero_in) * static_cast<int64_t>(sums[k]));
+    }
+    scale = to_scale;
+    offset = to_offset;
+    ratio = residual ? to_ratio : nullptr;
+    inner = s.rounds ? to_inner : nullptr;
+  }
+  const Word* starts() const { return starts_.data(); }
+
+ private:
+  std::vector<float> arrays_;
+  std::vector<Word> starts_;
+};
 
 }  // namespace
 
@@ -41,7 +79,7 @@ void Plan::Rows(const Buffers& b, const Place& at, const Word* rows[kMaxLanes]) 
   }
 }
 
-void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& next) const {
+void Plan::Unit(const Buffers& b, const Rescale* rescaled, int activation, const Place& at, const Place& next) const {
   const int64_t k0 = at.k0, channels = at.k1 - at.k0;
   if (channels <= 0) return;
   const Shape& s = shape;
@@ -57,7 +95,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   const Word* rows_ahead[kMaxLanes];
   const char* residual[kMaxLanes];
   char* out[kMaxLanes];
-  const int64_t out_bytes = b.rescale != nullptr ? b.rescale->bytes() : 4, residual_bytes = b.rescale != nullptr ? 1 : 4;
+  const int64_t out_bytes = rescaled != nullptr ? rescaled->bytes() : 4, residual_bytes = rescaled != nullptr ? 1 : 4;
   Rows(b, at, rows);
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t image = at.lane_group * c.bn + l / (c.by * c.bx);
@@ -70,7 +108,7 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   // An input that fits L2 is there already.
   const bool fetch = s.n * s.ih * s.iw * s.ic() * 4 > CacheBytes(2);
   alignas(64) Word outside[16];
-  std::fill(std::begin(outside), std::end(outside), b.rescale != nullptr ? static_cast<Word>(static_cast<uint32_t>(b.rescale->zero_in) * 0x01010101u) : 0);
+  std::fill(std::begin(outside), std::end(outside), rescaled != nullptr ? static_cast<Word>(static_cast<uint32_t>(rescaled->zero_in) * 0x01010101u) : 0);
   for (int64_t block = 0; block < s.blocks(); ++block) {
     const int64_t here = std::min(s.block, s.icg - block * s.block);
     const bool finite = !c.isa->pack({rows, table, slots.data(), c.packed, here, c.slots * lanes * 4, panel, outside});
@@ -90,12 +128,12 @@ void Plan::Unit(const Buffers& b, int activation, const Place& at, const Place& 
   }
   // Streaming pays when the output would not stay in the last cache anyway. Of a larger one others have their share.
   constexpr int64_t kOurs = int64_t{32} << 20;
-  const bool stream = b.rescale == nullptr && b.then == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.y_pixel % lanes == 0 && s.ocg() % lanes == 0 &&
+  const bool stream = rescaled == nullptr && b.then == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.y_pixel % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
   Rescale rescale{};
-  if (b.rescale != nullptr) {
+  if (rescaled != nullptr) {
     const int64_t first = at.g * s.ocg() + k0;
-    rescale = *b.rescale;
+    rescale = *rescaled;
     rescale.scale += first;
     rescale.offset += first;
     if (rescale.ratio != nullptr) rescale.ratio += first;
@@ -132,17 +170,17 @@ void Plan::VisitPruned(Visit visit, int64_t channels_here) const {
 void Plan::Run(const Buffers& called, int activation, Executor& executor) const {
   const Schedule& c = schedule;
   Buffers b = called;
-  std::vector<Word> starts_at;
-  if (b.rescale != nullptr) {  // sum (x - zero) w = sum (x - shift) w - (zero - shift) sum w
-    const Word* sums = static_cast<const Word*>(b.bias);
-    for (int64_t k = 0; k < shape.oc; ++k) starts_at.push_back(static_cast<Word>((c.isa->shift - b.rescale->zero_in) * static_cast<int64_t>(sums[k])));
-    b.bias = starts_at.data();
+  std::optional<PerChannel> channels;
+  if (b.scales != nullptr) {
+    channels.emplace(*b.scales, static_cast<const int32_t*>(b.bias), shape.oc, c.isa->shift, b.residual != nullptr);
+    b.bias = channels->starts();
   }
+  const Rescale* const rescale = channels ? &*channels : nullptr;
   const Sharing sharing = c.Share(shape.groups, executor.threads());
   const int64_t units = sharing.whole + (shape.groups * c.tiles() - sharing.whole) * sharing.parts;
   const auto unit = [&](int64_t i) {
     const int64_t next = i + sharing.threads;  // most likely this thread's
-    Unit(b, activation, PlaceOf(i, sharing), next < units ? PlaceOf(next, sharing) : Place{0, 0, -1, 0, 0});
+    Unit(b, rescale, activation, PlaceOf(i, sharing), next < units ? PlaceOf(next, sharing) : Place{0, 0, -1, 0, 0});
   };
   if (sharing.threads == 1) {
     for (int64_t i = 0; i < units; ++i) unit(i);

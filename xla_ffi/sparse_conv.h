@@ -100,16 +100,30 @@ struct Pack {
 //
 // Rounded to nearest, ties to even; every operation rounds by itself. The ratio has at most 16 significant bits, so that its product
 // is exact: y is then the same whether or not a compiler joins products and sums. A nan becomes low as uint8, stays as float32.
-struct Rescale {
+struct Requantize {  // what all channels share
+  float low, high;   // whole numbers for uint8
+  int32_t zero_in, zero, zero_residual;
+  bool to_float;     // whether y is float32
+  float inner_low = 0, inner_high = 0, ratio_rest = 0;  // bounds are whole numbers
+  int64_t bytes() const { return to_float ? 4 : 1; }
+};
+struct Rescale : Requantize {
   const float* scale;   // (oc)
   const float* offset;  // (oc)
   const float* ratio;   // (oc), or null without a residual
-  float low, high;      // whole numbers for uint8
-  int32_t zero_in, zero, zero_residual;
-  bool to_float;        // whether y is float32
-  const float* inner = nullptr;  // (oc), or null; only with a residual
-  float inner_low = 0, inner_high = 0, ratio_rest = 0;  // bounds are whole numbers
-  int64_t bytes() const { return to_float ? 4 : 1; }
+  const float* inner;   // (oc), or null; only with a residual
+};
+
+// What the arrays of a Rescale follow from at each call, as few operations of float32 as they are:
+//
+//   unit = weight[k] in,  offset[k] = bias[k] / unit,  scale[k] = weight[k] out,     ratio[k] = residual / unit, of 16 bits
+//   with inner:           inner[k] = weight[k] inner,  scale[k] = out,               ratio[k] = residual
+struct Scales : Requantize {
+  const float* weight;  // (oc) what a weight of 1 stands for
+  const float* bias;    // (oc)
+  float in, out, residual;
+  bool rounds = false;  // whether there is an inner
+  float inner = 0;
 };
 
 // out[l][table[j][l] + k] = act( acc[k][j][l] + residual[l][table[j][l] + k] )   where out[l] != null and table[j][l] >= 0
@@ -199,7 +213,7 @@ struct Buffers {
   const void* bias;      // (oc) float32, or int32 sums of each output channel's int8 weights
   const void* residual;  // like y, or null; uint8 for int8
   void* y;
-  const Rescale* rescale = nullptr;  // for int8
+  const Scales* scales = nullptr;    // for int8
   int64_t x_pixel = 0, y_pixel = 0;  // as in Shape; 0 for ic and oc
   const Function* then = nullptr;    // for float32, after the activation
 };

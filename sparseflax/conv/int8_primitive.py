@@ -1,9 +1,10 @@
 """What runs in eight bits: a primitive of its own, with the kernel on CPUs and the same integers by plain JAX elsewhere.
 
-    y[n,i,j,k] = (float(sum (x - zero_in) w) + offset[k] + (residual - zero_residual) ratio[k]) scale[k]
+    y[n,i,j,k] = (float(sum (x - zero_in) w) + bias[k] / unit + (residual - zero_residual) ratio[k]) weight[k] out
 
-clamped, and rounded to uint8 where that is asked for; a step of a program can round the sum before the residual is added. The
-ratio has 16 bits, so that its product is exact: whether a compiler joins products and sums makes no difference.
+with unit = weight[k] unit_in and ratio[k] = unit_residual / unit, clamped, and rounded to uint8 where that is asked for; a step
+of a program can round the sum before the residual is added. The ratio has 16 bits, so that its product is exact: whether a
+compiler joins products and sums makes no difference.
 """
 
 from __future__ import annotations
@@ -30,8 +31,18 @@ BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6
 
 
 class Rescale(NamedTuple):
-    """The static part of the epilogue; `to_float` says whether y is float32, else low and high are whole numbers. `inner` has
-    the bounds between which the sum is rounded before the residual is added, and what the ratio has beyond 16 bits."""
+    """The static part of the epilogue, all but what a weight of each channel stands for, and its bias.
+
+    Attributes:
+      zero_in, zero, zero_residual: uint8 that stand for 0.
+      low, high: bounds of y, whole numbers where it is uint8.
+      to_float: whether y is float32.
+      unit: what a step of x stands for.
+      out: the same over that of y, which is 1 for float32; with `inner` what a step of the rounded sum stands for, over it.
+      residual: what a step of the residual stands for; with `inner` the same over that of the rounded sum, 16 bits of it.
+      inner: where the sum is rounded before the residual is added: the bounds between which it is, what `residual` has beyond
+        16 bits, and `unit` over what a step of it stands for.
+    """
 
     zero_in: int
     zero: int
@@ -39,13 +50,22 @@ class Rescale(NamedTuple):
     low: float
     high: float
     to_float: bool
-    inner: tuple[float, float, float] | None = None
+    unit: float
+    out: float
+    residual: float = 0.0
+    inner: tuple[float, float, float, float] | None = None
 
     def quantized(self, output: Quantization) -> Rescale:
         """The same with uint8 outputs."""
         steps = (bound / output.scale for bound in (self.low, self.high))
         low, high = (round(min(max(step, -output.zero), 255 - output.zero)) for step in steps)
-        return self._replace(zero=output.zero, low=float(low), high=float(high), to_float=False)
+        out = self.out / output.scale
+        return self._replace(zero=output.zero, low=float(low), high=float(high), to_float=False, out=out)
+
+    @property
+    def numbers(self) -> list[float]:
+        """As the native side takes them: see Scales in xla_ffi/sparse_conv.h."""
+        return [self.low, self.high, self.unit, self.out, self.residual, *(self.inner or ())]
 
 
 def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int | Sequence[int] = 1, padding: Any = "SAME",
@@ -95,13 +115,14 @@ def int8_conv(x: Any, packed: QuantizedKernel, bias: Any = None, *, strides: int
     added = residual if isinstance(residual, QuantizedArray) else None
     later: Any = residual if added is None else None  # a float32 residual is added to float32 outputs
     low, high = BOUNDS[activation if later is None else None]
-    step = packed.scale * np.float32(packed.inputs.scale)
-    rescale = Rescale(packed.inputs.zero, 0, 0 if added is None else added.quantization.zero, low, high, True)
-    operands = [_padded(x.values, channels, groups), packed.words, packed.sums, step, bias / step]
+    unit = packed.inputs.scale
+    rescale = Rescale(packed.inputs.zero, 0, 0, low, high, True, unit, unit)
+    operands = [_padded(x.values, channels, groups), packed.words, packed.sums, packed.scale, bias]
     if added is not None:
-        operands += [added.values, jax.lax.reduce_precision(np.float32(added.quantization.scale) / step, 8, 15)]
+        operands.append(added.values)
+        rescale = rescale._replace(zero_residual=added.quantization.zero, residual=added.quantization.scale)
     if output is not None and later is None:
-        rescale, operands[3] = rescale.quantized(output), step * np.float32(1 / output.scale)
+        rescale = rescale.quantized(output)
     y = bind_int8(*operands, pattern=pattern, window=window, rescale=rescale, outputs=packed.outputs, kernel=kernel)
     if later is not None:
         y = jnp.clip(y + later, *BOUNDS[activation])
@@ -127,7 +148,7 @@ int8_conv_p.def_impl(functools.partial(xla.apply_primitive, int8_conv_p))
 
 
 def bind_int8(*operands, **params) -> jax.Array:
-    """Operands x, words, sums, scale, offset and, with a residual, residual and ratio; empty images are left to XLA."""
+    """Operands x, words, sums, scale, bias and, where there is one, a residual; empty images are left to XLA."""
     if 0 in (*operands[0].shape, *_output(operands[0], params["pattern"], params["window"])):
         return reference(*operands, **params)
     return int8_conv_p.bind(*vary_together(operands), devices=ask_for_devices(), **params)
@@ -143,7 +164,7 @@ def _abstract(x, *_, pattern: Pattern, window: Window, rescale: Rescale, **__):
     return x.update(shape=_output(x, pattern, window), dtype=dtype, weak_type=False)
 
 
-def reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window: Window, rescale: Rescale, **_):
+def reference(x, words, sums, scale, bias, *residual, pattern: Pattern, window: Window, rescale: Rescale, **_):
     """What the primitive computes: a sum of integer matrix products, one for each tap, which every platform has."""
     kh, kw, icw, oc = pattern.shape
     groups, (n, oh, ow, _) = pattern.groups, _output(x, pattern, window)
@@ -161,14 +182,17 @@ def reference(x, words, sums, scale, offset, *residual, pattern: Pattern, window
     empty = 0 in (n, oh, ow)
     total = jnp.zeros((n, oh, ow, groups, oc // groups), jnp.int32)
     total = (total if empty else jax.lax.fori_loop(0, kh * kw, add, total)).reshape(n, oh, ow, oc)
-    y = total.astype(jnp.float32) + offset.reshape(1, 1, 1, -1)
+    scale = scale.reshape(1, 1, 1, -1)
+    unit, out = scale * np.float32(rescale.unit), np.float32(rescale.out)
+    y = total.astype(jnp.float32) + bias.reshape(1, 1, 1, -1) / unit
     if rescale.inner is not None:
-        y = jnp.round(_clamped(y * residual[2].reshape(1, 1, 1, -1), *rescale.inner[:2]))
+        y = jnp.round(_clamped(y * (scale * np.float32(rescale.inner[3])), *rescale.inner[:2]))
     if residual:
         other = (residual[0].astype(jnp.int32) - rescale.zero_residual).astype(jnp.float32)
-        y = y + other * residual[1].reshape(1, 1, 1, -1)
+        ratio = np.float32(rescale.residual)
+        y = y + other * (jax.lax.reduce_precision(ratio / unit, 8, 15) if rescale.inner is None else ratio)
         y = y if rescale.inner is None else y + other * np.float32(rescale.inner[2])
-    y = y * scale.reshape(1, 1, 1, -1)
+    y = y * (scale * out if rescale.inner is None else out)
     if rescale.to_float:
         return jnp.minimum(jnp.maximum(y, np.float32(rescale.low)), np.float32(rescale.high))
     return (jnp.round(_clamped(y, rescale.low, rescale.high)).astype(jnp.int32) + rescale.zero).astype(jnp.uint8)
@@ -189,7 +213,7 @@ def _lower_to_ffi(ctx, *operands, pattern: Pattern, window: Window, rescale: Res
         layout=np.asarray([kh, kw, icw, oc, pattern.groups, pattern.block], np.int64),
         window=np.asarray([*window.strides, top, bottom, left, right, *window.dilation], np.int64),
         zeros=np.asarray([rescale.zero_in, rescale.zero, rescale.zero_residual], np.int64),
-        bounds=np.asarray([rescale.low, rescale.high], np.float32))
+        numbers=np.asarray(rescale.numbers, np.float32))
 
 
 def _images(operands: int, **_) -> list[int]:

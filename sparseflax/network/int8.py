@@ -6,8 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparseflax.conv.int8 import Quantization
@@ -19,7 +17,7 @@ from sparseflax.network.region import Node, Region, image
 def convolution(region: Region, equation: Any, x: Any, *shared: Any) -> Node | None:
     """A sparse convolution of uint8 images."""
     params, rescale = equation.params, equation.params["rescale"]
-    images, operands = [x, *shared[4:5]], [*shared[:4], *shared[5:]]
+    images, operands = [x, *shared[4:]], shared[:4]
     activations = {bounds: name for name, bounds in BOUNDS.items()}
     bounds = (rescale.low, rescale.high) if rescale.to_float else BOUNDS[None]
     region.int8 = region.int8 or params["kernel"]
@@ -47,9 +45,8 @@ def with_residual(region: Region, conv: Node, other: Any) -> Node | None:
     if values.size != conv.size or other.shape != conv.shape or values.number > conv.number:
         return None
     window, rescale, outputs = conv.params
-    ratio = jax.lax.reduce_precision(np.float32(quantization.scale) / conv.shared[2], 8, 15)
-    return replace(conv, args=(*conv.args, values), shared=(*conv.shared, ratio),
-                   params=(window, rescale._replace(zero_residual=quantization.zero), outputs))
+    rescale = rescale._replace(zero_residual=quantization.zero, residual=quantization.scale)
+    return replace(conv, args=(*conv.args, values), params=(window, rescale, outputs))
 
 
 def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
@@ -70,14 +67,13 @@ def rounded_sum(region: Region, a: Any, b: Any) -> Node | None:
     conv, quantization = terms[0].args[0], terms[0].params[0]
     other = b if terms[0] is a else a
     window, rescale, outputs = conv.params
-    words, sums, inner, offset = conv.shared
     whole = other.params[0].scale / quantization.scale
     first = _of_16_bits(whole)
-    scale, ratio = (jnp.full(inner.shape, number, jnp.float32) for number in (quantization.scale, first))
     rescale = rescale._replace(zero=0, zero_residual=other.params[0].zero, low=-math.inf, high=math.inf, to_float=True,
-                               inner=(rescale.low, rescale.high, _of_16_bits(whole - first)))
-    return replace(conv, args=(conv.args[0], other.args[0]), shared=(words, sums, scale, offset, ratio, inner),
-                   params=(window, rescale, outputs), number=next(region.count), read=1, uint8=False)
+                               out=quantization.scale, residual=first,
+                               inner=(rescale.low, rescale.high, _of_16_bits(whole - first), rescale.out))
+    return replace(conv, args=(conv.args[0], other.args[0]), params=(window, rescale, outputs), number=next(region.count),
+                   read=1, uint8=False)
 
 
 def as_bytes(region: Region, x: Any) -> tuple[Any, Quantization | None]:
@@ -132,10 +128,8 @@ def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -
     if free and x.op == "conv_int8":
         window, rescale, outputs = x.params
         low, high = BOUNDS[x.activation]
-        words, sums, scale, *rest = x.shared
         rescale = rescale._replace(low=low, high=high).quantized(quantization)
-        shared = words, sums, scale * np.float32(1 / quantization.scale), *rest
-        rounded = replace(x, params=(window, rescale, outputs), shared=shared, activation=None, uint8=True)
+        rounded = replace(x, params=(window, rescale, outputs), activation=None, uint8=True)
     elif free and x.op == "depthwise":
         rounded = replace(x, params=(*x.params[:3], quantization), uint8=True)
     elif free and (x.op == "concat" or (x.op == "pool" and x.params[0])):

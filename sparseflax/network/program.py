@@ -27,7 +27,7 @@ from sparseflax.conv.sharding import ask_for_devices, lower_sharded
 from sparseflax.conv.transforms import batch_images, vary_together
 from sparseflax.conv.window import Window
 
-VERSION = 6
+VERSION = 7
 OPS = ("conv", "depthwise", "pool", "channel_sum", "combine", "map", "window", "concat", "reshape", "conv_int8", "quantize",
        "dequantize", "upsample", "dense", "reduce")  # as Op in program.h
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jnp.divide, "max": jnp.maximum, "min": jnp.minimum}
@@ -83,8 +83,7 @@ class Step:
         if self.op == "conv_int8":
             window, rescale = params
             assert self.pattern is not None
-            operands = *shared[:4], *args[1:], *shared[4:]
-            return int8_reference(x, *operands, pattern=self.pattern, window=window, rescale=rescale)
+            return int8_reference(x, *shared, *args[1:], pattern=self.pattern, window=window, rescale=rescale)
         if self.op == "quantize":
             return params[0].quantize(x).values
         if self.op == "dequantize":
@@ -141,9 +140,9 @@ class Step:
             layout = [*pattern.shape, pattern.groups, pattern.block, *strides, *padding, *dilation]
             if self.op == "conv":
                 return [*layout, ACTIVATIONS[p[1]], *p[2:]], []
-            zero_in, zero, zero_residual, low, high, to_float, inner = p[1]
-            flags = to_float, len(self.args) == 2, inner is not None
-            return [*layout, zero_in, zero, zero_residual, *flags], [low, high, *(inner or ())]
+            rescale = p[1]
+            flags = rescale.to_float, len(self.args) == 2, rescale.inner is not None
+            return [*layout, rescale.zero_in, rescale.zero, rescale.zero_residual, *flags], rescale.numbers
         if self.op in ("quantize", "dequantize"):
             return [], [p[0].scale, p[0].zero]
         if self.op == "depthwise":

@@ -22,9 +22,16 @@ struct Int8Problem {
   Problem pattern;  // its dense weights say which words are kept
   std::vector<uint8_t> x, residual, y_bytes;
   std::vector<int32_t> words, sums;
-  std::vector<float> scale, offset, ratio, inner, y;  // inner: empty without a rounding before the residual
-  Rescale rescale;
+  std::vector<float> weight, bias, y;
+  Scales scales;
 };
+
+// The nearest of 16 significant bits, ties to even.
+float Of16(float value) {
+  int exponent;
+  const double fraction = std::frexp(static_cast<double>(value), &exponent);
+  return static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(fraction, 16)), exponent - 16));
+}
 
 // Half of all bytes are extremes: what could saturate does.
 template <typename Random>
@@ -33,10 +40,10 @@ int32_t Byte(Random& random, int32_t low, int32_t high) {
   return r % 4 == 0 ? low : r % 4 == 1 ? high : low + static_cast<int32_t>(r / 4 % static_cast<uint64_t>(high - low + 1));
 }
 
-// The sums in int64, the rest as Rescale says.
+// The sums in int64, the rest as Scales and Rescale say.
 void Solve(Int8Problem& p) {
   const Shape& s = p.pattern.shape;
-  const Rescale& q = p.rescale;
+  const Scales& q = p.scales;
   std::vector<int32_t> dense(p.pattern.dense.size());  // words where they stand in the dense kernel
   size_t next = 0;
   for (int64_t row = 0; row < s.groups * s.blocks() * s.ocg(); ++row) {
@@ -65,17 +72,19 @@ void Solve(Int8Problem& p) {
         }
       }
     }
-    float y = static_cast<float>(static_cast<int32_t>(sum)) + p.offset[static_cast<size_t>(k)];
-    if (!p.inner.empty()) {
-      const float step = y * p.inner[static_cast<size_t>(k)];
+    const float weight = p.weight[static_cast<size_t>(k)], unit = weight * q.in, offset = p.bias[static_cast<size_t>(k)] / unit;
+    float y = static_cast<float>(static_cast<int32_t>(sum)) + offset;
+    if (q.rounds) {
+      const float inner = weight * q.inner, step = y * inner;
       y = std::nearbyint(step > q.inner_low ? std::min(step, q.inner_high) : q.inner_low);
     }
     if (!p.residual.empty()) {
       const float other = static_cast<float>(p.residual[static_cast<size_t>(i)] - q.zero_residual);
-      y += other * p.ratio[static_cast<size_t>(k)];
-      if (!p.inner.empty()) y += other * q.ratio_rest;
+      y += other * (q.rounds ? q.residual : Of16(q.residual / unit));
+      if (q.rounds) y += other * q.ratio_rest;
     }
-    y *= p.scale[static_cast<size_t>(k)];
+    const float scale = q.rounds ? q.out : weight * q.out;
+    y *= scale;
     p.y.push_back(std::isnan(y) ? y : std::min(std::max(y, q.low), q.high));
     const float clamped = y > q.low ? std::min(y, q.high) : q.low;
     p.y_bytes.push_back(q.to_float ? uint8_t{0} : static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(clamped)) + q.zero));
@@ -90,13 +99,13 @@ Int8Problem MakeInt8Problem(const Shape& shape, double density, bool residual, b
     p.pattern.dense.push_back(static_cast<double>(random() >> 11) < density * static_cast<double>(uint64_t{1} << 53) ? 1.f : 0.f);
   }
   Encode(p.pattern);
-  p.rescale.zero_in = Byte(random, 0, 255);
-  p.rescale.zero = to_float ? 0 : Byte(random, 0, 255);
-  p.rescale.zero_residual = Byte(random, 0, 255);
-  p.rescale.to_float = to_float;
+  p.scales.zero_in = Byte(random, 0, 255);
+  p.scales.zero = to_float ? 0 : Byte(random, 0, 255);
+  p.scales.zero_residual = Byte(random, 0, 255);
+  p.scales.to_float = to_float;
   const bool relu = random() % 2 == 0;
-  p.rescale.low = to_float ? (relu ? 0 : -std::numeric_limits<float>::infinity()) : static_cast<float>(relu ? 0 : -p.rescale.zero);
-  p.rescale.high = to_float ? (relu ? 6 : std::numeric_limits<float>::infinity()) : static_cast<float>(255 - p.rescale.zero);
+  p.scales.low = to_float ? (relu ? 0 : -std::numeric_limits<float>::infinity()) : static_cast<float>(relu ? 0 : -p.scales.zero);
+  p.scales.high = to_float ? (relu ? 6 : std::numeric_limits<float>::infinity()) : static_cast<float>(255 - p.scales.zero);
   for (int64_t i = 0; i < 4 * shape.n * shape.ih * shape.iw * shape.ic(); ++i) p.x.push_back(static_cast<uint8_t>(Byte(random, 0, 255)));
   for (int64_t i = 0; residual && i < shape.n * shape.oh * shape.ow * shape.oc; ++i) {
     p.residual.push_back(static_cast<uint8_t>(Byte(random, 0, 255)));
@@ -119,22 +128,26 @@ Int8Problem MakeInt8Problem(const Shape& shape, double density, bool residual, b
     }
   }
   const double kept = std::sqrt(static_cast<double>(4 * next) / static_cast<double>(shape.oc) + 1);
+  const auto uniform = [&] { return static_cast<double>(random() >> 11) / static_cast<double>(uint64_t{1} << 53); };
+  Scales& q = p.scales;
+  q.in = static_cast<float>(0.01 + uniform());
+  const double step = 255 * 127 * kept / 100;  // a hundredth of the largest sums
+  q.out = static_cast<float>(1 / step);        // outputs fill the range, and leave it
+  q.residual = static_cast<float>((0.5 + uniform()) * step * q.in);
   for (int64_t k = 0; k < shape.oc; ++k) {
-    const auto uniform = [&] { return static_cast<double>(random() >> 11) / static_cast<double>(uint64_t{1} << 53); };
-    p.scale.push_back(static_cast<float>((1 + uniform()) * 100 / (255 * 127 * kept)));  // outputs fill the range, and leave it
-    p.offset.push_back(static_cast<float>((uniform() - 0.5) * 127 * 255 * kept));
-    p.ratio.push_back(std::ldexp(static_cast<float>(32768 + random() % 32768), -8));  // 16 bits
+    p.weight.push_back(static_cast<float>(1 + uniform()));
+    p.bias.push_back(static_cast<float>((uniform() - 0.5) * 127 * 255 * kept) * p.weight.back() * q.in);
   }
-  if (!residual) p.ratio.clear();
   if (residual && random() % 2 == 0) {
-    p.inner = p.scale;
-    for (float& scale : p.scale) scale = 0.5f + static_cast<float>(random() % 1000) / 1000;
-    for (float& ratio : p.ratio) ratio = std::ldexp(ratio, -8);
-    p.rescale.inner_low = -static_cast<float>(Byte(random, 0, 255));
-    p.rescale.inner_high = 255 + p.rescale.inner_low;
-    p.rescale.ratio_rest = std::ldexp(static_cast<float>(32768 + random() % 32768), -32);
+    q.rounds = true;
+    q.inner = q.out;
+    q.out = 0.5f + static_cast<float>(random() % 1000) / 1000;
+    q.residual = std::ldexp(static_cast<float>(32768 + random() % 32768), -16);  // 16 bits
+    q.inner_low = -static_cast<float>(Byte(random, 0, 255));
+    q.inner_high = 255 + q.inner_low;
+    q.ratio_rest = std::ldexp(static_cast<float>(32768 + random() % 32768), -32);
   }
-  if (shape.oc > 3) p.offset[3] = std::numeric_limits<float>::quiet_NaN();
+  if (shape.oc > 3) p.bias[3] = std::numeric_limits<float>::quiet_NaN();
   Solve(p);
   return p;
 }
@@ -150,36 +163,34 @@ std::unique_ptr<Conv> MakeConv(const Int8Problem& p, const Isa* isa) {
 struct Memory {
   GuardedArray<uint8_t> x, residual, y_bytes;
   GuardedArray<int32_t> words, sums;
-  Guarded scale, offset, ratio, inner, y;
+  Guarded weight, bias, y;
   Memory(const Int8Problem& p, Flush flush)
       : x(p.x, flush), residual(p.residual, flush), y_bytes(p.y.size(), flush), words(p.words, flush), sums(p.sums, flush),
-        scale(p.scale, flush), offset(p.offset, flush), ratio(p.ratio, flush), inner(p.inner, flush), y(p.y.size(), flush) {}
+        weight(p.weight, flush), bias(p.bias, flush), y(p.y.size(), flush) {}
 };
 
 void CheckRun(const Int8Problem& p, Conv& conv, const Isa& isa, const Memory& memory, const Schedule* forced) {
   const Shape& s = p.pattern.shape;
   const std::string what = Describe(s, isa, forced);
-  Rescale rescale = p.rescale;
-  rescale.scale = memory.scale.data();
-  rescale.offset = memory.offset.data();
-  rescale.ratio = p.ratio.empty() ? nullptr : memory.ratio.data();
-  rescale.inner = p.inner.empty() ? nullptr : memory.inner.data();
+  Scales scales = p.scales;
+  scales.weight = memory.weight.data();
+  scales.bias = memory.bias.data();
   for (size_t i = 0; i < p.y.size(); ++i) {  // not what is wanted
     memory.y.data()[i] = std::isnan(p.y[i]) ? 0 : std::numeric_limits<float>::quiet_NaN();
     memory.y_bytes.data()[i] = static_cast<uint8_t>(p.y_bytes[i] + 1);
   }
-  void* const y = p.rescale.to_float ? static_cast<void*>(memory.y.data()) : memory.y_bytes.data();
+  void* const y = p.scales.to_float ? static_cast<void*>(memory.y.data()) : memory.y_bytes.data();
   const Buffers buffers = {memory.x.data(), memory.words.data(), memory.sums.data(), p.residual.empty() ? nullptr : memory.residual.data(),
-                           y, &rescale};
+                           y, &scales};
   Backwards executor;
   const std::string error = conv.Run(s.n, s.ih, s.iw, s.oh, s.ow, buffers, 0, executor, forced);
   if (!error.empty()) Fail(what + ": " + error);
   for (size_t i = 0; i < p.y.size(); ++i) {
     const float got = memory.y.data()[i], want = p.y[i];
-    const bool same = p.rescale.to_float ? (std::isnan(want) ? std::isnan(got) : got == want) : memory.y_bytes.data()[i] == p.y_bytes[i];
+    const bool same = p.scales.to_float ? (std::isnan(want) ? std::isnan(got) : got == want) : memory.y_bytes.data()[i] == p.y_bytes[i];
     if (!same) {
-      Fail(what + ": y[" + std::to_string(i) + "] is " + std::to_string(p.rescale.to_float ? got : memory.y_bytes.data()[i]) + ", wanted " +
-           std::to_string(p.rescale.to_float ? want : p.y_bytes[i]));
+      Fail(what + ": y[" + std::to_string(i) + "] is " + std::to_string(p.scales.to_float ? got : memory.y_bytes.data()[i]) + ", wanted " +
+           std::to_string(p.scales.to_float ? want : p.y_bytes[i]));
     }
   }
 }

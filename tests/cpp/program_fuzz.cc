@@ -103,9 +103,9 @@ class Grown {
       const int64_t zero = draw_.Below(256);
       const bool inner = more && draw_.OneIn(2);
       params.insert(params.end(), {draw_.Below(256), zero, draw_.Below(256), floats, more, inner});
-      std::vector<float> bounds = {static_cast<float>(-zero), static_cast<float>(255 - zero)};
-      if (inner) bounds.insert(bounds.end(), {-100, 155, 0.01f});
-      return Add(Op::kConvInt8, y, args, 4 + more + inner, params, bounds, gaps);
+      std::vector<float> numbers = {static_cast<float>(-zero), static_cast<float>(255 - zero), 0.5f, 0.25f, 0.125f};
+      if (inner) numbers.insert(numbers.end(), {-100, 155, 0.01f, 0.5f});
+      return Add(Op::kConvInt8, y, args, 4, params, numbers, gaps);
     }
     const bool bias = draw_.OneIn(2);
     params.insert(params.end(), {draw_.Below(3), bias, more});
