@@ -127,6 +127,10 @@ def test_dense_counts():
     assert skips.activation_bytes == pytest.approx(4096 * 7 * 7 * (96 + 64) * 4, rel=0.01)
     small, large = (dense_counts(CONV.with_batch(n), MACHINE) for n in (1, 4096))
     assert small.activation_bytes < 1 and large.activation_bytes > 4096 * 0.99 * (CONV.input_bytes + CONV.output_bytes)
+    # Counts beyond 32 bits are numbers like others.
+    huge = ConvShape(1024, 224, 224, 64, 64, 3, 3, padding=((1, 1), (1, 1)))
+    assert all(isinstance(count, float) for count in dense_counts(huge, MACHINE))
+    assert float(useful_range(huge, MACHINE).upper) > 0
     two = replace(MACHINE, threads=2)
     assert [dense_counts(shape, two).split for shape in (CONV, ConvShape(1, 2, 2, 8, 8, 1, 1))] == [1, 0]
 

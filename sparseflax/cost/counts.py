@@ -118,17 +118,17 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
                                    activation_bytes=float(shape.input_bytes + shape.output_bytes))
     rows, taps, icg = shape.n * shape.oh * shape.ow, shape.kh * shape.kw, shape.ic // shape.groups
     depthwise, moved = shape.groups > 1 and icg == 1, float(_read_bytes(shape) + shape.output_bytes)
-    kernel = shape.weight_bytes * (not depthwise) * (shape.n if shape.oh * shape.ow > 1 else 1)
+    kernel = float(shape.weight_bytes * (not depthwise) * (shape.n if shape.oh * shape.ow > 1 else 1))
     product, shared = float(not depthwise), machine.threads > 1 and shape.flops >= 2 * ALONE
     tiles = [] if depthwise else _dense_tiles(shape, machine)
     # Lanes without a channel are idle, and a tile of few FMAs waits for the sums of the ones before.
     least = LATENCY / (machine.fma_cycles or ffi.tables().get(machine.isa, 0.5))
-    flop = 2 * machine.lanes * taps * icg * sum(count * max(pixels * vectors, least) for count, pixels, vectors in tiles)
+    flop = 2.0 * machine.lanes * taps * icg * sum(count * max(pixels * vectors, least) for count, pixels, vectors in tiles)
     return DenseCounts(
         flop=flop,
         deep=flop * taps * icg / (taps * icg + 1000),
         shifted=float(rows * taps * shape.oc * depthwise),
-        patches=shape.n * shape.ih * shape.iw * shape.ic * product * any(map(any, shape.padding)),
+        patches=float(shape.n * shape.ih * shape.iw * shape.ic) * product * any(map(any, shape.padding)),
         tiles=float(sum(count for count, *_ in tiles) * math.ceil(taps * icg / DENSE_TAPS)),
         kernel_bytes=kernel * _beyond(shape.weight_bytes, machine.l2_bytes),
         packed_bytes=kernel * (rows > 1),
