@@ -77,7 +77,8 @@ def need_headers() -> None:
 
 def installed(source: Path) -> Path | None:
     """The object in the module that is installed from this clone, where nothing that it is made of has changed since."""
-    newest = max(path.stat().st_mtime for path in (source, *KERNEL.glob("*.h"), *KERNEL.glob("*.inc"), KERNEL / "CMakeLists.txt"))
+    made_of = source, *KERNEL.glob("*.h"), *KERNEL.glob("*.inc"), KERNEL / "CMakeLists.txt"
+    newest = max(path.stat().st_mtime for path in made_of)
     found = KERNEL.parent.glob(f"build/*/CMakeFiles/_native.dir/{source.name}.o")
     return next((path for path in found if path.stat().st_mtime > newest), None)
 
