@@ -210,6 +210,10 @@ def test_choices_by_hand():
     assert f"| avx2, n=1, 2 threads | stored before | {cells} |" in both
     steady = judgement.table([each | {"spread": 0.1} if each["layer"] == str(B) else each for each in lines])
     assert "; the 2 of 5 times that repeat within 20% | 25.0% | 25.0% | 200.0% | 200.0% |  |" in steady
+    eight = [line(A, 0.1, 1.0, 1.5) | {"precision": "int8"}, line(B, 0.1, 2.0, 1.8) | {"precision": "int8"}]
+    rows = judgement.table([*lines, *eight]).splitlines()[2:4]
+    assert f"| fitted in these rounds | {cells} |" in rows[0], "float32 as without them"
+    assert rows[1] == "| avx2, n=1, 2 threads, int8 | fitted in these rounds | 30.0% | 46.0% |  |  |  |  |  |  |  |"
     missed = judgement.Judgement.of(lines).missed()
     assert missed[0] == "the sparse median error is 25.0%, above 10%"
     assert missed[-1] == "the time lost to choices is 43.8%, above 2%"
@@ -226,25 +230,27 @@ def test_check_writes_lines_and_a_plot(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run_module, "measure", lambda *args, **options: made_by(other_rates(), noise=0.02))
     stored = calibrate(1.0)
 
-    def times(shapes, seconds, isa):
+    def times(shapes, seconds, isa, int8):
         samples = [Sample(shape, density, 1.0, 0.1) for shape, densities in shapes for density in (None, *densities)]
+        samples += [Sample(shape, densities[0], 1.0, 0.1, int8=True) for shape, densities in shapes[::2] if densities]
         return [replace(s, seconds=float(p)) for s, p in zip(samples, predict(samples, stored), strict=True)]
 
     monkeypatch.setattr(check, "measure", times)
     monkeypatch.setattr(check, "held_out", lambda: layers.held_out()[:12])
     check.run([1, 2], 1.0, None, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 12 * 6 and all(line["stored"] == pytest.approx(line["measured"]) for line in lines)
+    assert len(judgement.in_float32(lines)) == 2 * 12 * 6 < len(lines) and all(line["stored"] == pytest.approx(line["measured"]) for line in lines)
     assert np.median([abs(line["predicted"] / line["measured"] - 1) for line in lines]) < 0.05  # fitted anew, to the same times
     assert check.plot(lines).count("<svg") == 1
     out = capsys.readouterr().out
     assert out.count("| stored before | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | ") == 2
+    assert out.count("thread, int8 | stored before | 0.0% | 0.0% |  |  |") + out.count("threads, int8 | stored before | 0.0% | ") == 2
     assert "n=2, ResNet-50 in all, dense: " in out and out.count("within every bound") == 2
 
 
 @native
 def test_check_without_a_calibration(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(check, "measure", lambda shapes, seconds, isa: [
+    monkeypatch.setattr(check, "measure", lambda shapes, seconds, isa, int8: [
         Sample(shape, density, 1.0, 0.1) for shape, densities in shapes for density in (None, *densities)])
     monkeypatch.setattr(check, "held_out", lambda: layers.held_out()[:2])
     check.run([1], 1.0, None, tmp_path)

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from experiments.benchmark.results import ROOT, Line, append, provenance
-from experiments.calibrate.judgement import Judgement, table
+from experiments.calibrate.judgement import Judgement, in_float32, table
 from experiments.calibrate.layers import held_out
 from experiments.plots import svg
 from sparseflax.calibration.calibrate import describe
 from sparseflax.calibration.fit import fit, predict
 from sparseflax.calibration.layers import fitting
 from sparseflax.calibration.samples import Sample, measure
+from sparseflax.conv import ffi
 from sparseflax.cost import profile
 from sparseflax.cost.machine import Machine
 
@@ -35,9 +36,10 @@ def run(batches: Sequence[int], seconds: float, isa: str | None, out: Path) -> N
     """
     start = describe(isa)
     fitted, judged = fitting(), [(shape.with_batch(n), DENSITIES) for n in batches for shape in held_out()]
-    samples = measure(fitted + judged, seconds, isa=isa)
-    known = sum(1 + len(densities) for _, densities in fitted)
-    machine, held = fit(samples[:known], start), samples[known:]
+    samples = measure(fitted + judged, seconds, isa=isa, int8=start.isa == ffi.isa() and bool(ffi.kernels("int8")))
+    known = {shape for shape, _ in fitted}
+    machine = fit([s for s in samples if s.shape in known], start)
+    held = [s for s in samples if s.shape not in known]
     try:
         stored = profile.load(start.name, start.isa, start.threads)
     except ValueError as error:
@@ -49,7 +51,7 @@ def run(batches: Sequence[int], seconds: float, isa: str | None, out: Path) -> N
         append(out / "calibration.jsonl", line)
     print(f"\nspread of the times {np.median([s.spread for s in held]):.0%}\n{table(lines)}\n")
     for n in batches:
-        judgement = Judgement.of([line for line in lines if line["n"] == n])
+        judgement = Judgement.of([line for line in in_float32(lines) if line["n"] == n])
         for (name, drawn), error in judgement.networks.items():
             print(f"n={n}, {name} in all, {'dense' if drawn is None else f'density {drawn:g}'}: {error:+.1%}")
         print(f"n={n}: {'; '.join(judgement.missed()) or 'within every bound'}")
@@ -61,7 +63,7 @@ def compare(samples: Sequence[Sample], machine: Machine, stored: Machine | None)
     before = predict(samples, stored).tolist() if stored else [None] * len(samples)
     return [{"layer": str(s.shape.with_batch(1)), "n": s.shape.n, "threads": machine.threads, "isa": machine.isa,
              "density": s.density, "drawn": s.density and nearest(s.density), "measured": s.seconds, "predicted": p,
-             "stored": b, "spread": s.spread}
+             "stored": b, "spread": s.spread, "precision": "int8" if s.int8 else "float32"}
             for s, p, b in zip(samples, predict(samples, machine).tolist(), before, strict=True)]
 
 
@@ -78,7 +80,7 @@ def plot(lines: Sequence[Line]) -> str:
     """
     from matplotlib.figure import Figure
 
-    same = [line for line in lines if (line["cpu"], line["isa"]) == (lines[-1]["cpu"], lines[-1]["isa"])]
+    same = [line for line in in_float32(lines) if (line["cpu"], line["isa"]) == (lines[-1]["cpu"], lines[-1]["isa"])]
     lines = list({(line["layer"], line["n"], line["threads"], line["drawn"]): line for line in same}.values())
     fields = sorted({(line["n"], line["threads"]) for line in lines})
     figure = Figure(figsize=(4.2 * len(fields), 4.4), layout="constrained")

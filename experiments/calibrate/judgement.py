@@ -89,14 +89,14 @@ def table(lines: Sequence[Line]) -> str:
 
     The newest line of each time counts.
     """
-    newest = {(line["isa"], line["n"], line["threads"], line["layer"], line["drawn"]): line for line in lines
-              if line["cpu"] == lines[-1]["cpu"]}
+    newest = {(line["isa"], line["n"], line["threads"], line.get("precision"), line["layer"], line["drawn"]): line
+              for line in lines if line["cpu"] == lines[-1]["cpu"]}
     fields: dict[tuple, list[Line]] = {}
-    for key, line in newest.items():
-        fields.setdefault(key[:3], []).append(line)
+    for line in newest.values():
+        fields.setdefault((line["isa"], line["n"], line["threads"]), []).append(line)
     rows: list[Sequence[str]] = []
-    for (isa, n, threads), some in sorted(fields.items()):
-        name = f"{isa}, n={n}, {threads} thread{'s' * (threads > 1)}"
+    for (isa, n, threads), every in sorted(fields.items()):
+        name, some = f"{isa}, n={n}, {threads} thread{'s' * (threads > 1)}", in_float32(every)
         rows += [(name, constants, *Judgement.of(some, key).cells()) for key, constants in CONSTANTS.items()
                  if all(line.get(key) is not None for line in some)]
         steady = [line for line in some if line["spread"] <= STEADY]
@@ -104,8 +104,18 @@ def table(lines: Sequence[Line]) -> str:
             cells = [f"{value:.1%}" for error in errors(steady) for value in (error.median, error.high)]
             which = f"fitted in these rounds; the {len(steady)} of {len(some)} times that repeat within {STEADY:.0%}"
             rows.append((name, which, *cells, *[""] * 5))
+        for key, constants in CONSTANTS.items():
+            times = [(line[key], line["measured"]) for line in every if line not in some and line.get(key) is not None]
+            if times:
+                error = Errors.of(*np.array(times).T)
+                rows.append((f"{name}, int8", constants, f"{error.median:.1%}", f"{error.high:.1%}", *[""] * 7))
     last = list(newest.values())[-1]
     return "\n".join([markdown(HEAD, rows, words=2), "", f"{last['cpu']}. Measured {last['date'][:10]} at {last['commit']}."])
+
+
+def in_float32(lines: Sequence[Line]) -> list[Line]:
+    """Those that are not of the kernel in eight bits."""
+    return [line for line in lines if line.get("precision") != "int8"]
 
 
 def errors(lines: Sequence[Line], key: str = "predicted") -> tuple[Errors, Errors]:
