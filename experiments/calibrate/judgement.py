@@ -105,7 +105,8 @@ def table(lines: Sequence[Line]) -> str:
             which = f"fitted in these rounds; the {len(steady)} of {len(some)} times that repeat within {STEADY:.0%}"
             rows.append((name, which, *cells, *[""] * 5))
         for key, constants in CONSTANTS.items():
-            times = [(line[key], line["measured"]) for line in every if line not in some and line.get(key) is not None]
+            times = [(line[key], line["measured"]) for line in every
+                     if line.get("precision") == "int8" and line.get(key) is not None]
             if times:
                 error = Errors.of(*np.array(times).T)
                 rows.append((f"{name}, int8", constants, f"{error.median:.1%}", f"{error.high:.1%}", *[""] * 7))
