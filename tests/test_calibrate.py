@@ -164,8 +164,10 @@ def test_measure_a_layer(capsys):
     assert samples[-1].density == 1.0 and all(0 < s.seconds < 1 and s.spread >= 0 for s in samples)
     assert [s.density is None for s in measure(shapes[:1], 0.01, isa="portable", dense=False, rounds=1)] == [False]
     assert "making programs" in capsys.readouterr().err
-    kinds = [s.kind for s in measure(shapes, 0.01, dense=False, int8=True, rounds=1)]
-    assert kinds == ["sparse", "int8", "sparse", "sparse"], "every other layer in eight bits"
+    three = [*shapes, (layer(8, 4, 8, 3), (0.3, 0.9))]
+    samples = measure(three, 0.01, dense=False, int8=True, rounds=1)
+    assert [s.kind for s in samples] == ["sparse", "int8", *["sparse"] * 4, "int8"], "every other layer"
+    assert samples[1].density < 0.7 < samples[-1].density, "the first density of the first, the second of the third"
 
 
 def test_networks():

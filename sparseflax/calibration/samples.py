@@ -64,7 +64,7 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
       seconds: for making and timing the programs; `rounds` are timed in any case.
       isa: instruction set of our kernel, None for what it chooses.
       dense: whether to time dense convolutions too.
-      int8: whether to time every other one at its first density in eight bits too.
+      int8: whether to time every other one in eight bits too, at the first of its densities, the next one's second, and so on.
       rounds: at least.
     """
     end = time.perf_counter() + seconds
@@ -74,7 +74,8 @@ def measure(layers: Iterable[tuple[ConvShape, Sequence[float]]], seconds: float,
     with progress("making programs", len(layers)) as advance:
         for i, (shape, densities) in enumerate(layers, 1):
             programs += _programs(shape, densities, draw, isa, dense)
-            programs += _programs_in_eight_bits(shape, densities[:1] if int8 and i % 2 else (), draw)
+            if int8 and densities and i % 2:
+                programs.append(_program_in_eight_bits(shape, densities[i // 2 % len(densities)], draw))
             advance(i, str(shape))
     calls = [_nothing(), *(call for *_, call in programs)]
     times: list[list[float]] = [[] for _ in calls]
@@ -121,7 +122,7 @@ def _programs(shape: ConvShape, densities: Sequence[float], draw: np.random.Gene
         yield shape, packed.density, False, _compiled(ours, x, packed, bias)
 
 
-def _programs_in_eight_bits(shape: ConvShape, densities: Sequence[float], draw: np.random.Generator):
+def _program_in_eight_bits(shape: ConvShape, density: float, draw: np.random.Generator):
     """Of uint8 images, as they are inside a network, with whole words pruned."""
     steps = Quantization(0.02, 0)
     x = steps.quantize(jnp.asarray(draw.random((shape.n, shape.ih, shape.iw, shape.ic), np.float32)))
@@ -133,10 +134,9 @@ def _programs_in_eight_bits(shape: ConvShape, densities: Sequence[float], draw: 
         return int8_conv(x, packed, bias, strides=shape.strides, padding=shape.padding, kernel_dilation=shape.kernel_dilation,
                          feature_group_count=shape.groups, activation="relu", output=steps).values
 
-    for density in densities:
-        kept = draw.random((kh, kw, -(-channels // LANES), oc), np.float32) < density
-        packed = pack_int8(kernel * kept.repeat(LANES, 2)[:, :, :channels], steps, shape.groups)
-        yield shape, packed.density, True, _compiled(ours, x, packed, bias)
+    kept = draw.random((kh, kw, -(-channels // LANES), oc), np.float32) < density
+    packed = pack_int8(kernel * kept.repeat(LANES, 2)[:, :, :channels], steps, shape.groups)
+    return shape, packed.density, True, _compiled(ours, x, packed, bias)
 
 
 def _compiled(program: Callable[..., jax.Array], *operands: Any) -> Callable[[], jax.Array]:
