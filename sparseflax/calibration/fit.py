@@ -51,7 +51,8 @@ def fit(samples: Sequence[Sample], machine: Machine) -> Machine:
     """The machine with rates fitted to samples: the sum of absolute relative errors is minimal, no rate negative.
 
     The last cache is shared with cores, and on a virtual machine with guests, that nobody here can see: what it holds of a
-    convolution is fitted too, as a power of two. Of `l3_bytes` counts take a quarter for that: four times as many are all of it.
+    convolution is fitted too, as a power of two. Counts take a quarter of `l3_bytes` for that: four times as
+    many are all of it.
 
     Args:
       samples: sparse ones, and of the other kinds some or none: then the rates of these stay as they are.
