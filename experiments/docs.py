@@ -132,6 +132,12 @@ def trained_int8() -> str:
     return _by_cpu(results.by_cpu(results.TRAINED), trained.table)
 
 
+def compared() -> str:
+    """Pruning methods, all of them on the first CPU; a table of each network for each CPU."""
+    files = RESULTS / "compare.jsonl", *sorted(RESULTS.glob("compare_*.jsonl"))
+    return _by_cpu({lines[-1]["cpu"]: lines for lines in map(results.read, files)}, page.tables)
+
+
 def density() -> str:
     """Times of single layers at many densities; of one that was taken twice, the shorter, as the machine was disturbed less."""
     shortest: dict[tuple, results.Line] = {}
@@ -185,7 +191,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/stories.md": {"stories": stories},
     "docs/pruning.md": {"gains": lambda: page.gains(_compared())},
     "docs/results/runs.md": {"runs": runs},
-    "docs/results/compare.md": {"compare": lambda: page.tables(_compared())},
+    "docs/results/compare.md": {"compare": compared},
     "docs/results/model.md": {"model": model},
     "docs/results/transfer.md": {"transfer": carries},
     "docs/results/networks.md": {"networks": networks},

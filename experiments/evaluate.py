@@ -15,24 +15,41 @@ from flax import nnx
 
 from experiments import checkpoint
 from experiments.benchmark.timing import alternate
+from experiments.data import Data
+from experiments.methods import Precision
 from sparseflax import prune
 from sparseflax.cost.cpu import client_threads
+from sparseflax.cost.int8 import work_in
+from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import conv_seconds, dense_seconds, useful_range
+from sparseflax.cost.shape import ConvShape
+from sparseflax.layers.int8 import Int8Conv, Int8Dense
 from sparseflax.layers.nnx import SparseConv, SparseDense
 from sparseflax.network.call import fuse_call
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import Plan
+from sparseflax.network.plan import plan as plan_for
 
 DENSE, FOLDED, PACKED = "dense", "dense, batch norm folded", "packed"
 # Two right programs differ in the order of their sums and in one rounding of each folded weight: their errors are of one
 # size. A wrong weight or pixel is thousands of times larger.
 ERROR_FACTOR = 16
+# In eight bits a layer may be off by a tenth of its outputs before it stays float32, and a network by what its layers add up
+# to, which its accuracy judges; one that computes something else is off by about its largest output.
+ROUNDED = 0.5
+EXAMPLES = 256  # pictures that ranges in eight bits are taken from
 
 
 def fold_only(model: nnx.Module, plan: Plan) -> nnx.Module:
     """The model with its batch norms folded and every layer dense: what XLA reaches without us."""
     return pack_model(model, plan.all_dense, fuse=False)
+
+
+def planned(model: nnx.Module, data: Data, machine: Machine, precision: Precision) -> Plan:
+    """The plan of a pruned network for one image; in eight bits by the ranges of pictures of its training."""
+    examples = data.train_images[:EXAMPLES] if precision == "int8" else None
+    return plan_for(model, data.test_images[:1], machine, precision=precision, examples=examples)
 
 
 def afresh(function: Callable[..., Any], *args: Any) -> Any:
@@ -73,22 +90,25 @@ def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: fl
       error of an output / largest output, against the first network in float64}}
 
     Raises:
-      AssertionError: a network's error is not that of rounding.
+      AssertionError: a network's error is not that of rounding: to float32, or to eight bits in a network with such layers.
     """
     calls = {name: program(model, x) for name, model in networks.items()}
     first = next(iter(networks))
     exact = in_float64(networks[first], x)
     errors = {name: float(np.abs(np.asarray(call()) - exact).max() / np.abs(exact).max()) for name, call in calls.items()}
-    wrong = {name: error for name, error in errors.items() if not error <= ERROR_FACTOR * errors[first]}
-    if wrong:
-        raise AssertionError(f"the outputs of {wrong} are off by these shares of the largest, wanted at most {ERROR_FACTOR} "
-                             f"times the {errors[first]:.1e} of {first!r}: they compute something else, and no time counts")
+    wanted = {name: ROUNDED if _in_eight_bits(model) else ERROR_FACTOR * errors[first] for name, model in networks.items()}
+    if wrong := {name: error for name, error in errors.items() if not error <= wanted[name]}:
+        most = ", ".join(f"{wanted[name]:.1e}" for name in wrong)
+        raise AssertionError(f"the outputs of {wrong} are off by these shares of the largest, wanted at most {most}, where "
+                             f"{first!r} is off by {errors[first]:.1e}: they compute something else, and no time counts")
     timings, _ = alternate(calls, seconds, client_threads())
     return {name: dataclasses.asdict(timing) | {"error": errors[name]} for name, timing in timings.items()}
 
 
 def time_layers(folded: nnx.Module, plan: Plan, batch: int, seconds: float) -> list[dict[str, Any]]:
     """Every layer of a plan alone, dense and sparse in turn, both as packed and with bias, beside what was predicted.
+
+    A layer in eight bits rounds its inputs here, and a network does that once.
 
     Args:
       folded: the network with pruned weights, `fold_only` of the model that the plan was made for.
@@ -109,16 +129,30 @@ def time_layers(folded: nnx.Module, plan: Plan, batch: int, seconds: float) -> l
         shape, dense = layer.shape.with_batch(batch), modules[layer.path]
         image = () if isinstance(dense, nnx.Linear) else (shape.ih, shape.iw)
         x = draw.standard_normal((batch, *image, shape.ic), np.float32)
-        sparse = SparseDense.from_dense(dense) if isinstance(dense, nnx.Linear) else SparseConv.from_dense(dense)
+        linear = isinstance(dense, nnx.Linear)
+        if layer.inputs is None:
+            sparse = SparseDense.from_dense(dense) if linear else SparseConv.from_dense(dense)
+            predicted = float(conv_seconds(shape, max(layer.density, 1 / shape.weights), plan.machine))
+        else:
+            sparse = (Int8Dense if linear else Int8Conv)(dense, layer.inputs, layer.correction)
+            predicted = layer.seconds
         times = time_networks({"dense": fuse_call(nnx.clone(dense)), "sparse": sparse}, x, seconds)
-        density = max(layer.density, 1 / shape.weights)
         rows.append({
             "path": layer.path, "shape": str(shape), "density": layer.density, "choice": layer.choice, "reason": layer.reason,
-            "useful": [float(bound) for bound in useful_range(shape, plan.machine)],
+            "useful": useful(shape, plan.machine, "float32" if layer.inputs is None else "int8"),
             "dense": [float(dense_seconds(shape, plan.machine)), times["dense"]["seconds"]],
-            "sparse": [float(conv_seconds(shape, density, plan.machine)), times["sparse"]["seconds"]],
+            "sparse": [predicted, times["sparse"]["seconds"]],
         })
     return rows
+
+
+def useful(shape: ConvShape, machine: Machine, precision: Precision) -> list[float]:
+    """Densities between which pruning pays, [lower, upper], see `useful_range`; in eight bits over dense in float32."""
+    return [float(bound[0]) for bound in useful_range(*work_in(precision, [shape], machine))]
+
+
+def _in_eight_bits(model: nnx.Module) -> bool:
+    return any(isinstance(module, Int8Conv) for _, module in nnx.iter_modules(model))
 
 
 def save_weights(model: nnx.Module, path: Path) -> dict[str, int]:
@@ -130,11 +164,13 @@ def save_weights(model: nnx.Module, path: Path) -> dict[str, int]:
     arrays, offsets = {}, 0
     for parts, module in nnx.iter_modules(model):
         prefix = "/".join(map(str, parts))
-        if isinstance(module, SparseConv | SparseDense):
-            arrays |= {f"{prefix}/kernel/{name}": array for name, array in module.kernel.to_arrays().items()}
-            offsets += 2 * module.kernel.nnz
-        arrays |= {f"{prefix}/{name}": np.asarray(variable[...]) for name, variable in vars(module).items()
-                   if isinstance(variable, nnx.Variable) and name != "values"}
+        own = {name: np.asarray(variable[...]) for name, variable in vars(module).items() if isinstance(variable, nnx.Variable)}
+        if isinstance(module, SparseConv | SparseDense | Int8Conv):
+            kernel = module.kernel.to_arrays()
+            own = {name: array for name, array in own.items() if name == "bias"} | {
+                f"kernel/{name}": array for name, array in kernel.items()}
+            offsets += 2 * module.pattern.nnz
+        arrays |= {f"{prefix}/{name}": array for name, array in own.items()}
     content = io.BytesIO()
     np.savez(content, **dict(sorted(arrays.items())))  # in which order a model has them depends on what restored it
     checkpoint.write_atomically(path, content.getvalue())

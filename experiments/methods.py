@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ import optax
 from flax import nnx
 
 from sparseflax import prune
+from sparseflax.conv.int8 import LANES
 from sparseflax.cost import model as cost
+from sparseflax.cost.int8 import work_in
 from sparseflax.cost.machine import Machine
-from sparseflax.cost.model import Work, conv_seconds
+from sparseflax.cost.model import conv_seconds
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.plan import MARGIN
 from sparseflax.prune.allocate import REACH
@@ -30,6 +32,7 @@ from sparseflax.prune.allocate import REACH
 MIN_DENSITY = 0.01  # of a layer, for guided and unguided methods alike
 L1 = 5e-3  # first strength of the lasso, per learning rate, for some hundred updates; it adapts, tenfold in 25
 CALIBRATION = 512  # images that one-shot methods may look at
+Precision = Literal["float32", "int8"]
 
 
 class Speed:
@@ -39,10 +42,12 @@ class Speed:
       shapes: of its layers, at the batch it is to be fast at.
       machine: on which.
       whole: the network as it was measured; None goes by its layers alone.
+      precision: of sparse layers, "float32" or "int8"; dense ones run in float32.
     """
 
-    def __init__(self, shapes: Mapping[str, ConvShape], machine: Machine, whole: prune.Whole | None = None):
-        self._names, work = list(shapes), Work.stack(shapes.values(), machine)
+    def __init__(self, shapes: Mapping[str, ConvShape], machine: Machine, whole: prune.Whole | None = None,
+                 precision: Precision = "float32"):
+        self._names, (work, machine) = list(shapes), work_in(precision, shapes.values(), machine)
         self._layers = np.asarray(cost.dense_seconds(work, machine), float)
         layers = float(self._layers.sum())
         self._whole = whole or prune.Whole(layers)
@@ -84,6 +89,7 @@ class Task:
       every: updates between two takings of the masks.
       best_effort: whether a speedup out of reach is one that can be reached instead.
       block: neighbouring input channels that are pruned together.
+      precision: that its sparse layers are to run in.
     """
 
     model: nnx.Module
@@ -99,6 +105,7 @@ class Task:
     every: int
     best_effort: bool = False
     block: int = 1
+    precision: Precision = "float32"
 
     @property
     def params(self) -> Any:
@@ -112,7 +119,7 @@ class Task:
     @functools.cached_property
     def speed(self) -> Speed:
         """The performance model's predictions of this network."""
-        return Speed(self.shapes, self.machine, self.whole)
+        return Speed(self.shapes, self.machine, self.whole, self.precision)
 
     @property
     def batches(self) -> list[np.ndarray]:
@@ -127,7 +134,7 @@ class Task:
     def guide(self) -> prune.Guidance:
         """The performance model's. Raises ValueError for a speedup out of reach."""
         return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole,
-                            best_effort=self.best_effort)
+                            best_effort=self.best_effort, precision=self.precision)
 
     def matched(self, allocate: Callable[[float], prune.Guidance]) -> prune.Guidance:
         """The guide without a performance model that is predicted to reach the requested speedup with the most weights.
@@ -172,12 +179,16 @@ class Method(NamedTuple):
       prepare: the optimizer to prune with, as that says, and train; None if the task's model was pruned and is not trained.
       twin: of a guided method, the name of the same method without the performance model's guide.
       trains: whether it does; a method that does not prepares no optimizer.
+      block: neighbouring input channels that it prunes together, if no run asks for more.
+      precision: that what it prunes is to run in; eight bits take blocks of four.
     """
 
     guide: Guide
     prepare: Prepare
     twin: str | None = None
     trains: bool = True
+    block: int = 1
+    precision: Precision = "float32"
 
     @property
     def guided(self) -> bool:
@@ -252,6 +263,7 @@ METHODS: dict[str, Method] = {
     "GMP, ERK": Method(erk, _magnitude),
     "GMP, global": Method(one_threshold, _magnitude),
     "GMP, guided": Method(Task.guide, _magnitude, twin="GMP, uniform"),
+    "GMP, guided, int8": Method(Task.guide, _magnitude, block=LANES, precision="int8"),
     "ESL": Method(one_threshold, _lasso),
     "GESL": Method(Task.guide, _lasso, twin="ESL"),
     "DNS": Method(uniform, _surgery),
@@ -265,6 +277,8 @@ METHODS: dict[str, Method] = {
     "one-shot": Method(uniform, _one_shot, trains=False),
     "OBS one-shot": Method(uniform, _obs, trains=False),
     "OBS one-shot, guided": Method(Task.guide, _obs, twin="OBS one-shot", trains=False),
+    "OBS one-shot, guided, blocks": Method(Task.guide, _obs, trains=False, block=LANES),
+    "OBS one-shot, guided, int8": Method(Task.guide, _obs, trains=False, block=LANES, precision="int8"),
     "OBS, then trained": Method(uniform, _obs_then_trained),
     "OBS, then trained, guided": Method(Task.guide, _obs_then_trained, twin="OBS, then trained"),
     "speed in the loss": Method(Task.guide, _budget),

@@ -36,7 +36,6 @@ from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
 from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
@@ -83,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     data, machine, model, whole = begun
     asked, guide, dense, pruned, shortfall = learn(config, out, begun)
 
-    chosen = plan(model, data.test_images[:1], machine)
+    chosen = evaluate.planned(model, data, machine, METHODS[config.method].precision)
     print(chosen, flush=True)
     packed = pack_model(model, chosen)
     networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen), evaluate.PACKED: packed}
@@ -212,8 +211,10 @@ def prune_optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTrans
 def task(config: Config, model: nnx.Module, data: Data, shapes: Mapping[str, ConvShape], machine: Machine,
          whole: prune.Whole) -> Task:
     """What a method is asked."""
+    method = METHODS[config.method]
     return Task(model, data.train_images[:CALIBRATION], shapes, machine, config.speedup, whole, *prune_optimizer(config),
-                config.prune_steps, config.ramp_steps, config.prune_every, block=config.block)
+                config.prune_steps, config.ramp_steps, config.prune_every, block=max(config.block, method.block),
+                precision=method.precision)
 
 
 def settings(config: Config) -> dict[str, Any]:

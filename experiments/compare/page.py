@@ -67,7 +67,7 @@ def tables(lines: Sequence[Line]) -> str:
     found = _checked(lines)
     parts = ["\n".join(f"- {sentence}" for sentence in summary.conclusions(lines)), _conditions(lines)]
     for network in dict.fromkeys(point.network for point in found):
-        parts += [f"## {network}", markdown(HEAD, [_row(point) for point in found if point.network == network])]
+        parts += [f"### {network}", markdown(HEAD, [_row(point) for point in found if point.network == network])]
     return "\n\n".join(parts)
 
 
@@ -92,8 +92,8 @@ def _row(point: Point) -> tuple[str, ...]:
 def _gains(found: Sequence[Point]) -> list[tuple[str, ...]]:
     rows = []
     for network in dict.fromkeys(point.network for point in found):
-        for guided in (True, False):
-            if point := summary.fastest(found, network, guided):
+        for guided, precision in ((True, "int8"), (True, "float32"), (False, "float32")):
+            if point := summary.fastest(found, network, guided, precision):
                 rows.append((
                     f"{_name(point)}: measured here", f"{network}, cluttered digits",
                     f"{point.accuracy + point.lost:.1f} → {point.accuracy:.1f} %", f"{100 * point.density:.1f} %",

@@ -20,11 +20,12 @@ class Point(NamedTuple):
     """A method at a requested speedup on a network; means over the seeds, geometric ones of times and ratios.
 
     Attributes:
-      network, method, guided, requested: which.
+      network, method, guided, precision, requested: which.
       seeds: number of runs.
       accuracy: of the packed network, in %.
       spread: largest minus smallest accuracy, in points.
       lost: accuracy of the dense network minus that of the packed one, in points.
+      rounding: accuracy of the pruned network minus that of the packed one, in points: what eight bits lose.
       density: kept / all weights.
       bytes: of the packed network's file.
       compression: dense file over packed file.
@@ -37,11 +38,13 @@ class Point(NamedTuple):
     network: str
     method: str
     guided: bool
+    precision: str
     requested: float
     seeds: int
     accuracy: float
     spread: float
     lost: float
+    rounding: float
     density: float
     bytes: float
     compression: float
@@ -64,38 +67,45 @@ def points(lines: Iterable[Line]) -> list[Point]:
     return [_point(group) for group in groups.values()]
 
 
-def fastest(found: Iterable[Point], network: str, guided: bool) -> Point | None:
-    """The point measured fastest at batch 1 of those that lose at most EQUAL points, over as many seeds as any."""
+def fastest(found: Iterable[Point], network: str, guided: bool | None, precision: str = "float32",
+            batch: int = 1) -> Point | None:
+    """The point measured fastest of those that lose at most EQUAL points, over as many seeds as any; None: guided or not."""
     here = [point for point in found if point.network == network]
     seeds = max((point.seeds for point in here), default=0)
-    equal = [point for point in here if point.guided == guided and point.lost <= EQUAL and point.seeds == seeds]
-    return max(equal, key=Point.speedup, default=None)
+    equal = [point for point in here if guided in (None, point.guided) and point.precision == precision
+             and point.lost <= EQUAL and point.seeds == seeds]
+    return max(equal, key=lambda point: point.speedup(batch), default=None)
 
 
-def equal_speedup(found: Iterable[Point]) -> float:
-    """The speedup at batch 1 at which one method loses EQUAL points, between its points: a line in log speedup.
+def equal_speedup(found: Iterable[Point], batch: int = 1) -> float:
+    """The speedup at which one method loses EQUAL points, between its points: a line in log speedup.
 
     It starts at the dense network, which loses nothing; beyond the last point nothing is claimed.
     """
     speedup, lost = 1.0, 0.0
-    for point in sorted(found, key=Point.speedup):
+    for point in sorted(found, key=lambda point: point.speedup(batch)):
         if point.lost > EQUAL:
-            return speedup * (point.speedup() / speedup) ** ((EQUAL - lost) / (point.lost - lost))
-        speedup, lost = point.speedup(), point.lost
+            return speedup * (point.speedup(batch) / speedup) ** ((EQUAL - lost) / (point.lost - lost))
+        speedup, lost = point.speedup(batch), point.lost
     return speedup
 
 
 def best(lines: Sequence[Line]) -> list[str]:
-    """The unguided and the guided method of the highest mean accuracy over their runs; a refused run counts as 0."""
-    chosen = []
+    """The unguided and the guided method of the highest mean accuracy over their runs; a refused run counts as 0.
+
+    After them the guided one in blocks and in eight bits.
+    """
+    chosen = list[str]()
     for guided in (False, True):
         accuracies: dict[str, list[float]] = {}
         for line in lines:
-            if line["guided"] == guided:
+            if line["guided"] == guided and METHODS[line["method"]].block == 1:
                 accuracies.setdefault(line["method"], []).append(line.get("accuracy", 0.0))
         if accuracies:
             chosen.append(max(accuracies, key=lambda method: statistics.mean(accuracies[method])))
-    return chosen
+    last = METHODS[chosen[-1]] if chosen else None
+    return chosen + [name for name, method in METHODS.items()
+                     if last and method.block > 1 and (method.guide, method.prepare) == (last.guide, last.prepare)]
 
 
 def layer_densities(lines: Sequence[Line]) -> list[float]:
@@ -109,7 +119,8 @@ def conclusions(lines: Sequence[Line]) -> list[str]:
     found = points(lines)
     networks = list(dict.fromkeys(point.network for point in found))
     return [*(sentence for network in networks
-              for sentence in (_comparison(found, network), *_twins(found, network), *_shares(found, lines, network))),
+              for sentence in (_comparison(found, network), *_eight_bits(found, network), *_twins(found, network),
+                               *_shares(found, lines, network))),
             *_requests(found), *_refusals(lines)]
 
 
@@ -124,9 +135,10 @@ def _point(group: list[Line]) -> Point:
         return geometric_mean(map(value, group))
 
     return Point(
-        first["network"], first["method"], first["guided"], first["requested"], len(group),
+        first["network"], first["method"], first["guided"], _precision(first), first["requested"], len(group),
         accuracy=statistics.mean(accuracies), spread=max(accuracies) - min(accuracies),
         lost=mean(lambda line: 100 * (line["dense_accuracy"] - line["packed_accuracy"])),
+        rounding=mean(lambda line: 100 * (line["accuracy"] - line["packed_accuracy"])),
         density=mean(lambda line: line["kept"] / line["weights"]),
         bytes=mean(lambda line: line["bytes"][PACKED]["disk"]),
         compression=geometric(lambda line: line["bytes"][DENSE]["disk"] / line["bytes"][PACKED]["disk"]),
@@ -158,7 +170,7 @@ def _interpolated(found: list[Point], network: str, seeds: int) -> str:
     for guided in (True, False):
         methods: dict[str, list[Point]] = {}
         for point in found:
-            if (point.network, point.guided, point.seeds) == (network, guided, seeds):
+            if (point.network, point.guided, point.seeds, point.precision) == (network, guided, seeds, "float32"):
                 methods.setdefault(point.method, []).append(point)
         speedups = {method: equal_speedup(own) for method, own in methods.items() if len(own) > 1}
         if not speedups:
@@ -167,6 +179,35 @@ def _interpolated(found: list[Point], network: str, seeds: int) -> str:
     (guided, fast), (unguided, slow) = best
     return (f" Between the measured points, at exactly {EQUAL} below dense: {guided} {fast:.2f}x dense, {unguided} {slow:.2f}x,"
             f" a ratio of {fast / slow:.2f}.")
+
+
+def _eight_bits(found: list[Point], network: str) -> list[str]:
+    """What eight bits gain over float32 at equal accuracy, and what they lose by themselves."""
+    rounded = [point for point in found if (point.network, point.precision) == (network, "int8")]
+    if not rounded:
+        return []
+    lines = []
+    for batch in rounded[0].seconds:
+        one, int8 = (fastest(found, network, None, precision, batch) for precision in ("float32", "int8"))
+        if not (one and int8):
+            return [f"{network}: no network in {'eight bits' if one else 'float32'} stays within {EQUAL} points of dense."]
+        curves: dict[str, dict[str, list[Point]]] = {"float32": {}, "int8": {}}
+        for point in found:
+            if (point.network, point.seeds) == (network, one.seeds):
+                curves[point.precision].setdefault(point.method, []).append(point)
+        slow, fast = (max(equal_speedup(own, batch) for own in curves[precision].values()) for precision in curves)
+        ratio = int8.speedup(batch) / one.speedup(batch)
+        lines.append(f"at batch {batch} {_named(int8, batch)} is measured {ratio:.2f} times as fast as {_named(one, batch)}, "
+                     f"{fast / slow:.2f} times at exactly {EQUAL} below dense")
+    worst = max(rounded, key=lambda point: point.rounding)
+    mean = statistics.mean(point.rounding for point in rounded)
+    return [f"{network}: eight bits over the fastest of float32 at equal accuracy: {'; '.join(lines)}. Eight bits by themselves "
+            f"lose {mean:.2f} points in the mean to the same pruned weights in float32, at most {worst.rounding:.2f} (at "
+            f"{worst.requested:g}x)."]
+
+
+def _precision(line: Line) -> str:
+    return line.get("precision", "float32")  # early lines have no other
 
 
 def _twins(found: list[Point], network: str) -> list[str]:
@@ -204,8 +245,8 @@ def _shares(found: list[Point], lines: Sequence[Line], network: str) -> list[str
     return [f"{network}: at {guided.requested:g}x {', '.join(kept)}. The less these differ, the less a guide can gain."]
 
 
-def _named(point: Point) -> str:
-    return f"{point.method} ({point.speedup():.2f}x dense, {-point.lost:+.2f} points)"
+def _named(point: Point, batch: int = 1) -> str:
+    return f"{point.method} ({point.speedup(batch):.2f}x dense, {-point.lost:+.2f} points)"
 
 
 def _requests(found: list[Point]) -> list[str]:

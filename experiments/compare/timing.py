@@ -13,11 +13,9 @@ from experiments.benchmark.timing import Others
 from experiments.compare import runs, training
 from experiments.compare.runs import Run
 from experiments.configs import Config
-from experiments.methods import Speed
+from experiments.methods import METHODS, Speed
 from sparseflax.cost.cpu import client_threads
-from sparseflax.cost.model import useful_range
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import plan
 
 BATCHES = 1, 16
 
@@ -42,14 +40,15 @@ def _time(config: Config, run: Run, out: Path) -> Line:
     machine, whole = training.measure(config, out)
     data, folder = training.dataset(config), run.folder(out)
     model = training.pruned_network(config, folder)
-    chosen = plan(model, data.test_images[:1], machine)
+    precision = METHODS[run.method].precision
+    chosen = evaluate.planned(model, data, machine, precision)
     packed = pack_model(model, chosen)
     networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen), evaluate.PACKED: packed}
     sizes = {name: evaluate.save_weights(networks[name], folder / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
     kept, weights = evaluate.count_weights(model)
     layers = [layer for layer in chosen.layers if layer.shape is not None]
     shapes = {layer.path: layer.shape for layer in layers if layer.shape is not None}
-    speed = Speed(shapes, machine, whole)
+    speed = Speed(shapes, machine, whole, precision)
     with Others() as others:
         times = {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES}
     return {
@@ -58,5 +57,5 @@ def _time(config: Config, run: Run, out: Path) -> Line:
         "predicted": speed.speedup({layer.path: layer.density for layer in layers}),
         "load_of_others": others.load,
         "layers": [{"path": layer.path, "shape": str(layer.shape), "density": layer.density, "choice": layer.choice,
-                    "useful": [float(bound) for bound in useful_range(shapes[layer.path], machine)]} for layer in layers],
+                    "useful": evaluate.useful(shapes[layer.path], machine, precision)} for layer in layers],
     }

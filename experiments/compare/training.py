@@ -113,10 +113,11 @@ def _prune(config: Config, run: Run, out: Path) -> Line:
     (machine, whole), data, dense = measure(config, out), dataset(base), _dense(base, out)
     model = nnx.clone(dense.model)
     shapes = conv_shapes(model, data.test_images[:1])
-    task = main_job.task(config, model, data, shapes, machine, whole)
+    task = main_job.task(replace(config, method=run.method), model, data, shapes, machine, whole)
     method, folder = METHODS[run.method], run.folder(out)
     line = {"network": run.network, "method": run.method, "guided": method.guided, "seed": run.seed,
-            "requested": run.speedup, "dense_accuracy": dense.accuracy, "dense_training_seconds": dense.seconds}
+            "requested": run.speedup, "precision": method.precision, "dense_accuracy": dense.accuracy,
+            "dense_training_seconds": dense.seconds}
     start = time.process_time()
     try:
         optimizer = method.prepare(task, method.guide(task))
