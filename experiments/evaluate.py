@@ -28,8 +28,8 @@ from sparseflax.layers.nnx import SparseConv, SparseDense
 from sparseflax.network.call import fuse_call
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import Plan
 from sparseflax.network.plan import plan as plan_for
+from sparseflax.network.planned import Plan
 
 DENSE, FOLDED, PACKED = "dense", "dense, batch norm folded", "packed"
 # Two right programs differ in the order of their sums and in one rounding of each folded weight: their errors are of one

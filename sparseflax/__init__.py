@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from sparseflax.job.faster import faster as faster
     from sparseflax.network.fuse import fuse as fuse
     from sparseflax.network.pack import pack_model as pack_model
-    from sparseflax.network.plan import LayerPlan as LayerPlan
-    from sparseflax.network.plan import Plan as Plan
     from sparseflax.network.plan import plan as plan
+    from sparseflax.network.planned import LayerPlan as LayerPlan
+    from sparseflax.network.planned import Plan as Plan
     from sparseflax.network.predict import StepTime as StepTime
     from sparseflax.network.shapes import conv_shapes as conv_shapes
     from sparseflax.network.steps import Steps as Steps
@@ -59,7 +59,8 @@ _NAMES = {  # the same names for Python, by module
     "job.faster": ("faster",),
     "network.fuse": ("fuse",),
     "network.pack": ("pack_model",),
-    "network.plan": ("LayerPlan", "Plan", "plan"),
+    "network.plan": ("plan",),
+    "network.planned": ("LayerPlan", "Plan"),
     "network.predict": ("StepTime",),
     "network.shapes": ("conv_shapes",),
     "network.steps": ("Steps", "step_times"),

@@ -148,7 +148,7 @@ def test_bad_artefacts(packed, monkeypatch):
 def test_the_light_import_has_the_whole_library_behind_it():
     code = ("import sys, sparseflax; from sparseflax import sparse_conv, pack; "
             "from sparseflax.conv import ffi; assert 'flax' not in sys.modules; "
-            "from sparseflax.network.plan import Plan; assert sparseflax.Plan is Plan and callable(sparseflax.plan); "
+            "from sparseflax.network.planned import Plan; assert sparseflax.Plan is Plan and callable(sparseflax.plan); "
             "assert sparseflax.nnx.SparseConv and sparseflax.prune.ramp; "
             "assert {'plan', 'pack', 'prune'} <= set(dir(sparseflax)) and not hasattr(sparseflax, 'missing')")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

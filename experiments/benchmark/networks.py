@@ -24,7 +24,8 @@ from sparseflax.conv import ffi
 from sparseflax.cost.machine import Machine
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import Plan, in_eight_bits, plan
+from sparseflax.network.plan import in_eight_bits, plan
+from sparseflax.network.planned import Plan
 
 XLA, XLA_FOLDED = "xla", "xla, batch norm folded"
 EXAMPLES = 32  # images, noise as the input is, that ranges are taken from

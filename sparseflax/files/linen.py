@@ -18,7 +18,7 @@ from sparseflax.files.safetensors import mismatches
 from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.linen.trace import COLLECTIONS
-from sparseflax.network.plan import LayerPlan, Plan
+from sparseflax.network.planned import LayerPlan, Plan
 
 PATTERN = ("gaps", "layout")  # what is stored of a sparse layer beside its values: arrays of PackedKernel.to_arrays
 INT8 = ("words", "scale")  # what is stored in place of values in eight bits

@@ -28,7 +28,8 @@ from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
 from sparseflax.layers.stack import from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.pack import pack_nnx
-from sparseflax.network.plan import Plan, elsewhere
+from sparseflax.network.plan import elsewhere
+from sparseflax.network.planned import Plan
 
 Model = TypeVar("Model", bound=nnx.Module)
 Linen = tuple[nn.Module, Any]

@@ -38,7 +38,8 @@ from sparseflax.job.places import places, with_weights
 from sparseflax.job.train import finetune as train
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import Plan, plan
+from sparseflax.network.plan import plan
+from sparseflax.network.planned import Plan
 from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.allocate import guided
 from sparseflax.prune.correct import Statistics, correct, statistics

@@ -14,8 +14,9 @@ from sparseflax.layers.rules import is_stack
 from sparseflax.network.call import fuse_call
 from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.linen.packed import pack_linen
-from sparseflax.network.plan import Plan, describe, elsewhere
+from sparseflax.network.plan import describe, elsewhere
 from sparseflax.network.plan import plan as make_plan
+from sparseflax.network.planned import Plan
 from sparseflax.network.survey import join, weight_of
 
 Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])

@@ -24,7 +24,7 @@ from sparseflax.network.fold import fold
 from sparseflax.network.fuse import fuse
 from sparseflax.network.linen.layers import as_nnx, norm_of
 from sparseflax.network.linen.trace import at, given, trace, weight_of
-from sparseflax.network.plan import LayerPlan, Plan
+from sparseflax.network.planned import LayerPlan, Plan
 from sparseflax.network.shapes import WINDOW
 
 
