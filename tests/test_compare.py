@@ -272,8 +272,8 @@ def test_eight_bits_are_compared_with_the_fastest_of_float32():
     times = ("GMP, guided, int8 (4.00x dense, -0.40 points) is measured 2.00 times as fast as GMP, guided (2.00x dense, "
              f"-0.40 points), {ratio} times at exactly 0.5 below dense")
     assert said[1] == (
-        f"vgg: eight bits over the fastest of float32 at equal accuracy: at batch 1 {times}; at batch 16 {times}. Eight bits by "
-        "themselves lose 0.05 points in the mean to the same pruned weights in float32, at most 0.20 (at 2x).")
+        f"vgg: eight bits over the fastest of float32 at equal accuracy: at batch 1 {times}; at batch 16 {times}. Eight bits "
+        "by themselves lose 0.05 points in the mean to the same pruned weights in float32, at most 0.20 (at 2x).")
     none = summary.conclusions([line(), line("GMP, guided, int8", accuracy=0.9, precision="int8")])
     assert none[1] == "vgg: no network in eight bits stays within 0.5 points of dense."
 

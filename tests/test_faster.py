@@ -11,7 +11,7 @@ import pytest
 import sparseflax
 from sparseflax import __main__ as commands
 from sparseflax.job import faster as job
-from sparseflax.job import layers
+from sparseflax.job import layers, tries
 from sparseflax.job.fidelity import Outputs, compare
 from sparseflax.job.pictures import read_labels, read_pictures
 from sparseflax.onnx import load_onnx
@@ -122,10 +122,11 @@ def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path, first, a
         asked.append(speedup)
         return original(job_, speedup)
 
-    original = job._guide
-    monkeypatch.setattr(job, "MISSED", 0.1)
-    monkeypatch.setattr(job, "_guide", guide)
-    monkeypatch.setattr(job, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
+    original = tries.guide_for
+    monkeypatch.setattr(tries, "MISSED", 0.1)
+    monkeypatch.setattr(tries, "guide_for", guide)
+    for module in (tries, job):
+        monkeypatch.setattr(module, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
     monkeypatch.setattr(job, "engines", lambda *_: ({}, {}))
     with pytest.raises(StopIteration):  # the clock has no more to say once the network is made
         sparseflax.faster(network, pictures, speedup=2, out=tmp_path / "out", seconds=0.1)
@@ -144,7 +145,7 @@ def test_a_score_of_the_users_own(given, tmp_path):
 
     found = sparseflax.faster(*given, points=25, score=score, out=tmp_path / "out", seconds=0.1)
     tried = {one["asked"]: one["points"] for one in found["curve"]}
-    assert sorted(tried.values()) == [10.0 * i for i in range(1, len(tried) + 1)] and len(tried) == job.CURVE + job.FINER
+    assert sorted(tried.values()) == [10.0 * i for i in range(1, len(tried) + 1)] and len(tried) == tries.CURVE + tries.FINER
     chosen = next(one for one in found["curve"] if one["chosen"])
     assert chosen["points"] <= 25 and chosen["asked"] == max(speed for speed, points in tried.items() if points <= 25)
     assert found["fidelity"]["measure"] == "score" and found["fidelity"]["original_score"] == 90
@@ -166,7 +167,7 @@ def test_a_command_finetunes_and_keeps_to_points(given, monkeypatch, capsys, tmp
     network, pictures = map(str, given)
     arguments = ["faster", network, "--images", pictures, "--points", "100", "--finetune", "0.001", "--labels", str(labels)]
     monkeypatch.setattr(sys, "argv", ["sparseflax", *arguments, "--out", str(tmp_path / "out"), "--seconds", "0.1"])
-    monkeypatch.setattr(job, "CURVE", 2)
+    monkeypatch.setattr(tries, "CURVE", 2)
     commands.main()
     said = capsys.readouterr().out
     assert "Its accuracy went from" in said and "what can be had for what" in said

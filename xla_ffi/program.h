@@ -92,7 +92,15 @@ class Program {
     size_t begin, end;
     bool together;
   };
-  struct Call;  // what one call runs on
+  struct Call {  // what the steps of a unit run on
+    int64_t n, begin, count;  // images of the batch and of this unit
+    const std::vector<const void*>& inputs;
+    const std::vector<const void*>& shared;
+    const std::vector<void*>& outputs;
+    char* whole;
+    char* unit;
+    Executor& executor;
+  };
 
   Program();
   std::string Decode(const int64_t* words, int64_t count, const float* numbers, int64_t number_count, const uint8_t* gaps,
@@ -121,6 +129,7 @@ class Program {
   int64_t inputs_ = 0, chunk_ = 1;
   int64_t unbiased_ = 0;                      // output channels of the widest convolution without a bias
   int64_t whole_bytes_ = 0, unit_bytes_ = 0;  // per image
+  static std::atomic<bool> tracing_;  // whether all programs are
   mutable std::vector<std::atomic<int64_t>> nanoseconds_;  // of each step, where it is traced
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> arenas_;  // that no call uses now

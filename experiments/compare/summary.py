@@ -201,9 +201,9 @@ def _eight_bits(found: list[Point], network: str) -> list[str]:
                      f"{fast / slow:.2f} times at exactly {EQUAL} below dense")
     worst = max(rounded, key=lambda point: point.rounding)
     mean = statistics.mean(point.rounding for point in rounded)
-    return [f"{network}: eight bits over the fastest of float32 at equal accuracy: {'; '.join(lines)}. Eight bits by themselves "
-            f"lose {mean:.2f} points in the mean to the same pruned weights in float32, at most {worst.rounding:.2f} (at "
-            f"{worst.requested:g}x)."]
+    return [f"{network}: eight bits over the fastest of float32 at equal accuracy: {'; '.join(lines)}. Eight bits by "
+            f"themselves lose {mean:.2f} points in the mean to the same pruned weights in float32, at most "
+            f"{worst.rounding:.2f} (at {worst.requested:g}x)."]
 
 
 def _precision(line: Line) -> str:
