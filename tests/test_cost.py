@@ -1,6 +1,5 @@
 """The cost model against the paper's numbers, against float64 formulas written out here, and by its properties."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparseflax.cost.int8 import USUAL, int8_seconds
 from sparseflax.cost.machine import ATOM_C2750, XEON_E5_2697V4, XEON_PHI_7250
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, speedup, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -201,16 +199,3 @@ def test_a_traced_density_of_zero_has_a_time_and_a_gradient(machine):
     np.testing.assert_allclose(seconds, smooth_seconds(CONV5, 2.0**-24, machine), rtol=ROUNDING)
     _, weights, _ = terms(CONV5, machine)
     np.testing.assert_allclose(slope, weights, rtol=1e-5)  # memory binds: a weight costs its bytes
-
-
-@pytest.mark.parametrize("channels, groups", [(64, 1), (3, 1), (36, 4)])
-def test_eight_bits_cost_what_their_words_do(channels, groups):
-    """Where a product of four costs as one: the time of a quarter of the channels."""
-    shape = ConvShape(1, 14, 14, channels, 64, 3, 3, padding=((1, 1), (1, 1)), groups=groups)
-    paper = dataclasses.replace(XEON_E5_2697V4, fma_cycles=0.5, int8_cycles=0.5)
-    words = dataclasses.replace(shape, ic=groups * -(-channels // groups // 4))
-    assert int8_seconds(shape, 0.1, paper) == pytest.approx(float(conv_seconds(words, 0.1, paper)), rel=1e-6)
-    times = [int8_seconds(shape, 0.5, dataclasses.replace(paper, int8_cycles=cycles)) for cycles in (0.5, 1.0, 8.0)]
-    assert times == sorted(times) and times[0] < times[2]
-    unknown = dataclasses.replace(paper, int8_cycles=0.0)
-    assert int8_seconds(shape, 0.5, unknown) == int8_seconds(shape, 0.5, dataclasses.replace(paper, int8_cycles=0.5 * USUAL))

@@ -26,7 +26,7 @@ SOURCES = sorted(p for p in KERNEL.glob("*.cc") if p.name not in OUTSIDE)
 TILES = [p for p in SOURCES if "microkernel.inc" in p.read_text() and p.name != "portable.cc"]  # with vectors of their own
 BUILT = 0, 3  # FFI version of the headers in pyproject.toml
 SERIAL = ["tiles", "flattened", "nonfinite", "damaged", "sizes"]
-INT8_SERIAL = ["tiles", "flattened"]
+INT8_SERIAL = ["tiles", "nearly_all", "flattened"]
 EMULATED = [p for p in SOURCES if "SF_EMULATED" in p.read_text()]  # whose instructions can be replaced, see cpp/emulated
 RELEASE = ["-O3", "-DNDEBUG", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]  # as CMakeLists.txt builds the module
 # Under a sanitizer: where a machine lacks an instruction set, nothing of its kernels runs.

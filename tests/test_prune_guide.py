@@ -323,15 +323,26 @@ def test_refusals():
 def test_a_guide_for_eight_bits_goes_by_what_words_cost(machine):
     guide, single = (prune.guided(NETWORK, machine, speedup=2, precision=precision) for precision in ("int8", "float32"))
     dense = {name: float(dense_seconds(shape, machine)) for name, shape in NETWORK.items()}
-    times = {name: int8_seconds(NETWORK[name], guide.densities[name], machine) if name in guide.densities else dense[name]
-             for name in NETWORK}
+    times = {name: int8_seconds(NETWORK[name], guide.densities[name], machine) if name in guide.densities else
+             min(dense[name], int8_seconds(NETWORK[name], 1.0, machine)) for name in NETWORK}
     assert guide.precision == "int8" and guide.machine == machine
     assert guide.dense_seconds == pytest.approx(sum(dense.values()), rel=1e-5) == single.dense_seconds
     for name, seconds in times.items():
         assert guide.layers[name].seconds == pytest.approx(seconds, rel=1e-4)
+        assert guide.layers[name].dense_seconds == single.layers[name].dense_seconds
     assert sum(times.values()) == pytest.approx(guide.dense_seconds / 2, rel=1e-3)
     kept = [sum(g.layers[name].density * shape.weights for name, shape in NETWORK.items()) for g in (guide, single)]
     assert kept[0] > kept[1]  # a word of four costs 2.3 times a weight at most
+
+
+def test_what_eight_bits_give_unpruned_is_not_pruned_for():
+    machine = replace(XEON_E5_2697V4, fma_cycles=0.5, int8_cycles=0.5)
+    dense = {name: float(dense_seconds(shape, machine)) for name, shape in NETWORK.items()}
+    rounded = sum(min(dense[name], int8_seconds(shape, 1.0, machine)) for name, shape in NETWORK.items())
+    most = sum(dense.values()) / rounded
+    assert most > 1.1
+    assert prune.guided(NETWORK, machine, speedup=0.99 * most, precision="int8").densities == {}
+    assert prune.guided(NETWORK, machine, speedup=1.1 * most, precision="int8").densities
 
 
 def test_a_precision_that_there_is_not():

@@ -56,6 +56,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 double FmaCycles() { return 1.25; }
 }  // namespace avx2_int8
@@ -65,7 +66,8 @@ const Isa kAvx2 = {"avx2", 8, Element::kFloat32, 0, avx2::FmaCycles, avx2::PeakF
     avx2::kKernels, SF_COUNT(avx2::kKernels), &avx2::kSteps};
 extern const Isa kAvx2Int8;
 const Isa kAvx2Int8 = {"avx2", 8, Element::kInt8, 128, avx2_int8::FmaCycles, nullptr, avx2::RunsHere, avx2_int8::PackPanel,
-    avx2_int8::StoreTile, avx2_int8::kKernels, SF_COUNT(avx2_int8::kKernels), nullptr};
+    avx2_int8::StoreTile, avx2_int8::kKernels, SF_COUNT(avx2_int8::kKernels), nullptr,
+    avx2_int8::kWordWidth, avx2_int8::DenseUnit};
 
 }  // namespace sparseflax
 #if defined(__clang__)

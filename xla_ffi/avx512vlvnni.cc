@@ -32,6 +32,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 bool RunsHere() {
 #if defined(SF_EMULATED)
@@ -46,7 +47,8 @@ double FmaCycles() { return 0.54; }  // measured on Zen 4: as float32
 
 extern const Isa kAvx512vlVnni;
 const Isa kAvx512vlVnni = {"avx512vlvnni", 8, Element::kInt8, 0, avx512vlvnni::FmaCycles, nullptr, avx512vlvnni::RunsHere, avx512vlvnni::PackPanel,
-    avx512vlvnni::StoreTile, avx512vlvnni::kKernels, SF_COUNT(avx512vlvnni::kKernels), nullptr};
+    avx512vlvnni::StoreTile, avx512vlvnni::kKernels, SF_COUNT(avx512vlvnni::kKernels), nullptr,
+    avx512vlvnni::kWordWidth, avx512vlvnni::DenseUnit};
 
 }  // namespace sparseflax
 #if defined(__clang__)

@@ -45,6 +45,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 bool RunsHere() {
 #if defined(SF_EMULATED)
@@ -59,7 +60,8 @@ double FmaCycles() { return V::F::FmaCycles(); }
 
 extern const Isa kAvx512Vnni;
 const Isa kAvx512Vnni = {"avx512vnni", 16, Element::kInt8, 0, avx512vnni::FmaCycles, nullptr, avx512vnni::RunsHere, avx512vnni::PackPanel,
-    avx512vnni::StoreTile, avx512vnni::kKernels, SF_COUNT(avx512vnni::kKernels), nullptr};
+    avx512vnni::StoreTile, avx512vnni::kKernels, SF_COUNT(avx512vnni::kKernels), nullptr,
+    avx512vnni::kWordWidth, avx512vnni::DenseUnit};
 
 }  // namespace sparseflax
 #if defined(__clang__)

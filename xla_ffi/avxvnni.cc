@@ -35,6 +35,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 bool RunsHere() {
 #if defined(SF_EMULATED)
@@ -49,7 +50,8 @@ double FmaCycles() { return 0.5; }  // not measured: as float32
 
 extern const Isa kAvxVnni;
 const Isa kAvxVnni = {"avxvnni", 8, Element::kInt8, 0, avxvnni::FmaCycles, nullptr, avxvnni::RunsHere, avxvnni::PackPanel,
-    avxvnni::StoreTile, avxvnni::kKernels, SF_COUNT(avxvnni::kKernels), nullptr};
+    avxvnni::StoreTile, avxvnni::kKernels, SF_COUNT(avxvnni::kKernels), nullptr,
+    avxvnni::kWordWidth, avxvnni::DenseUnit};
 
 }  // namespace sparseflax
 #if defined(__clang__)

@@ -38,6 +38,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 double FmaCycles() { return 2; }  // not measured: four instructions
 }  // namespace neon_int8
@@ -47,7 +48,8 @@ const Isa kNeon = {"neon", 4, Element::kFloat32, 0, neon::FmaCycles, neon::PeakF
     neon::kKernels, SF_COUNT(neon::kKernels), &neon::kSteps};
 extern const Isa kNeonInt8;
 const Isa kNeonInt8 = {"neon", 4, Element::kInt8, 128, neon_int8::FmaCycles, nullptr, neon::RunsHere, neon_int8::PackPanel,
-    neon_int8::StoreTile, neon_int8::kKernels, SF_COUNT(neon_int8::kKernels), nullptr};
+    neon_int8::StoreTile, neon_int8::kKernels, SF_COUNT(neon_int8::kKernels), nullptr,
+    neon_int8::kWordWidth, neon_int8::DenseUnit};
 
 }  // namespace sparseflax
 #endif

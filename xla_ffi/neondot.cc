@@ -29,6 +29,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 bool RunsHere() {
 #if defined(__linux__)
@@ -44,7 +45,8 @@ double FmaCycles() { return 0.5; }  // not measured: as float32
 
 extern const Isa kNeonDot;
 const Isa kNeonDot = {"neondot", 4, Element::kInt8, 128, neondot::FmaCycles, nullptr, neondot::RunsHere, neondot::PackPanel,
-    neondot::StoreTile, neondot::kKernels, SF_COUNT(neondot::kKernels), nullptr};
+    neondot::StoreTile, neondot::kKernels, SF_COUNT(neondot::kKernels), nullptr,
+    neondot::kWordWidth, neondot::DenseUnit};
 
 }  // namespace sparseflax
 #if defined(__clang__)

@@ -136,6 +136,7 @@ struct V {
 
 #include "microkernel.inc"
 #include "int8.inc"
+#include "dense_int8.inc"
 
 double FmaCycles() { return 8; }
 }  // namespace portable_int8
@@ -145,6 +146,7 @@ const Isa kPortable = {"portable", 4, Element::kFloat32, 0, portable::FmaCycles,
     portable::kKernels, SF_COUNT(portable::kKernels), &portable::kSteps};
 extern const Isa kPortableInt8;
 const Isa kPortableInt8 = {"portable", 4, Element::kInt8, 0, portable_int8::FmaCycles, nullptr, portable::RunsHere,
-    portable_int8::PackPanel, portable_int8::StoreTile, portable_int8::kKernels, SF_COUNT(portable_int8::kKernels), nullptr};
+    portable_int8::PackPanel, portable_int8::StoreTile, portable_int8::kKernels, SF_COUNT(portable_int8::kKernels), nullptr,
+    portable_int8::kWordWidth, portable_int8::DenseUnit};
 
 }  // namespace sparseflax

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "nearly_all.h"
 #include "plan.h"
 
 namespace sparseflax {
@@ -88,6 +89,7 @@ std::unique_ptr<Conv> Conv::Make(const Shape& shape, const uint8_t* gaps, int64_
     return nullptr;
   }
   conv->nnz_ = nnz;
+  if (element == Element::kInt8) conv->nearly_all_ = NearlyAll::Of(shape, conv->gaps_, nnz);
   return conv;
 }
 
@@ -135,6 +137,7 @@ std::string Conv::Run(int64_t n, int64_t ih, int64_t iw, int64_t oh, int64_t ow,
   const std::string error = Fits(ih, iw, oh, ow);
   if (!error.empty()) return error;
   if (std::max(ih * iw * s.x_pixel, oh * ow * s.y_pixel) > std::numeric_limits<int32_t>::max()) return "an image holds more than 2^31 floats";
+  if (nearly_all_ != nullptr && forced == nullptr && nearly_all_->Run(s, buffers, isa_ != nullptr ? *isa_ : *Isas(element_)[0], executor)) return "";
   const std::shared_ptr<const Plan> plan = GetPlan(s, forced);
   if (plan == nullptr) return "the kernel window is too large for a panel";
   plan->Run(buffers, activation, executor);

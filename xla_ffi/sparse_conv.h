@@ -139,6 +139,20 @@ struct Store {
   const Function* then;         // what is done to float32 after the activation, or null; not past the caches
 };
 
+// A convolution that keeps nearly all of its words, of pixels [pixel, end) of all images and the channels of a panel: Isa::dense_width of a
+// group's, from the first on.
+struct DenseWords {
+  Shape shape;
+  const Word* x;           // words, of uint8
+  const Word* values;      // the kept ones in stored order, of int8
+  const uint32_t* missing; // taps that are not kept, within their block
+  const uint32_t* starts;  // (groups * blocks * ocg + 1) where those of a block and output channel begin
+  const Word* first;       // (oc) what sums start from
+  void* y;
+  const void* residual;    // or null
+  const Rescale* rescale;  // from output channel 0 on
+};
+
 // How many sums each accumulator of a tile is split into: an FMA's result is there after 4 cycles, in which 8 others start.
 constexpr int Chains(int tile) { return tile <= 2 ? 4 : tile <= 4 ? 2 : 1; }
 
@@ -159,7 +173,9 @@ struct Isa {
   void (*store)(const Store&);
   const Kernel* kernels;
   int kernel_count;
-  const Steps* steps;
+  const Steps* steps;           // null for int8
+  int64_t dense_width = 0;      // of int8: output channels of a panel
+  void (*dense)(const DenseWords&, int64_t panel, int64_t pixel, int64_t end) = nullptr;
 };
 
 // All instruction sets of this build, and those of them that run on this machine: best first; the last is "portable".
@@ -218,6 +234,7 @@ struct Buffers {
   const Function* then = nullptr;    // for float32, after the activation
 };
 
+class NearlyAll;  // a pattern of eight bits that is run as a dense one
 struct Plan;  // the pattern expanded for one image size, batch and tile
 
 // One sparse convolution: the pattern, decoded and checked once, and its plans. Thread-safe.
@@ -246,6 +263,7 @@ class Conv {
   Element element_ = Element::kFloat32;
   std::mutex mutex_;
   std::vector<std::shared_ptr<const Plan>> plans_;
+  std::unique_ptr<NearlyAll> nearly_all_;  // or null
 };
 
 

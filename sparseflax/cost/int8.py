@@ -1,4 +1,4 @@
-"""How long a convolution takes in eight bits: as one of a quarter of the channels, which is the same loop over words."""
+"""How long a convolution takes in eight bits: as one of a quarter of the channels, which is the same loops over words."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import replace
 
 from sparseflax.conv.int8 import LANES
 from sparseflax.cost.machine import Machine
-from sparseflax.cost.model import Work, conv_seconds
+from sparseflax.cost.model import Work, conv_seconds, dense_seconds
 from sparseflax.cost.shape import ConvShape
 
 # Cycles of a word over those of a float32 weight where the machine does not say: with AVX2 alone, so that no gain is promised
 # that may not be there.
 USUAL = 2.3
+# From this density on, and of so many pixels, the kernel runs all words as a dense convolution (nearly_all.h, dense_int8.cc).
+NEARLY_ALL, FEW_PIXELS = 0.95, 8
 
 
 def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
@@ -22,7 +24,10 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
         t(layer, density of words) = t_float32(layer with ceil(ic / 4) channels, density)
 
     at the rates of a calibration in eight bits. Where there was none they are those of float32, but for multiply-adds, which
-    take the machine's time for four products, and outputs, of which each is a byte.
+    take the machine's time for four products, and outputs, of which each is a byte. Where nearly all words are kept, and it is
+    known what four products take, it is the dense convolution of words instead, with the packing and storing of the sparse one:
+
+        t(layer, 1) = t_float32_dense(layer with ceil(ic / 4) channels) + packing of all words + storing of all outputs
 
     Args:
       shape: the layer.
@@ -32,7 +37,15 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
     Raises:
       ValueError: as `conv_seconds`.
     """
-    return float(conv_seconds(of_words(shape), density, for_words(machine)))
+    words = of_words(shape)
+    if density < NEARLY_ALL or shape.n * shape.oh * shape.ow < FEW_PIXELS or not _known(machine) or machine.fitted is None:
+        return float(conv_seconds(words, density, for_words(machine)))
+    ratio, dense, sparse = machine.int8_cycles / machine.fma_cycles, machine.fitted.dense, for_words(machine).rates.sparse
+    dense = dense._replace(flop=ratio * dense.flop, deep=ratio * dense.deep, tiles=ratio * dense.tiles)
+    stored = shape.groups * -(-shape.oc // shape.groups // machine.lanes) * shape.n * shape.oh * shape.ow * machine.int8_cycles
+    packed = words.weights / machine.lanes * (1 + machine.int8_cycles)
+    alone = shape.layers * (stored * sparse.store + packed * sparse.pack) / machine.threads
+    return float(dense_seconds(words, replace(machine, fitted=replace(machine.fitted, dense=dense)))) + alone
 
 
 def work_in(precision: str, shapes: Iterable[ConvShape], machine: Machine) -> tuple[Work, Machine]:
@@ -56,8 +69,7 @@ def of_words(shape: ConvShape) -> ConvShape:
 @functools.lru_cache
 def for_words(machine: Machine) -> Machine:
     """The machine as the kernel in eight bits finds it; dense layers take their time in float32."""
-    known = machine.int8_cycles > 0 and machine.fma_cycles > 0
-    ratio = machine.int8_cycles / machine.fma_cycles if known else USUAL
+    ratio = machine.int8_cycles / machine.fma_cycles if _known(machine) else USUAL
     if machine.fitted is None:
         return replace(machine, alpha=machine.alpha * ratio)
     sparse = machine.fitted.sparse
@@ -66,3 +78,8 @@ def for_words(machine: Machine) -> Machine:
     output_bytes = sparse.output_bytes / 4  # one for each float32
     sparse = sparse._replace(fma=sparse.fma * ratio, spill=sparse.spill * ratio, output_bytes=output_bytes)
     return replace(machine, fitted=replace(machine.fitted, sparse=sparse))
+
+
+def _known(machine: Machine) -> bool:
+    """Whether it is known what four products take."""
+    return machine.int8_cycles > 0 and machine.fma_cycles > 0

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseflax.cost.int8 import work_in
+from sparseflax.cost.int8 import int8_seconds, work_in
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
@@ -70,8 +70,8 @@ def guided(
         predicted of the layers alone.
       best_effort: where that is out of reach, take what can be reached, and say so in the guide's `shortfall`; then
         `speedup=math.inf` asks for as much as there is.
-      precision: in which sparse layers will run; dense ones take their time in float32. Densities for int8 are those of blocks
-        of four input channels, which the method has to prune by (`block=4`).
+      precision: in which layers will run, but for those that take less time dense in float32. Densities for int8 are those of
+        blocks of four input channels, which the method has to prune by (`block=4`).
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
@@ -98,7 +98,10 @@ def guided(
     predicted = np.asarray(dense_seconds(work, machine), float)
     whole = whole or Whole(float(predicted.sum()), dense_scale=1.0)
     scale, total = whole.scale, whole.dense_seconds
-    dense = whole.dense_factor(float(predicted.sum())) * predicted
+    before = dense = whole.dense_factor(float(predicted.sum())) * predicted
+    if precision == "int8":  # what is not pruned runs in eight bits, too
+        rounded = [math.inf if shape.depthwise else int8_seconds(shape, 1.0, here) for shape in shapes.values()]
+        dense = np.minimum(dense, scale * np.array(rounded))
     # `plan` knows of no scales: what it would not run sparse, by MARGIN, is not to be pruned.
     bearable = np.minimum(dense, scale * predicted / MARGIN)
     lower, upper = (np.asarray(bound, float) for bound in useful_range(work, machine))
@@ -162,7 +165,7 @@ def guided(
             lower=float(min(floor[i], density[i])),
             upper=float(upper[i]),
             shape=shapes[name],
-            dense_seconds=float(dense[i]),
+            dense_seconds=float(before[i]),
             seconds=float(times[i]),
             slope=scale * float(slope[i]),
         )

@@ -30,8 +30,8 @@ class LayerGuide:
         having, or less where the time asked for needs it. A layer that stays above `upper` was pruned in vain: give it its
         dense weights back.
       shape: of the layer, if it has a performance model.
-      dense_seconds, seconds: predicted time dense and at `density`, in a network that was measured times its scales; nan
-        without a performance model.
+      dense_seconds, seconds: predicted time dense in float32, and at `density` in the guide's precision, in a network that was
+        measured times its scales; nan without a performance model.
       slope: d(seconds)/d(density) at `density`, what pruning on would save; nan without a performance model.
     """
 

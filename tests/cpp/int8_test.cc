@@ -232,6 +232,25 @@ void TestTiles() {
   }
 }
 
+// Nearly all words, which the dense loop runs: panels of several widths, with words missing and without, and too few.
+void TestNearlyAll() {
+  std::vector<Shape> shapes = EdgeShapes();
+  for (int64_t oc : {2, 32, 70, 150}) {
+    shapes.push_back(MakeShape(1, 4, 5, 9, 2, oc, 1, 1, 8));
+    shapes.push_back(MakeShape(2, 7, 6, 5, 1, oc, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1));
+  }
+  uint64_t seed = 100;
+  for (const Shape& shape : shapes) {
+    for (double density : {1.0, 0.99, 0.97}) {
+      ++seed;
+      const Int8Problem p = MakeInt8Problem(shape, density, seed % 2 == 0, seed % 3 == 0, seed);
+      for (const Isa* isa : TestedIsas(wanted_isa, Element::kInt8)) {
+        for (Flush flush : {Flush::kFront, Flush::kBack}) CheckRun(p, *MakeConv(p, isa), *isa, Memory(p, flush), nullptr);
+      }
+    }
+  }
+}
+
 // Batches of 1x1 convolutions, which are flattened into one row when the tile is chosen freely.
 void TestFlattened() {
   for (int64_t n : {1, 3, 16}) {
@@ -246,7 +265,7 @@ void TestFlattened() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::pair<std::string, void (*)()> tests[] = {{"tiles", TestTiles}, {"flattened", TestFlattened}};
+  const std::pair<std::string, void (*)()> tests[] = {{"tiles", TestTiles}, {"nearly_all", TestNearlyAll}, {"flattened", TestFlattened}};
   if (argc < 3) Fail("usage: int8_test all|ISA TEST...");
   wanted_isa = argv[1];
   if (TestedIsas(wanted_isa, Element::kInt8).empty()) Fail("no such instruction set here: " + wanted_isa);
