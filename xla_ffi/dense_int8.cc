@@ -10,6 +10,7 @@ namespace sparseflax {
 namespace {
 
 constexpr int64_t kFewPixels = 8;                  // below, packing the words takes longer than it saves
+constexpr int64_t kAlone = int64_t{1} << 19;       // products below which a second thread costs more than it brings, as of dense float32
 constexpr int64_t kMostWords = int64_t{1} << 18;   // of a kernel's output channel: a panel of 64 channels takes 64 MB
 
 }  // namespace
@@ -46,10 +47,10 @@ bool NearlyAll::Run(const Shape& called, const Buffers& b, const Isa& isa, Execu
   if (pixels < kFewPixels) return false;
   const PerChannel channels(*b.scales, static_cast<const int32_t*>(b.bias), s.oc, isa.shift, b.residual != nullptr);
   const DenseWords d{s, static_cast<const Word*>(b.x), static_cast<const Word*>(b.values), missing_.data(), starts_.data(),
-                     channels.starts(),
-                     b.y, b.residual, &channels};
+                     channels.starts(), b.y, b.residual, &channels};
   // Each panel is packed once, unless threads would be left without one.
-  const int64_t threads = executor.threads(), parts = panels % threads == 0 ? 1 : std::min(threads, pixels / kFewPixels);
+  const int64_t products = pixels * s.kh * s.kw * s.icg * s.oc, threads = products < kAlone ? 1 : executor.threads();
+  const int64_t parts = panels % threads == 0 ? 1 : std::min(threads, pixels / kFewPixels);
   const auto unit = [&](int64_t i) { isa.dense(d, i / parts, pixels * (i % parts) / parts, pixels * (i % parts + 1) / parts); };
   if (threads == 1) {
     for (int64_t i = 0; i < panels * parts; ++i) unit(i);

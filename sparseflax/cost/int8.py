@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from sparseflax.conv.int8 import LANES
+from sparseflax.cost.counts import ALONE
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds
 from sparseflax.cost.shape import ConvShape
@@ -44,8 +45,9 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
     dense = dense._replace(flop=ratio * dense.flop, deep=ratio * dense.deep, tiles=ratio * dense.tiles)
     stored = shape.groups * -(-shape.oc // shape.groups // machine.lanes) * shape.n * shape.oh * shape.ow * machine.int8_cycles
     packed = words.weights / machine.lanes * (1 + machine.int8_cycles)
-    alone = shape.layers * (stored * sparse.store + packed * sparse.pack) / machine.threads
-    return float(dense_seconds(words, replace(machine, fitted=replace(machine.fitted, dense=dense)))) + alone
+    besides = shape.layers * (stored * sparse.store + packed * sparse.pack)
+    threads = machine.threads if words.flops >= 2 * ALONE else 1
+    return float(dense_seconds(words, replace(machine, fitted=replace(machine.fitted, dense=dense)))) + besides / threads
 
 
 def work_in(precision: str, shapes: Iterable[ConvShape], machine: Machine) -> tuple[Work, Machine]:
