@@ -136,6 +136,8 @@ def time_layers(folded: nnx.Module, plan: Plan, batch: int, seconds: float) -> l
         else:
             sparse = (Int8Dense if linear else Int8Conv)(dense, layer.inputs, layer.correction)
             predicted = layer.seconds
+            # All that its inputs can be: numbers beyond would be other numbers.
+            x = (layer.inputs.scale * (draw.integers(0, 256, x.shape) - layer.inputs.zero)).astype(np.float32)
         times = time_networks({"dense": fuse_call(nnx.clone(dense)), "sparse": sparse}, x, seconds)
         rows.append({
             "path": layer.path, "shape": str(shape), "density": layer.density, "choice": layer.choice, "reason": layer.reason,

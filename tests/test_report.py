@@ -16,6 +16,7 @@ from flax import nnx
 from experiments import checkpoint, evaluate, report, run
 from experiments.benchmark import results
 from experiments.configs import digits, smoke
+from experiments.data import Dataset
 from experiments.models import VGG
 from sparseflax import prune
 from sparseflax.conv.packing import PackedKernel
@@ -228,3 +229,27 @@ def test_networks_that_differ_are_not_timed():
     values.set_value(values[...] * (1 + 1e-3))
     with pytest.raises(AssertionError, match="outputs of {'packed': .*they compute something else, and no time counts"):
         evaluate.time_networks({"dense": model, "packed": packed}, x, 0.01)
+
+
+def test_what_runs_in_eight_bits_is_timed_and_weighed_as_that(tmp_path):
+    """Its layers by inputs that they can have; an output that is off by half of the largest is another network's."""
+    rngs, draw = nnx.Rngs(0), np.random.default_rng(0)
+    convolve = [nnx.Conv(ic, oc, (3, 3), rngs=rngs) for ic, oc in ((8, 16), (16, 16))]
+    model = nnx.Sequential(convolve[0], nnx.relu, convolve[1], nnx.relu, lambda x: x.mean((1, 2)))
+    nnx.update(model, prune.one_shot(nnx.state(model, nnx.Param), prune.constant({"layers/0": 0.5, "layers/2": 0.5}), block=4))
+    images = draw.random((64, 6, 6, 8), np.float32)
+    labels = np.zeros(64, np.int32)
+    data = Dataset(images, labels, images, labels)
+    single, rounded = (evaluate.planned(model, data, MACHINE, precision) for precision in ("float32", "int8"))
+    assert [row.inputs is not None for row in rounded.layers] == [True, True]
+    networks = {"dense": model, "packed": pack_model(model, rounded)}
+    times = evaluate.time_networks(networks, images[:1], 0.01)
+    assert 1e-6 < times["packed"]["error"] < evaluate.ROUNDED
+    rows = evaluate.time_layers(evaluate.fold_only(model, rounded), rounded, 1, 0.01)
+    assert [row["sparse"][0] for row in rows] == [layer.int8_seconds for layer in rounded.layers]
+    both = networks["packed"], pack_model(model, single)
+    small, large = (evaluate.save_weights(network, tmp_path / "weights.npz") for network in both)
+    assert small["memory"] < large["memory"] and small["disk"] < large["disk"]
+    networks["dense"] = nnx.Sequential(*model.layers[:-1], lambda x: 3 * x.mean((1, 2)))
+    with pytest.raises(AssertionError, match=r"'packed': 0.*wanted at most 5.0e-01.*they compute something else"):
+        evaluate.time_networks(networks, images[:1], 0.01)
