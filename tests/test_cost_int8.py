@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sparseflax.cost.counts import ALONE
 from sparseflax.cost.int8 import FEW_PIXELS, NEARLY_ALL, USUAL, for_words, int8_seconds, of_words
 from sparseflax.cost.machine import TYPICAL, XEON_E5_2697V4
 from sparseflax.cost.model import conv_seconds, dense_seconds
@@ -50,3 +51,4 @@ def test_the_kernel_runs_as_dense_what_is_predicted_so():
     kernel = Path(__file__).parents[1] / "xla_ffi"
     said = (kernel / "nearly_all.h").read_text() + (kernel / "dense_int8.cc").read_text()
     assert re.findall(r"(?:kNearlyAll|kFewPixels) = ([0-9.]+);", said) == [str(NEARLY_ALL), str(FEW_PIXELS)]
+    assert re.findall(r"kAlone = int64_t\{1\} << (\d+);", said) == [str(ALONE.bit_length() - 1)] and ALONE.bit_count() == 1

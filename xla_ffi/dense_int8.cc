@@ -9,9 +9,9 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kFewPixels = 8;                  // below, packing the words takes longer than it saves
-constexpr int64_t kAlone = int64_t{1} << 19;       // products below which a second thread costs more than it brings, as of dense float32
-constexpr int64_t kMostWords = int64_t{1} << 18;   // of a kernel's output channel: a panel of 64 channels takes 64 MB
+constexpr int64_t kFewPixels = 8;                 // below, packing the words takes longer than it saves
+constexpr int64_t kAlone = int64_t{1} << 19;      // products below which a second thread costs more than it brings, as of dense float32
+constexpr int64_t kMostWords = int64_t{1} << 18;  // of a kernel's output channel: a panel of 64 channels takes 64 MB
 
 }  // namespace
 

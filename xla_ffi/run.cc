@@ -94,15 +94,7 @@ void Plan::Unit(const Buffers& b, const Rescale* rescaled, int activation, const
   constexpr int64_t kOurs = int64_t{32} << 20;
   const bool stream = rescaled == nullptr && b.then == nullptr && s.n * s.oh * s.ow * s.oc * 4 > std::min(CacheBytes(3), kOurs) / 2 && s.y_pixel % lanes == 0 && s.ocg() % lanes == 0 &&
                       k0 % lanes == 0 && channels % lanes == 0 && reinterpret_cast<uintptr_t>(b.y) % 64 == 0;
-  Rescale rescale{};
-  if (rescaled != nullptr) {
-    const int64_t first = at.g * s.ocg() + k0;
-    rescale = *rescaled;
-    rescale.scale += first;
-    rescale.offset += first;
-    if (rescale.ratio != nullptr) rescale.ratio += first;
-    if (rescale.inner != nullptr) rescale.inner += first;
-  }
+  const Rescale rescale = rescaled != nullptr ? rescaled->From(at.g * s.ocg() + k0) : Rescale{};
   c.isa->store({acc, accumulators, channels, &output[static_cast<size_t>(at.tile * accumulators * lanes)], out,
                 b.residual != nullptr ? residual : nullptr, activation, stream, &rescale, b.then});
 }

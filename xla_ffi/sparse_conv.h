@@ -112,6 +112,13 @@ struct Rescale : Requantize {
   const float* offset;  // (oc)
   const float* ratio;   // (oc), or null without a residual
   const float* inner;   // (oc), or null; only with a residual
+  Rescale From(int64_t channel) const {  // of the output channels from that on
+    Rescale rest = *this;
+    for (const float** each : {&rest.scale, &rest.offset, &rest.ratio, &rest.inner}) {
+      if (*each != nullptr) *each += channel;
+    }
+    return rest;
+  }
 };
 
 // What the arrays of a Rescale follow from at each call, as few operations of float32 as they are:

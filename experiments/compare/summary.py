@@ -168,10 +168,8 @@ def _interpolated(found: list[Point], network: str, seeds: int) -> str:
     """The same at exactly EQUAL points below dense, where every method was timed at several speedups."""
     best = []
     for guided in (True, False):
-        methods: dict[str, list[Point]] = {}
-        for point in found:
-            if (point.network, point.guided, point.seeds, point.precision) == (network, guided, seeds, "float32"):
-                methods.setdefault(point.method, []).append(point)
+        methods = _by_method(point for point in found if (point.network, point.guided, point.seeds, point.precision) == (
+            network, guided, seeds, "float32"))
         speedups = {method: equal_speedup(own) for method, own in methods.items() if len(own) > 1}
         if not speedups:
             return ""
@@ -191,11 +189,9 @@ def _eight_bits(found: list[Point], network: str) -> list[str]:
         one, int8 = (fastest(found, network, None, precision, batch) for precision in ("float32", "int8"))
         if not (one and int8):
             return [f"{network}: no network in {'eight bits' if one else 'float32'} stays within {EQUAL} points of dense."]
-        curves: dict[str, dict[str, list[Point]]] = {"float32": {}, "int8": {}}
-        for point in found:
-            if (point.network, point.seeds) == (network, one.seeds):
-                curves[point.precision].setdefault(point.method, []).append(point)
-        slow, fast = (max(equal_speedup(own, batch) for own in curves[precision].values()) for precision in curves)
+        slow, fast = (max(equal_speedup(own, batch) for own in _by_method(
+            point for point in found if (point.network, point.seeds, point.precision) == (network, one.seeds, precision)
+        ).values()) for precision in ("float32", "int8"))
         ratio = int8.speedup(batch) / one.speedup(batch)
         lines.append(f"at batch {batch} {_named(int8, batch)} is measured {ratio:.2f} times as fast as {_named(one, batch)}, "
                      f"{fast / slow:.2f} times at exactly {EQUAL} below dense")
@@ -204,6 +200,13 @@ def _eight_bits(found: list[Point], network: str) -> list[str]:
     return [f"{network}: eight bits over the fastest of float32 at equal accuracy: {'; '.join(lines)}. Eight bits by "
             f"themselves lose {mean:.2f} points in the mean to the same pruned weights in float32, at most "
             f"{worst.rounding:.2f} (at {worst.requested:g}x)."]
+
+
+def _by_method(found: Iterable[Point]) -> dict[str, list[Point]]:
+    methods: dict[str, list[Point]] = {}
+    for point in found:
+        methods.setdefault(point.method, []).append(point)
+    return methods
 
 
 def _precision(line: Line) -> str:
