@@ -2,9 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ ERROR_FACTOR = 16
 # In eight bits a layer may be off by a tenth of its outputs before it stays float32, and a network by what its layers add up
 # to, which its accuracy judges; one that computes something else is off by about its largest output.
 ROUNDED = 0.5
+LAYER = 0.05  # of the time for the networks is for each layer
 EXAMPLES = 256  # pictures that ranges in eight bits are taken from
 
 
@@ -52,16 +51,6 @@ def planned(model: nnx.Module, data: Data, machine: Machine, precision: Precisio
     return plan_for(model, data.test_images[:1], machine, precision=precision, examples=examples)
 
 
-def afresh(function: Callable[..., Any], *args: Any) -> Any:
-    """What function(*args) returns in a process that has done nothing before; what it raises, too.
-
-    After it has trained, a process waits longer for XLA's threads: the dense network of the digits took 1.15 to 1.3 times as
-    long then on two threads, and the packed one as long as before. Who runs a network to use it has not trained it there.
-    """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def measured(networks: Mapping[str, nnx.Module], plan: Plan, images: np.ndarray, batches: Sequence[int],
              seconds: float) -> dict[str, dict[str, Any]]:
     """{"times": {str(n): `time_networks`}, "layers": {str(n): `time_layers`}} of the first n images, for n of the batches.
@@ -71,10 +60,16 @@ def measured(networks: Mapping[str, nnx.Module], plan: Plan, images: np.ndarray,
       plan: of the packed one.
       images: (n, ih, iw, ic).
       batches: numbers of images.
-      seconds: for the networks, and a quarter of it for each layer.
+      seconds: for the networks, and a share LAYER of it for each layer.
     """
-    return {"times": {str(n): time_networks(networks, images[:n], seconds) for n in batches},
-            "layers": {str(n): time_layers(networks[FOLDED], plan, n, seconds / 4) for n in batches}}
+    return {"times": time_batches(networks, images, batches, seconds),
+            "layers": {str(n): time_layers(networks[FOLDED], plan, n, LAYER * seconds) for n in batches}}
+
+
+def time_batches(networks: Mapping[str, nnx.Module], images: np.ndarray, batches: Sequence[int],
+                 seconds: float) -> dict[str, dict[str, dict[str, float]]]:
+    """{str(n): `time_networks` of the first n images}, for n of the batches."""
+    return {str(n): time_networks(networks, images[:n], seconds) for n in batches}
 
 
 def time_networks(networks: Mapping[str, nnx.Module], x: np.ndarray, seconds: float) -> dict[str, dict[str, float]]:

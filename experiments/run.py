@@ -34,13 +34,13 @@ from sparseflax import prune
 from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
+from sparseflax.job.afresh import afresh
 from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.pack import pack_model
 from sparseflax.network.shapes import conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
 LESS, LEAST = 0.75, 1.2  # of what a speedup saves, the next one to try where accuracy forbids it, and when to give up
-WHOLE = 5  # times as long as it is timed at the end, is a network measured before: all that follows goes by that
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def run(config: Config) -> dict[str, Any]:
         "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
         "requested": config.speedup, "shortfall": shortfall or guide.shortfall, "whole": whole._asdict(),
         "predicted": asked.speed.speedup({layer.path: layer.density for layer in chosen.layers}),
-        **evaluate.afresh(evaluate.measured, networks, chosen, data.test_images[:max(BATCHES)], BATCHES, config.timing_seconds),
+        **afresh(evaluate.measured, networks, chosen, data.test_images[:max(BATCHES)], BATCHES, config.timing_seconds),
         "curves": {"dense": dense._asdict(), "pruning": pruned._asdict()},
         "settings": settings(config),
         "minutes": (time.perf_counter() - start) / 60,
@@ -119,8 +119,8 @@ def prepare(config: Config, out: Path) -> tuple[Data, Machine, nnx.Module, prune
     data = config.data()
     machine = machine_of(out)
     model = config.network(config.widths, data.train_images.shape[-1], config.classes, rngs=nnx.Rngs(config.seed))
-    whole = whole_of(out / "whole.json", lambda: prune.measure(model, data.test_images[:1], machine,
-                                                               seconds=WHOLE * config.timing_seconds))
+    whole = whole_of(out / "whole.json", lambda: afresh(prune.measure, model, data.test_images[:1], machine,
+                                                        seconds=config.timing_seconds))
     return data, machine, model, whole
 
 

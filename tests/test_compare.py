@@ -28,7 +28,7 @@ from sparseflax.network.shapes import conv_shapes
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
 
 CONFIG = dataclasses.replace(networks.QUICK["vgg"], widths=((8,), (32,)), dense_steps=4, prune_steps=4, ramp_steps=3,
-                             prune_every=1, save_every=2, train_images=64, test_images=32, timing_seconds=0.01, warmup_steps=1)
+                             prune_every=1, save_every=2, train_images=64, test_images=32, timing_seconds=0.05, warmup_steps=1)
 CHOSEN = ("GMP, guided", "one-shot")
 SHAPES = {"a": ConvShape(1, 14, 14, 32, 64, 3, 3), "b": ConvShape(1, 14, 14, 64, 64, 3, 3),
           "c": ConvShape(1, 28, 28, 3, 8, 3, 3)}

@@ -12,6 +12,7 @@ import sparseflax
 from sparseflax import __main__ as commands
 from sparseflax.job import faster as job
 from sparseflax.job import layers, tries
+from sparseflax.job import times as timing
 from sparseflax.job.fidelity import Outputs, compare
 from sparseflax.job.pictures import read_labels, read_pictures
 from sparseflax.onnx import load_onnx
@@ -72,6 +73,8 @@ def known():
 
         patch.setattr(job, "machine_of", lambda folder: HERE)
         patch.setattr(job, "measure", predicted)
+        for module in (job, tries):
+            patch.setattr(module, "afresh", lambda function, *args, **keywords: function(*args, **keywords))
         patch.setattr(tries, "MISSED", 1e9)  # any measured speed will do
         yield
 
@@ -125,9 +128,8 @@ def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path, first, a
     original = tries.guide_for
     monkeypatch.setattr(tries, "MISSED", 0.1)
     monkeypatch.setattr(tries, "guide_for", guide)
-    for module in (tries, job):
-        monkeypatch.setattr(module, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
-    monkeypatch.setattr(job, "engines", lambda *_: ({}, {}))
+    monkeypatch.setattr(timing, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
+    monkeypatch.setattr(timing, "engines", lambda *_: ({}, {}))
     with pytest.raises(StopIteration):  # the clock has no more to say once the network is made
         sparseflax.faster(network, pictures, speedup=2, out=tmp_path / "out", seconds=0.1)
     assert json.loads((tmp_path / "out" / "aim.json").read_text()) == pytest.approx(aim)

@@ -73,7 +73,7 @@ def test_the_main_job(finished, capsys):
 def test_the_same_command_goes_on_and_trains_nothing_twice(finished, monkeypatch):
     config, result = finished
     monkeypatch.setattr(run.train, "_step", None)
-    monkeypatch.setattr(evaluate, "afresh", lambda *_: {what: result[what] for what in ("times", "layers")})
+    monkeypatch.setattr(run, "afresh", lambda *_: {what: result[what] for what in ("times", "layers")})
     again = run.run(config)
     assert again["accuracy"] == result["accuracy"] and again["kept"] == result["kept"] and again["curves"] == result["curves"]
     assert len(results.read(config.results)) == 2

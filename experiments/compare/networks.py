@@ -6,7 +6,7 @@ from experiments.configs import Config, digits
 from experiments.models import InceptionNet, ResNet
 
 vgg = replace(digits.config, name="vgg", widths=((32,), (64,), (96, 96), (128, 128)), dense_steps=600, prune_steps=120,
-              ramp_steps=80, save_every=120, timing_seconds=1.2)
+              ramp_steps=80, save_every=120, timing_seconds=6.0)
 NETWORKS: dict[str, Config] = {
     "vgg": vgg,
     "resnet": replace(vgg, name="resnet", network=ResNet, widths=((32,), (96,), (128,))),
@@ -18,7 +18,7 @@ SEEDS = 0, 1, 2
 
 # To see that everything works, in a few minutes, most of which go into compiling: accuracies say nothing.
 QUICK = {name: replace(config, widths=widths, dense_steps=40, prune_steps=30, ramp_steps=20, save_every=30, warmup_steps=8,
-                       train_images=1000, test_images=250, batch=16, prune_every=5, timing_seconds=0.2)
+                       train_images=1000, test_images=250, batch=16, prune_every=5, timing_seconds=1.0)
          for (name, config), widths in zip(NETWORKS.items(), (((16,), (64,), (128,)), ((32,), (96,)), ((128,),)), strict=True)}
 QUICK_METHODS = "GMP, uniform", "GMP, guided", "GESL", "OBS one-shot", "OBS one-shot, guided", "speed in the loss"
 QUICK_SPEEDUPS = (1.5,)

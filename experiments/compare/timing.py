@@ -15,6 +15,7 @@ from experiments.compare.runs import Run
 from experiments.configs import Config
 from experiments.methods import METHODS, Speed
 from sparseflax.cost.cpu import client_threads
+from sparseflax.job.afresh import afresh
 from sparseflax.network.pack import pack_model
 
 BATCHES = 1, 16
@@ -50,7 +51,7 @@ def _time(config: Config, run: Run, out: Path) -> Line:
     shapes = {layer.path: layer.shape for layer in layers if layer.shape is not None}
     speed = Speed(shapes, machine, whole, precision)
     with Others() as others:
-        times = {str(n): evaluate.time_networks(networks, data.test_images[:n], config.timing_seconds) for n in BATCHES}
+        times = afresh(evaluate.time_batches, networks, data.test_images[:max(BATCHES)], BATCHES, config.timing_seconds)
     return {
         "packed_accuracy": train.accuracy(packed, data.test_images, data.test_labels), "test_images": config.test_images,
         "kept": kept, "weights": weights, "bytes": sizes, "times": times, "threads": client_threads(),

@@ -26,6 +26,7 @@ from experiments.data import Data
 from experiments.methods import METHODS
 from sparseflax import prune
 from sparseflax.cost.machine import Machine
+from sparseflax.job.afresh import afresh
 from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.shapes import conv_shapes
 
@@ -49,8 +50,8 @@ class Dense(NamedTuple):
 def measure(config: Config, out: Path) -> tuple[Machine, prune.Whole]:
     """This machine and what the network takes on it, as measured when first asked."""
     machine = machine_of(out)
-    return machine, whole_of(out / f"{config.name}-whole.json", lambda: prune.measure(
-        _network(config), dataset(config).test_images[:1], machine, seconds=main_job.WHOLE * config.timing_seconds))
+    return machine, whole_of(out / f"{config.name}-whole.json", lambda: afresh(
+        prune.measure, _network(config), dataset(config).test_images[:1], machine, seconds=config.timing_seconds))
 
 
 def prune_all(config: Config, wanted: Iterable[Run], out: Path) -> None:

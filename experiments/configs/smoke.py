@@ -21,5 +21,5 @@ config = replace(
     warmup_steps=4,
     speedup=1.2,
     prune_every=2,
-    timing_seconds=0.05,
+    timing_seconds=0.25,
 )

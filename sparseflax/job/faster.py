@@ -16,23 +16,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from sparseflax.cost.cpu import client_threads
-from sparseflax.cost.timing import medians
 from sparseflax.files.safetensors import write
 from sparseflax.files.store import save
 from sparseflax.job import report
-from sparseflax.job.engines import engines
+from sparseflax.job.afresh import afresh
 from sparseflax.job.fidelity import compare, outputs
 from sparseflax.job.folder import claim, machine_of, whole_of, write_json
 from sparseflax.job.layers import Grams
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
-from sparseflax.job.tries import BURST, Job, Score, Tried, call, delivered, enough, guide_for, tries
-from sparseflax.network.measure import program
+from sparseflax.job.times import times
+from sparseflax.job.tries import Job, Score, call, delivered, enough, guide_for, tries
 from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.measure import measure
 
@@ -115,7 +113,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
         print(note, flush=True)
 
     machine = machine_of(folder)
-    whole = whole_of(folder / "whole.json", lambda: measure(model, x, machine, seconds=seconds))
+    whole = whole_of(folder / "whole.json", lambda: afresh(measure, model, x, machine, seconds=seconds))
     seen, unseen = pictures.share()
     said = outputs(model, seen, batch) if finetune else None, outputs(model, unseen, batch)
     right = None if classes is None else classes[-len(unseen):]
@@ -128,10 +126,10 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     tried = tries(job, asked, points)
     chosen = delivered(tried, asked, points)
 
-    times = _times(job, tried, content)
+    taken = afresh(times, model, x, machine, [one.packed for one in tried], seconds, content)
     save(folder / "network.safetensors", chosen.packed, chosen.plan)
     unwritten = _write_onnx(folder / "pruned.onnx", file, model, chosen.model)
-    found = report.result(job, path.name, wishes | {"finetune": finetune}, pictures.notes, chosen, tried, times, unwritten,
+    found = report.result(job, path.name, wishes | {"finetune": finetune}, pictures.notes, chosen, tried, taken, unwritten,
                           guide_for(job, math.inf))
     write(folder / "report.html", report.render(found).encode())
     write_json(folder / "result.json", found)
@@ -147,29 +145,6 @@ def _grams(model: nnx.Module, pictures: Pictures) -> Grams:
             yield pictures.inputs(slice(first, first + several))
 
     return Grams(model, batches, len(pictures))
-
-
-def _times(job: Job, tried: list[Tried], content: bytes) -> dict[str, Any]:
-    """Median seconds of a call: of the network dense in both its forms, of each that was tried, of other engines."""
-    nchw = np.ascontiguousarray(job.x.transpose(0, 3, 1, 2))
-    others, failed = engines(content, nchw, client_threads())
-    right = [np.asarray(array) for array in jax.tree.leaves(job.dense[0]())]
-    for name, (run, output) in list(others.items()):
-        run()
-        wrong = max(_error(a, b) for a, b in zip(output(), right, strict=True))
-        if not wrong < 1e-3:
-            failed[name] = f"its outputs are off by {wrong:.1e} of the largest"
-            del others[name]
-    calls = [*job.dense, *(program(one.packed, job.x) for one in tried)]
-    found = medians([*calls, *(run for run, _ in others.values())], job.seconds, BURST)
-    return {"dense": found[0], "folded": found[1], "tried": found[2:2 + len(tried)], "failed": failed,
-            "engines": dict(zip(others, found[2 + len(tried):], strict=True))}
-
-
-def _error(y: np.ndarray, right: np.ndarray) -> float:
-    """Largest difference over the largest output; images of the one are NCHW, of the other NHWC."""
-    right = right.transpose(0, 3, 1, 2) if right.ndim == 4 and y.shape != right.shape else right
-    return float(np.abs(y - right).max() / max(np.abs(right).max(), 1e-30)) if y.shape == right.shape else math.inf
 
 
 def _write_onnx(path: Path, file: Any, original: nnx.Module, model: nnx.Module) -> str:

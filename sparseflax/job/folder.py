@@ -14,6 +14,7 @@ from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine, from_dict, to_dict
 from sparseflax.files.safetensors import write
+from sparseflax.job.afresh import afresh
 from sparseflax.prune.whole import Whole
 
 
@@ -49,7 +50,7 @@ def machine_of(out: Path) -> Machine:
             machine = profile.load(processor(), ffi.isa(), client_threads())
         except profile.Unusable as error:
             print(f"calibrating, which takes a minute: {error.why}", flush=True)
-            machine = calibrate() if ffi.kernels() else detect_machine()
+            machine = afresh(calibrate) if ffi.kernels() else detect_machine()
         write_json(path, to_dict(machine))
     return from_dict(json.loads(path.read_text()))
 

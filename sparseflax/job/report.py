@@ -14,6 +14,7 @@ import numpy as np
 
 from sparseflax.job.fidelity import BEST, Fidelity, Outputs
 from sparseflax.job.page import bars, curve, page, table
+from sparseflax.job.times import Times
 
 MET = 0.05  # a measured speedup this close to the one asked for, relatively, meets it
 PACKED = "this network, faster"
@@ -21,7 +22,7 @@ SHOWN = 160  # pixels of the worst picture's longer side, at least
 
 
 def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str], chosen: Any, tried: Sequence[Any],
-           times: Mapping[str, Any], unwritten: str, highest: Any) -> dict[str, Any]:
+           times: Times, unwritten: str, highest: Any) -> dict[str, Any]:
     """All that is to be told, in plain values.
 
     Args:
@@ -36,7 +37,7 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
       highest: guide to the highest speed.
     """
     number = tried.index(chosen)
-    dense = min(times["dense"], times["folded"])
+    dense = times.faster_dense
     worst = int(np.argmax(chosen.fidelity.errors))
     kept = sum(row.density * row.shape.weights for row in chosen.plan.layers if row.shape)
     rows = {path: layer for path, layer in chosen.guide.layers.items()}
@@ -45,8 +46,8 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
         "machine": str(job.machine), "threads": job.machine.threads, "batch": len(job.x),
         "versions": {package: version(package) for package in ("jax", "flax", "sparseflax")},
         "pictures": {"seen": len(job.seen), "unseen": len(job.unseen), "notes": list(notes)},
-        "seconds": {"dense": times["dense"], "folded": times["folded"], "packed": times["tried"][number], **times["engines"]},
-        "failed": times["failed"], "speedup": dense / times["tried"][number], "shortfall": chosen.guide.shortfall,
+        "seconds": {"dense": times.dense, "folded": times.folded, "packed": times.packed[number], **times.engines},
+        "failed": times.failed, "speedup": dense / times.packed[number], "shortfall": chosen.guide.shortfall,
         "highest": {"speedup": highest.speedup, "where": highest.shortfall.partition(": ")[2]},
         "weights": sum(row.shape.weights for row in chosen.plan.layers if row.shape), "kept": round(kept),
         "fidelity": _fidelity(chosen.fidelity),
@@ -55,7 +56,7 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
                   "before": _answers(job.said[1], worst), "after": _answers(chosen.said, worst)},
         "errors": [float(q) for q in np.quantile(chosen.fidelity.errors, (0, 0.25, 0.5, 0.75, 0.95, 1))],
         "curve": [{"asked": one.speedup, "speedup": dense / seconds, "seconds": seconds, **_fidelity(one.fidelity),
-                   "chosen": one is chosen} for one, seconds in zip(tried, times["tried"], strict=True)],
+                   "chosen": one is chosen} for one, seconds in zip(tried, times.packed, strict=True)],
         "layers": [{"path": row.path, "shape": str(row.shape or "x".join(map(str, row.kernel_shape))), "density": row.density,
                     "choice": row.choice, "dense": row.dense_seconds, "sparse": row.sparse_seconds, "reason": row.reason,
                     "guide": rows[row.path].reason if row.path in rows else ""} for row in chosen.plan.layers],

@@ -16,14 +16,14 @@ from flax import nnx
 
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
-from sparseflax.cost.timing import medians
 from sparseflax.files.safetensors import seal, unseal, write
+from sparseflax.job.afresh import afresh
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import write_json
 from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
 from sparseflax.job.pictures import Pictures
+from sparseflax.job.times import times
 from sparseflax.job.train import finetune as train
-from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 from sparseflax.network.planned import Plan
@@ -38,7 +38,6 @@ STATISTICS_PIXELS = 1 << 19
 ENOUGH = 1 << 21  # pixels of either in all, of at least LEAST pictures: a large one shows a layer many positions
 LEAST = 32
 SEEN = 2  # positions for each input of a layer, without which its weights are not known to be superfluous
-BURST = 0.01  # seconds for which a network runs before it is another one's turn
 POINTS = 1.0  # lost, above which it is said what less speed would cost, where nothing else was asked for
 CURVE = 5  # speeds on it
 SLOWEST = 1.1  # of them
@@ -94,12 +93,6 @@ class Job:
     def statistics(self) -> Statistics:
         """Of the dense network's outputs, layer by layer."""
         return statistics(self.model, self.examples, _correctable(self.model))
-
-    @functools.cached_property
-    def dense(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Calls of the dense network, as it is and with its batch norms folded."""
-        folded = pack_model(self.model, plan(self.model, self.x, self.machine).all_dense, self.x, fuse=False)
-        return program(self.model, self.x), program(folded, self.x)
 
 
 class Tried(NamedTuple):
@@ -158,9 +151,9 @@ def _aim(job: Job, asked: float) -> float:
         if not guide.densities:
             break
         network = pruned(job.model, guide.densities)
-        packed = program(pack_model(network, plan(network, job.x, job.machine), job.x), job.x)
-        *dense, seconds = medians([*job.dense, packed], job.seconds / 4, BURST)
-        reached[aim] = min(dense) / seconds
+        packed = pack_model(network, plan(network, job.x, job.machine), job.x)
+        taken = afresh(times, job.model, job.x, job.machine, [packed], job.seconds / 4)
+        reached[aim] = taken.faster_dense / taken.packed[0]
         print(f"asked for {asked:.3g}x and aimed at {aim:.3g}x: measured {reached[aim]:.3g}x", flush=True)
         if 1 - MISSED <= reached[aim] / asked <= 1 + MISSED or guide.shortfall and reached[aim] < asked:
             break
