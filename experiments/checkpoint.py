@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from sparseflax.cost.atomic import write_atomically
 
 KEEP = 2  # checkpoints: the newest, and the one before it in case the newest turns out to be damaged
 
@@ -90,20 +91,6 @@ def restore(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a checkpoint of another state or version ({error}). {remedy}") from error
     return step, state, note
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file by new content so that a reader, or a run after a kill, sees the old one or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:

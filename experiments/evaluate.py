@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import checkpoint
 from experiments.benchmark.timing import alternate
 from experiments.data import Data
 from experiments.methods import Precision
 from sparseflax import prune
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.int8 import work_in
 from sparseflax.cost.machine import Machine
@@ -170,7 +170,7 @@ def save_weights(model: nnx.Module, path: Path) -> dict[str, int]:
         arrays |= {f"{prefix}/{name}": array for name, array in own.items()}
     content = io.BytesIO()
     np.savez(content, **dict(sorted(arrays.items())))  # in which order a model has them depends on what restored it
-    checkpoint.write_atomically(path, content.getvalue())
+    write_atomically(path, content.getvalue())
     return {"disk": path.stat().st_size, "memory": offsets + sum(array.nbytes for array in arrays.values())}
 
 

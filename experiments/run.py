@@ -25,12 +25,13 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import checkpoint, configs, evaluate, parallel, report, train
+from experiments import configs, evaluate, parallel, report, train
 from experiments.benchmark import results
 from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import CALIBRATION, METHODS, Task
 from sparseflax import prune
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
@@ -105,8 +106,8 @@ def run(config: Config) -> dict[str, Any]:
     } | results.provenance(["flax", "jax", "jaxlib", "numpy", "optax"])
     for curve in result["curves"].values():
         del curve["optimizer"]
-    checkpoint.write_atomically(out / "result.json", json.dumps(result, indent=1))
-    checkpoint.write_atomically(out / "report.html", report.page(result))
+    write_atomically(out / "result.json", json.dumps(result, indent=1))
+    write_atomically(out / "report.html", report.page(result))
     if config.results:
         results.append(config.results, result)
     print(report.summary(result))

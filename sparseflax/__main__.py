@@ -111,8 +111,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     import sparseflax
+    from sparseflax.cost.atomic import write_atomically
     from sparseflax.cost.timing import in_turn
-    from sparseflax.files.safetensors import write
     from sparseflax.network.measure import program
     from sparseflax.network.steps import step_times
     from sparseflax.prune.measure import pruned
@@ -141,7 +141,7 @@ def _bench(args: argparse.Namespace) -> None:
         steps = step_times(networks["packed"], x, plan.machine, show=True)
         print(f"\n{steps}")
         if args.svg:
-            write(args.svg, _picture(args.network, steps).encode())
+            write_atomically(args.svg, _picture(args.network, steps))
             print(f"written to {args.svg}")
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from test_report import MACHINE, Links
 
-from experiments import checkpoint, evaluate, train
+from experiments import evaluate, train
 from experiments.benchmark import results
 from experiments.compare import __main__ as compare
 from experiments.compare import networks, page, runs, summary, training
@@ -19,6 +19,7 @@ from experiments.compare.published import PUBLISHED
 from experiments.compare.runs import Run
 from experiments.methods import METHODS, Speed
 from sparseflax import prune
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import to_dict
 from sparseflax.cost.model import conv_seconds, dense_seconds
 from sparseflax.cost.shape import ConvShape
@@ -38,10 +39,10 @@ SHAPES = {"a": ConvShape(1, 14, 14, 32, 64, 3, 3), "b": ConvShape(1, 14, 14, 64,
 def folder(tmp_path_factory):
     """Of a finished comparison: two speedups, the second out of reach."""
     out = tmp_path_factory.mktemp("compare")
-    checkpoint.write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
+    write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
     model, data = CONFIG.network(CONFIG.widths, 1, CONFIG.classes, rngs=nnx.Rngs(0)), CONFIG.data()
     dense = prune.guided(conv_shapes(model, data.test_images[:1]), MACHINE, speedup=1).dense_seconds
-    checkpoint.write_atomically(out / "vgg-whole.json", json.dumps(prune.Whole(dense)._asdict()))
+    write_atomically(out / "vgg-whole.json", json.dumps(prune.Whole(dense)._asdict()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "use_threads", lambda threads: None)
         patch.setattr(compare, "keep_memory", lambda: True)

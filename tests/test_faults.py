@@ -10,6 +10,7 @@ from flax import nnx
 
 from experiments import checkpoint, evaluate, run
 from sparseflax.calibration import calibrate as calibration
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import ATOM_C2750
 from sparseflax.cost.profile import save_machine
 from sparseflax.files.safetensors import seal
@@ -42,7 +43,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubbish(tmp_path, monkeyp
     assert checkpoint.restore(tmp_path, STATE)[0] == 2
 
 
-@pytest.mark.parametrize("write", [lambda path: checkpoint.write_atomically(path, "new"),
+@pytest.mark.parametrize("write", [lambda path: write_atomically(path, "new"),
                                    lambda path: save_machine(path, ATOM_C2750)])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write):
     path = tmp_path / "file.json"

@@ -14,8 +14,9 @@ from flax import nnx
 from hypothesis import given, settings
 
 import sparseflax
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import ATOM_C2750
-from sparseflax.files.safetensors import DTYPES, dump, parse, seal, unseal, write
+from sparseflax.files.safetensors import DTYPES, dump, parse, seal, unseal
 from sparseflax.layers.nnx import SparseConv, SparseDense
 from tests.machines import HERE
 
@@ -71,7 +72,7 @@ def edited(path, folder, tensors=(), remove=(), **metadata):
     arrays, text = unseal("network", path.read_bytes())
     arrays = {name: array for name, array in {**arrays, **dict(tensors)}.items() if name not in remove}
     copy = folder / "edited"
-    write(copy, seal("network", arrays, {**text, **metadata}))
+    write_atomically(copy, seal("network", arrays, {**text, **metadata}))
     return copy
 
 

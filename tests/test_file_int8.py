@@ -17,7 +17,8 @@ from hypothesis import given, settings
 
 import sparseflax
 from sparseflax import prune
-from sparseflax.files.safetensors import seal, unseal, write
+from sparseflax.cost.atomic import write_atomically
+from sparseflax.files.safetensors import seal, unseal
 from sparseflax.nnx import Int8Conv, Int8Dense, SparseConv
 from tests.machines import HERE
 
@@ -64,7 +65,7 @@ def file(network, tmp_path_factory):
 def edited(file, folder, tensors=(), **metadata):
     """A copy with other content, sealed again."""
     arrays, text = unseal("network", file.read_bytes())
-    write(folder / "edited", seal("network", {**arrays, **dict(tensors)}, {**text, **metadata}))
+    write_atomically(folder / "edited", seal("network", {**arrays, **dict(tensors)}, {**text, **metadata}))
     return folder / "edited"
 
 

@@ -12,7 +12,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import sparseflax
-from sparseflax.files.safetensors import seal, unseal, write
+from sparseflax.cost.atomic import write_atomically
+from sparseflax.files.safetensors import seal, unseal
 from sparseflax.network.linen.packed import Words
 from tests.machines import HERE
 
@@ -118,7 +119,7 @@ def test_a_stored_network_comes_back(linen, tmp_path):
             (arrays | {"params/left/bias": np.zeros(3, np.float32)},
              r"'params/left/bias' is float32\[3\], the model has float32\[16\]"),
             ({name: array for name, array in arrays.items() if name != "params/left/words"}, "'left': packed arrays are")):
-        write(path, seal("network", content, text))
+        write_atomically(path, seal("network", content, text))
         with pytest.raises(ValueError, match=f"does not fit Net: {message}"):
             sparseflax.load(path, model)
     wrong = dataclasses.replace(plan, layers=tuple(

@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import sparseflax
-from sparseflax.files.safetensors import seal, unseal, write
+from sparseflax.cost.atomic import write_atomically
+from sparseflax.files.safetensors import seal, unseal
 from tests.machines import HERE
 from tests.test_plan_linen import Net, X, pruned
 
@@ -65,7 +66,7 @@ def test_what_does_not_fit_is_named(network, file, tmp_path):
     def edited(changes, remove=(), plan=None):
         content = {key: array for key, array in {**arrays, **changes}.items() if key not in remove}
         copy = tmp_path / str(len(list(tmp_path.iterdir())))
-        write(copy, seal("network", content, text | ({"plan": json.dumps(plan)} if plan else {})))
+        write_atomically(copy, seal("network", content, text | ({"plan": json.dumps(plan)} if plan else {})))
         return copy
 
     table = json.loads(text["plan"])

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.benchmark.timing import keep_memory, use_threads
-from experiments.checkpoint import write_atomically
 from experiments.compare import networks, page, runs, summary, timing, training
 from experiments.compare.runs import Run
 from experiments.methods import METHODS
+from sparseflax.cost.atomic import write_atomically
 
 STAGES = "measure", "train", "time", "report"
 

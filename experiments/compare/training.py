@@ -25,6 +25,7 @@ from experiments.configs import Config
 from experiments.data import Data
 from experiments.methods import METHODS
 from sparseflax import prune
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import Machine
 from sparseflax.job.afresh import afresh
 from sparseflax.job.folder import claim, machine_of, whole_of
@@ -104,7 +105,7 @@ def _dense(config: Config, out: Path) -> Dense:
         reference, (_, optimizer) = nnx.clone(model), main_job.prune_optimizer(config)
         trained, more = _fit(config, reference, f"{title}, reference", folder / "reference", optimizer, _pruning(config))
         text = json.dumps({"accuracy": trained.accuracies[-1][1], "seconds": seconds + more})
-        checkpoint.write_atomically(path, text)
+        write_atomically(path, text)
     return Dense(model, **json.loads(path.read_text()))
 
 

@@ -9,11 +9,11 @@ import optax
 from flax import nnx
 
 from experiments import train
-from experiments.checkpoint import write_atomically
 from experiments.data import Dataset
 from experiments.export_onnx import to_onnx
 from experiments.models import ResNet
 from experiments.stories.story import Call, Story, write_pictures
+from sparseflax.cost.atomic import write_atomically
 
 TRAINING, PRUNING, CHOOSING = 2500, 1000, 500  # pictures, the last to choose a speed by; the other 1,000 are for the end
 POINTS = 0.5  # lost of those 500 at most: their standard error is another half of the one that may be lost

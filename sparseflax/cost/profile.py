@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sparseflax.conv import ffi
 from sparseflax.cost import cpu
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import Machine, from_dict, to_dict
 
 REMEDY = "run python -m sparseflax calibrate, which takes a minute"
@@ -55,7 +55,8 @@ def save(machine: Machine, errors: dict[str, Any]) -> Path:
     """
     file = path(machine.name, machine.isa, machine.threads)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, {"key": key(machine.name, machine.isa, machine.threads), "errors": errors, "machine": to_dict(machine)})
+    content = {"key": key(machine.name, machine.isa, machine.threads), "errors": errors, "machine": to_dict(machine)}
+    write_atomically(file, json.dumps(content, indent=1))
     return file
 
 
@@ -95,7 +96,7 @@ def save_machine(path: str | os.PathLike[str], machine: Machine) -> None:
       path: the file, JSON, which is replaced, whole or not at all.
       machine: any.
     """
-    _write(Path(path), to_dict(machine))
+    write_atomically(path, json.dumps(to_dict(machine), indent=1))
 
 
 def load_machine(path: str | os.PathLike[str]) -> Machine:
@@ -118,18 +119,6 @@ def load_machine(path: str | os.PathLike[str]) -> Machine:
         raise
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no machine ({type(error).__name__}: {error}): {remedy}") from error
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
-        try:
-            temporary.write(json.dumps(content, indent=1))
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, file)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
 
 
 @functools.lru_cache

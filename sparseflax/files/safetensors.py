@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -101,20 +99,6 @@ def unseal(kind: str, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str
     if digest != _digest(tensors, {**metadata, "format": form, "version": version}):
         raise ValueError("its content is not what its digest was taken of: the file is damaged or was edited")
     return tensors, metadata
-
-
-def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def mismatches(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[tuple[int, ...], Any]]) -> list[str]:

@@ -20,9 +20,10 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax.conv.int8 import QuantizedKernel
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.files import linen as linen_store
 from sparseflax.files.linen import PATTERN
-from sparseflax.files.safetensors import mismatches, seal, unseal, write
+from sparseflax.files.safetensors import mismatches, seal, unseal
 from sparseflax.layers.int8 import Int8Conv, Sums
 from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
 from sparseflax.layers.stack import from_arrays
@@ -67,7 +68,7 @@ def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, A
     if other := [path for path in layers if layers[path] != planned[path]]:
         raise ValueError(f"the model was not packed by this plan: the inputs of {other} are rounded by "
                          f"{[layers[path] for path in other]}, the plan has {[planned[path] for path in other]}")
-    write(path, seal("network", arrays, {"plan": json.dumps(plan.to_dict())}))
+    write_atomically(path, seal("network", arrays, {"plan": json.dumps(plan.to_dict())}))
 
 
 @overload

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.cpu import client_threads
-from sparseflax.files.safetensors import write
 from sparseflax.files.store import save
 from sparseflax.job import report
 from sparseflax.job.afresh import afresh
@@ -131,7 +131,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     unwritten = _write_onnx(folder / "pruned.onnx", file, model, chosen.model)
     found = report.result(job, path.name, wishes | {"finetune": finetune}, pictures.notes, chosen, tried, taken, unwritten,
                           guide_for(job, math.inf))
-    write(folder / "report.html", report.render(found).encode())
+    write_atomically(folder / "report.html", report.render(found))
     write_json(folder / "result.json", found)
     return found
 
@@ -151,7 +151,7 @@ def _write_onnx(path: Path, file: Any, original: nnx.Module, model: nnx.Module) 
     """Writes the pruned network as ONNX, whole or not at all; returns why it could not, or ""."""
     try:
         pruned = with_weights(file, places(file, original), model, original)
-        write(path, pruned.SerializeToString())
+        write_atomically(path, pruned.SerializeToString())
     except ValueError as error:
         return str(error)
     return ""

@@ -10,10 +10,10 @@ from typing import Any
 from sparseflax.calibration.calibrate import calibrate
 from sparseflax.conv import ffi
 from sparseflax.cost import profile
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine, from_dict, to_dict
-from sparseflax.files.safetensors import write
 from sparseflax.job.afresh import afresh
 from sparseflax.prune.whole import Whole
 
@@ -66,4 +66,4 @@ def whole_of(path: Path, measure: Callable[[], Whole]) -> Whole:
 def write_json(path: Path, value: Any) -> None:
     """Writes plain values, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(value, indent=1).encode())
+    write_atomically(path, json.dumps(value, indent=1))

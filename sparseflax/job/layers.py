@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.progress import progress
 from sparseflax.cost.shape import ConvShape
-from sparseflax.files.safetensors import seal, unseal, write
+from sparseflax.files.safetensors import seal, unseal
 from sparseflax.prune.guide import Guidance, constant
 from sparseflax.prune.mask import kernels
 from sparseflax.prune.obs import hessians, prune_kernel
@@ -68,7 +69,7 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, fo
 
         def write_layer(name: str, density: float, kernel: Any) -> None:
             nonlocal done
-            write(_file(folder, name, density), seal("layer", {"kernel": np.asarray(kernel)}, {"layer": name}))
+            write_atomically(_file(folder, name, density), seal("layer", {"kernel": np.asarray(kernel)}, {"layer": name}))
             done += 1
             advance(done, f"{name} to {density:.3f}")
 

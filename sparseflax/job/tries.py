@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
-from sparseflax.files.safetensors import seal, unseal, write
+from sparseflax.files.safetensors import seal, unseal
 from sparseflax.job.afresh import afresh
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import write_json
@@ -199,7 +200,7 @@ def _pruned(job: Job, guides: Mapping[float, Guidance]) -> list[Tried]:
             if job.minutes and job.said[0] is not None:
                 model = train(model, job.seen, job.said[0], job.minutes, f"training at {speedup:.3g}x")
             file.parent.mkdir(exist_ok=True)
-            write(file, seal("weights", _arrays(model), {}))
+            write_atomically(file, seal("weights", _arrays(model), {}))
         model = _with_arrays(job.model, unseal("weights", file.read_bytes())[0])
         chosen = plan(model, job.x, job.machine)
         packed = pack_model(model, chosen, job.x)
