@@ -19,10 +19,10 @@ from experiments.benchmark.networks_table import cpus_table, networks_table
 from experiments.benchmark.plot import plot_speed
 from experiments.benchmark.table import densities_table, layers_table, machines_table, seconds, threads_table
 from experiments.calibrate import check, figures, gpu, judgement, spdy, transfer
-from experiments.checkpoint import write_atomically
 from experiments.compare import figures as compare_figures
 from experiments.compare import page
 from experiments.stories.table import stories_table
+from sparseflax.cost.atomic import write_atomically
 
 ROOT = results.ROOT
 RESULTS = ROOT / "experiments" / "results"
@@ -76,8 +76,11 @@ def overview() -> str:
 
 
 def runs() -> str:
-    """The main job's runs."""
-    return report.table(results.read(RESULTS / "digits.jsonl"))
+    """The main job's runs, a table for each CPU and number of threads, what was measured last first."""
+    found: dict[str, list[results.Line]] = {}
+    for line in reversed(results.read(RESULTS / "digits.jsonl")):
+        found.setdefault(f"{line['cpu']}, {line['threads']} threads", []).insert(0, line)
+    return _by_cpu(found, lambda lines: "\n\n".join(filter(None, (report.table(lines), report.starts(lines)))))
 
 
 def networks() -> str:

@@ -7,14 +7,14 @@ import argparse
 import html
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import plots
 from experiments.benchmark.table import markdown
-from experiments.checkpoint import write_atomically
 from experiments.evaluate import DENSE, FOLDED, PACKED
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.job.page import page as html_page
 from sparseflax.job.page import table as html_table
 
@@ -150,6 +150,23 @@ def table(lines: Sequence[Result]) -> str:
         f"{_conditions(last)} Times are dense as trained / dense with batch norm folded → packed; the speedup is over the "
         "faster of the two dense ones, and asked for at batch 1.", "", markdown(head, rows), "",
         f"Where it loses (seed {last['seed']}):", "", *(f"- {line}" for line in losses(last))])
+
+
+def starts(lines: Iterable[Result]) -> str:
+    """Runs that were started several times by one commit, in Markdown: what was measured each time; "" if there are none."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for line in lines:
+        groups.setdefault((line["name"], line["seed"], line["requested"], line["commit"]), []).append(line)
+    rows = []
+    for (name, seed, asked, commit), some in groups.items():
+        measured = sorted(speedup(line, "1") for line in some)
+        met = sum(abs(got / asked - 1) <= MET for got in measured)
+        short = sum(bool(line.get("shortfall")) for line in some)
+        if len(some) > 1:
+            rows.append([f"{name}, seed {seed}", str(len(some)), f"{asked:g}x", ", ".join(f"{got:.2f}" for got in measured),
+                         str(met), str(short), commit])
+    head = ["run", "starts", "asked", "measured at batch 1", f"within {100 * MET:.0f} %", "out of reach", "commit"]
+    return "\n".join(["Started again and again, each time with an empty cache:", "", markdown(head, rows)]) if rows else ""
 
 
 _NETWORKS = DENSE, FOLDED, PACKED

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import checkpoint, evaluate, report, run
+from experiments import evaluate, report, run
 from experiments.benchmark import results
 from experiments.configs import digits, smoke
 from experiments.data import Dataset
 from experiments.models import VGG
 from sparseflax import prune
 from sparseflax.conv.packing import PackedKernel
+from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.layers.nnx import SparseConv
 from sparseflax.network.pack import pack_model
@@ -39,8 +40,8 @@ def finished(tmp_path_factory):
     """(config, result) of one smoke run; its folder is config.out."""
     out = tmp_path_factory.mktemp("smoke")
     config = dataclasses.replace(smoke.config, out=out, results=out / "all.jsonl")
-    checkpoint.write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
-    checkpoint.write_atomically(out / "whole.json", json.dumps(whole(config)._asdict()))
+    write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
+    write_atomically(out / "whole.json", json.dumps(whole(config)._asdict()))
     return config, run.run(config)
 
 
@@ -85,11 +86,16 @@ def test_a_folder_of_another_run(finished):
         run.run(dataclasses.replace(config, peak_lr=0.2))
 
 
+def test_a_learning_rate_that_would_still_rise_at_its_end():
+    with pytest.raises(ValueError, match="warmup_steps=80, wanted 0 or more, and fewer than dense_steps=80"):
+        dataclasses.replace(digits.config, dense_steps=80)
+
+
 @pytest.mark.parametrize("method", ["GMP, guided", "GMP, uniform", "GMP, global"])
 def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(method, tmp_path, capsys):
     config = dataclasses.replace(smoke.config, out=tmp_path, method=method, speedup=1000.0)
-    checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
-    checkpoint.write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
+    write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
+    write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
     result = run.run(config)
     assert re.match(r"asked for 1000x, this machine allows [0-9.]+x", result["shortfall"])
     assert capsys.readouterr().out.count(result["shortfall"]) >= 1 and result["times"]["1"]["packed"]["seconds"] > 0
@@ -98,8 +104,8 @@ def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(met
 
 def test_accuracy_bounds_the_speedup(tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(smoke.config, out=tmp_path, speedup=1.6, points=2.0)
-    checkpoint.write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
-    checkpoint.write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
+    write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
+    write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
     train_to, started = run.train.fit, []
 
     def losing(model, *arguments, title, **options):
@@ -207,6 +213,20 @@ def test_a_table_of_runs(result):
     assert rows[0][1] == "1.2x" and rows[0][2].endswith("→ 43.2 %") and result["cpu"] in text
     fastest = min(result["times"]["1"][name]["seconds"] for name in (evaluate.DENSE, evaluate.FOLDED))
     assert f"**{fastest / result['times']['1'][evaluate.PACKED]['seconds']:.1f}x**" in rows[0][5]
+
+
+def test_a_run_that_was_started_again_and_again(result):
+    def measured(speedup, seed=0, shortfall=""):
+        line = copy.deepcopy(result) | {"seed": seed, "shortfall": shortfall}
+        dense = min(line["times"]["1"][name]["seconds"] for name in (evaluate.DENSE, evaluate.FOLDED))
+        line["times"]["1"][evaluate.PACKED]["seconds"] = dense / speedup
+        return line
+
+    short = measured(1.2, shortfall="asked for 1.2x, this machine allows 1.19x")
+    text = report.starts([measured(1.33), short, measured(9, 1), measured(1.1)])
+    assert [line for line in text.splitlines() if line.startswith("| smoke")] == [
+        f"| smoke, seed 0 | 3 | 1.2x | 1.10, 1.20, 1.33 | 2 | 1 | {result['commit']} |"]
+    assert report.starts([measured(1.2), measured(1.2, 1)]) == ""
 
 
 def test_no_table_of_nothing_or_of_two_machines(result):

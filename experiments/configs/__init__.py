@@ -72,6 +72,11 @@ class Config:
     results: Path | None = None
     """File of JSON lines to append the result to, such as experiments/results/digits.jsonl."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < self.dense_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps}, wanted 0 or more, and fewer than "
+                             f"dense_steps={self.dense_steps}")
+
     def data(self) -> Data:
         """What the run learns from."""
         if self.folder is None:
