@@ -40,7 +40,7 @@ def afresh(function: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
         code = subprocess.run([sys.executable, "-c", CHILD, folder], env=here, check=False).returncode
         if not reply.exists():
             raise RuntimeError(f"the process that was to call {function.__qualname__} ended with {code} and without an answer: "
-                               "it may have been killed for memory")
+                               "what it printed last says why, unless it was killed for memory")
         worked, value = pickle.loads(reply.read_bytes())
     if not worked:
         raise value
