@@ -16,8 +16,8 @@ def keep_memory() -> bool:
     glibc unmaps what lies beyond 32 MB at once, and less than that where it ends the heap: then the next call of a network
     faults its buffers in again, page by page. The price is that the process stays as large as it once was, and that one heap in
     which much was done is slow to search: XLA's dense network of the digits, not the packed one, takes 1.1 to 1.5 times as long
-    on two threads after a training or a calibration, whose own steps take a tenth less. With an arena for each thread, glibc's
-    default, it would not, and a batch of a dense ResNet-50 would fault 58,000 pages at every call.
+    on two threads of a Zen 4 after a training or a calibration, whose own steps take a tenth less. With an arena for each
+    thread, glibc's default, it would not, and a batch of a dense ResNet-50 would fault 58,000 pages at every call.
 
     Called when sparseflax is imported, unless the environment says SPARSEFLAX_KEEP_MEMORY=0.
 

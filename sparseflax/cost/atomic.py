@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -13,7 +14,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
       OSError: its folder is not there or cannot be written, or the disk is full; what was there before stays.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # writers do not meet
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

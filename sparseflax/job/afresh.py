@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
 
+from sparseflax.cost.atomic import write_atomically
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -37,7 +39,8 @@ def afresh(function: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
         question, reply = Path(folder) / "question", Path(folder) / "answer"
         question.write_bytes(pickle.dumps((function, args, keywords)))
         here = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        code = subprocess.run([sys.executable, "-c", CHILD, folder], env=here, check=False).returncode
+        # -P: the folder where it is called is on its path only if it is on ours.
+        code = subprocess.run([sys.executable, "-P", "-c", CHILD, folder], env=here, check=False).returncode
         if not reply.exists():
             raise RuntimeError(f"the process that was to call {function.__qualname__} ended with {code} and without an answer: "
                                "what it printed last says why, unless it was killed for memory")
@@ -54,6 +57,4 @@ def answer(folder: str) -> None:
         found = True, function(*args, **keywords)
     except Exception as error:
         found = False, error
-    unnamed = Path(folder) / "unfinished"
-    unnamed.write_bytes(pickle.dumps(found))
-    unnamed.rename(Path(folder) / "answer")
+    write_atomically(Path(folder) / "answer", pickle.dumps(found))
