@@ -79,7 +79,7 @@ def runs() -> str:
     """The main job's runs, a table for each CPU and number of threads, what was measured last first."""
     found: dict[str, list[results.Line]] = {}
     for line in reversed(results.read(RESULTS / "digits.jsonl")):
-        found.setdefault(f"{line['cpu']}, {line['threads']} threads", []).insert(0, line)
+        found.setdefault(f"{line['cpu']}, {line['threads']} thread{'s' * (line['threads'] > 1)}", []).insert(0, line)
     return _by_cpu(found, lambda lines: "\n\n".join(filter(None, (report.table(lines), report.starts(lines)))))
 
 

@@ -153,7 +153,10 @@ def table(lines: Sequence[Result]) -> str:
 
 
 def starts(lines: Iterable[Result]) -> str:
-    """Runs that were started several times by one commit, in Markdown: what was measured each time; "" if there are none."""
+    """Runs that were started several times by one commit, in Markdown: what was measured each time; "" if there are none.
+
+    Calibrations are counted: with one for each start, each was a first one.
+    """
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for line in lines:
         groups.setdefault((line["name"], line["seed"], line["requested"], line["commit"]), []).append(line)
@@ -163,10 +166,12 @@ def starts(lines: Iterable[Result]) -> str:
         met = sum(abs(got / asked - 1) <= MET for got in measured)
         short = sum(bool(line.get("shortfall")) for line in some)
         if len(some) > 1:
-            rows.append([f"{name}, seed {seed}", str(len(some)), f"{asked:g}x", ", ".join(f"{got:.2f}" for got in measured),
-                         str(met), str(short), commit])
-    head = ["run", "starts", "asked", "measured at batch 1", f"within {100 * MET:.0f} %", "out of reach", "commit"]
-    return "\n".join(["Started again and again, each time with an empty cache:", "", markdown(head, rows)]) if rows else ""
+            machines = len({json.dumps(line["machine"]) for line in some})
+            rows.append([f"{name}, seed {seed}", str(len(some)), str(machines), f"{asked:g}x",
+                         ", ".join(f"{got:.2f}" for got in measured), str(met), str(short), commit])
+    head = ["run", "starts", "calibrations", "asked", "measured at batch 1", f"within {100 * MET:.0f} %", "out of reach",
+            "commit"]
+    return "\n".join(["Started again and again:", "", markdown(head, rows)]) if rows else ""
 
 
 _NETWORKS = DENSE, FOLDED, PACKED

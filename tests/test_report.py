@@ -225,7 +225,7 @@ def test_a_run_that_was_started_again_and_again(result):
     short = measured(1.2, shortfall="asked for 1.2x, this machine allows 1.19x")
     text = report.starts([measured(1.33), short, measured(9, 1), measured(1.1)])
     assert [line for line in text.splitlines() if line.startswith("| smoke")] == [
-        f"| smoke, seed 0 | 3 | 1.2x | 1.10, 1.20, 1.33 | 2 | 1 | {result['commit']} |"]
+        f"| smoke, seed 0 | 3 | 1 | 1.2x | 1.10, 1.20, 1.33 | 2 | 1 | {result['commit']} |"]
     assert report.starts([measured(1.2), measured(1.2, 1)]) == ""
 
 
