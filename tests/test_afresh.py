@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -41,6 +42,19 @@ def test_what_it_raises_is_raised_here():
 def test_a_process_that_dies():
     with pytest.raises(RuntimeError, match="die ended with 9 and without an answer: .*killed for memory"):
         afresh(die)
+
+
+def wait():
+    print("waiting", flush=True)
+    time.sleep(120)
+
+
+def test_it_ends_when_its_caller_is_killed():
+    script = "from sparseflax.job.afresh import afresh; from tests.test_afresh import wait; afresh(wait)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None and caller.stdout.readline() == "waiting\n"
+        caller.kill()
+        assert caller.communicate(timeout=60) == ("", None)  # the child has closed its end, too
 
 
 def test_a_script_may_call_it_at_its_top(tmp_path):
