@@ -68,11 +68,16 @@ def overview() -> str:
     every = results.by_cpu(results.NETWORKS)
     # Early lines do not say the family: they give way to those of a CPU that may be the same one.
     found = {cpu: lines for cpu, lines in every.items() if not any(
-        other.startswith(f"{cpu} (") and lines[-1]["isa"] == later[-1]["isa"] for other, later in every.items())}
+        _with_family(cpu, other) and lines[-1]["isa"] == later[-1]["isa"] for other, later in every.items())}
     single = [results.read(path)[-1]["cpu"] for path in LAYERS]
     missing = [f"On {cpu} only single layers were measured so far." for cpu in single
-               if not any(other.startswith(cpu) for other in found)]
+               if not any(other == cpu or _with_family(cpu, other) for other in found)]
     return "\n\n".join([cpus_table(found), *missing])
+
+
+def _with_family(cpu: str, other: str) -> bool:
+    """Whether the other name is the CPU's with its family: "Xeon" may be "Xeon (family 6)", not "Xeon @ 2.80GHz (family 6)"."""
+    return other.startswith(f"{cpu} (")
 
 
 def runs() -> str:

@@ -150,6 +150,15 @@ def test_a_page_shows_what_the_result_files_say(path):
     assert docs.made(ROOT / path, docs.PAGES[path]) == (ROOT / path).read_text(), "run python -m experiments.docs"
 
 
+def test_a_cpu_of_which_only_layers_were_measured_is_named(monkeypatch):
+    networks = {"Xeon @ 2.80GHz (family 6)": [{"isa": "avx512"}], "EPYC (family 25)": [{"isa": "avx2"}]}
+    monkeypatch.setattr(docs.results, "by_cpu", lambda path: networks)
+    monkeypatch.setattr(docs.results, "read", lambda path: [{"cpu": path}])
+    monkeypatch.setattr(docs, "LAYERS", ("Xeon", "EPYC", "EPYC (family 25)"))
+    monkeypatch.setattr(docs, "cpus_table", lambda found: ", ".join(found))
+    assert docs.overview() == f"{', '.join(networks)}\n\nOn Xeon only single layers were measured so far."
+
+
 def test_every_picture_is_there():
     assert {path.name for path in docs.PICTURES.glob("*.svg")} == set(docs.DRAWINGS)
 
