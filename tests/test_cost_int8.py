@@ -41,14 +41,17 @@ def test_all_words_cost_what_a_dense_convolution_of_words_does():
     ours = stored * machine.fitted.sparse.store + packed * machine.fitted.sparse.pack
     assert int8_seconds(shape, 1.0, machine) == pytest.approx(float(dense) + ours, rel=1e-5)
     assert int8_seconds(shape, 1.0, machine) == int8_seconds(shape, 0.95, machine)
-    few = replace(shape, ih=2, iw=2)
-    assert int8_seconds(few, 1.0, machine) == pytest.approx(float(conv_seconds(of_words(few), 1.0, for_words(machine))))
+    few, fewer = replace(shape, ih=2, iw=2), replace(shape, ih=1, iw=1)
+    for other in few, fewer:  # their words are not packed
+        dense = dense_seconds(of_words(other), replace(machine, fitted=replace(machine.fitted, dense=twice)))
+        ours = stored * other.oh * other.ow / (shape.oh * shape.ow) * machine.fitted.sparse.store
+        assert int8_seconds(other, 1.0, machine) == pytest.approx(float(dense) + ours, rel=1e-5)
     unknown = replace(machine, int8_cycles=0.0)
     assert int8_seconds(shape, 1.0, unknown) == pytest.approx(float(conv_seconds(words, 1.0, for_words(unknown))))
 
 
 def test_the_kernel_runs_as_dense_what_is_predicted_so():
     kernel = Path(__file__).parents[1] / "xla_ffi"
-    said = (kernel / "nearly_all.h").read_text() + (kernel / "dense_int8.cc").read_text()
+    said = "".join((kernel / name).read_text() for name in ("nearly_all.h", "sparse_conv.h", "dense_int8.cc"))
     assert re.findall(r"(?:kNearlyAll|kFewPixels) = ([0-9.]+);", said) == [str(NEARLY_ALL), str(FEW_PIXELS)]
     assert re.findall(r"kAlone = int64_t\{1\} << (\d+);", said) == [str(ALONE.bit_length() - 1)] and ALONE.bit_count() == 1

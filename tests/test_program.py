@@ -32,8 +32,9 @@ def images(seed, n, size, uint8=False):
 
 
 def check(program, inputs, shared=(), rtol=0.0):
-    got = jax.jit(lambda inputs, shared: run_program(program, inputs, shared))(inputs, list(shared))
-    for y, want in zip(got, program.compute(*inputs, *shared), strict=True):
+    """Both in one program of XLA's: most of the time of these tests is compilation."""
+    both = jax.jit(lambda inputs, shared: (run_program(program, inputs, shared), program.compute(*inputs, *shared)))
+    for y, want in zip(*both(inputs, list(shared)), strict=True):
         np.testing.assert_allclose(y, want, rtol=rtol, atol=0)
 
 

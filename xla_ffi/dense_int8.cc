@@ -9,7 +9,6 @@
 namespace sparseflax {
 namespace {
 
-constexpr int64_t kFewPixels = 8;                 // below, packing the words takes longer than it saves
 constexpr int64_t kAlone = int64_t{1} << 19;      // products below which a second thread costs more than it brings, as of dense float32
 constexpr int64_t kMostWords = int64_t{1} << 18;  // of a kernel's output channel: a panel of 64 channels takes 64 MB
 
@@ -41,23 +40,21 @@ std::unique_ptr<NearlyAll> NearlyAll::Of(const Shape& s, const std::vector<uint8
   return kept;
 }
 
-bool NearlyAll::Run(const Shape& called, const Buffers& b, const Isa& isa, Executor& executor) const {
+void NearlyAll::Run(const Shape& called, const Buffers& b, const Isa& isa, Executor& executor) const {
   const Shape s = called.Flat();
   const int64_t pixels = s.n * s.oh * s.ow, panels = s.groups * ((s.ocg() + isa.dense_width - 1) / isa.dense_width);
-  if (pixels < kFewPixels) return false;
   const PerChannel channels(*b.scales, static_cast<const int32_t*>(b.bias), s.oc, isa.shift, b.residual != nullptr);
   const DenseWords d{s, static_cast<const Word*>(b.x), static_cast<const Word*>(b.values), missing_.data(), starts_.data(),
                      channels.starts(), b.y, b.residual, &channels};
   // Each panel is packed once, unless threads would be left without one.
   const int64_t products = pixels * s.kh * s.kw * s.icg * s.oc, threads = products < kAlone ? 1 : executor.threads();
-  const int64_t parts = panels % threads == 0 ? 1 : std::min(threads, pixels / kFewPixels);
+  const int64_t parts = panels % threads == 0 ? 1 : std::clamp<int64_t>(pixels / kFewPixels, 1, threads);
   const auto unit = [&](int64_t i) { isa.dense(d, i / parts, pixels * (i % parts) / parts, pixels * (i % parts + 1) / parts); };
   if (threads == 1) {
     for (int64_t i = 0; i < panels * parts; ++i) unit(i);
   } else {
     executor.For(panels * parts, unit);
   }
-  return true;
 }
 
 }  // namespace sparseflax

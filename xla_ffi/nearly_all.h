@@ -17,8 +17,7 @@ class NearlyAll {
   // Null where too few are kept. `gaps` keep `nnz` words, all of them inside `shape`.
   static std::unique_ptr<NearlyAll> Of(const Shape& shape, const std::vector<uint8_t>& gaps, int64_t nnz);
 
-  // Whether it was run: a few pixels take longer like this.
-  bool Run(const Shape& called, const Buffers& buffers, const Isa& isa, Executor& executor) const;
+  void Run(const Shape& called, const Buffers& buffers, const Isa& isa, Executor& executor) const;
 
  private:
   NearlyAll() = default;

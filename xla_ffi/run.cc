@@ -72,7 +72,7 @@ void Plan::Unit(const Buffers& b, const Rescale* rescaled, int activation, const
   // An input that fits L2 is there already.
   const bool fetch = s.n * s.ih * s.iw * s.ic() * 4 > CacheBytes(2);
   alignas(64) Word outside[16];
-  std::fill(std::begin(outside), std::end(outside), rescaled != nullptr ? static_cast<Word>(static_cast<uint32_t>(rescaled->zero_in) * 0x01010101u) : 0);
+  std::fill(std::begin(outside), std::end(outside), rescaled != nullptr ? rescaled->outside() : 0);
   for (int64_t block = 0; block < s.blocks(); ++block) {
     const int64_t here = std::min(s.block, s.icg - block * s.block);
     const bool finite = !c.isa->pack({rows, table, slots.data(), c.packed, here, c.slots * lanes * 4, panel, outside});

@@ -137,7 +137,10 @@ std::string Conv::Run(int64_t n, int64_t ih, int64_t iw, int64_t oh, int64_t ow,
   const std::string error = Fits(ih, iw, oh, ow);
   if (!error.empty()) return error;
   if (std::max(ih * iw * s.x_pixel, oh * ow * s.y_pixel) > std::numeric_limits<int32_t>::max()) return "an image holds more than 2^31 floats";
-  if (nearly_all_ != nullptr && forced == nullptr && nearly_all_->Run(s, buffers, isa_ != nullptr ? *isa_ : *Isas(element_)[0], executor)) return "";
+  if (nearly_all_ != nullptr && forced == nullptr) {
+    nearly_all_->Run(s, buffers, isa_ != nullptr ? *isa_ : *Isas(element_)[0], executor);
+    return "";
+  }
   const std::shared_ptr<const Plan> plan = GetPlan(s, forced);
   if (plan == nullptr) return "the kernel window is too large for a panel";
   plan->Run(buffers, activation, executor);

@@ -106,6 +106,7 @@ struct Requantize {  // what all channels share
   bool to_float;     // whether y is float32
   float inner_low = 0, inner_high = 0, ratio_rest = 0;  // bounds are whole numbers
   int64_t bytes() const { return to_float ? 4 : 1; }
+  Word outside() const { return static_cast<Word>(static_cast<uint32_t>(zero_in) * 0x01010101u); }  // of the image
 };
 struct Rescale : Requantize {
   const float* scale;   // (oc)
@@ -159,6 +160,7 @@ struct DenseWords {
   const void* residual;    // or null
   const Rescale* rescale;  // from output channel 0 on
 };
+constexpr int64_t kFewPixels = 8;  // of DenseWords, below which packing the words takes longer than it saves
 
 // How many sums each accumulator of a tile is split into: an FMA's result is there after 4 cycles, in which 8 others start.
 constexpr int Chains(int tile) { return tile <= 2 ? 4 : tile <= 4 ? 2 : 1; }

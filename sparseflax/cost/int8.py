@@ -15,7 +15,8 @@ from sparseflax.cost.shape import ConvShape
 # Cycles of a word over those of a float32 weight where the machine does not say: with AVX2 alone, so that no gain is promised
 # that may not be there.
 USUAL = 2.3
-# From this density on, and of so many pixels, the kernel runs all words as a dense convolution (nearly_all.h, dense_int8.cc).
+# From this density on the kernel runs all words as a dense convolution, which packs them for so many pixels (nearly_all.h,
+# dense_int8.inc).
 NEARLY_ALL, FEW_PIXELS = 0.95, 8
 
 
@@ -30,6 +31,8 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
 
         t(layer, 1) = t_float32_dense(layer with ceil(ic / 4) channels) + packing of all words + storing of all outputs
 
+    Words of a few pixels are read as they lie and not packed.
+
     Args:
       shape: the layer.
       density: kept / all words of four neighbouring input channels, in (0, 1].
@@ -39,12 +42,13 @@ def int8_seconds(shape: ConvShape, density: float, machine: Machine) -> float:
       ValueError: as `conv_seconds`.
     """
     words = of_words(shape)
-    if density < NEARLY_ALL or shape.n * shape.oh * shape.ow < FEW_PIXELS or not _known(machine) or machine.fitted is None:
+    if density < NEARLY_ALL or not _known(machine) or machine.fitted is None:
         return float(conv_seconds(words, density, for_words(machine)))
     ratio, dense, sparse = machine.int8_cycles / machine.fma_cycles, machine.fitted.dense, for_words(machine).rates.sparse
     dense = dense._replace(flop=ratio * dense.flop, deep=ratio * dense.deep, tiles=ratio * dense.tiles)
     stored = shape.groups * -(-shape.oc // shape.groups // machine.lanes) * shape.n * shape.oh * shape.ow * machine.int8_cycles
-    packed = words.weights / machine.lanes * (1 + machine.int8_cycles)
+    many = shape.n * shape.oh * shape.ow >= FEW_PIXELS
+    packed = words.weights / machine.lanes * (1 + machine.int8_cycles) * many
     besides = shape.layers * (stored * sparse.store + packed * sparse.pack)
     threads = machine.threads if words.flops >= 2 * ALONE else 1
     return float(dense_seconds(words, replace(machine, fitted=replace(machine.fitted, dense=dense)))) + besides / threads

@@ -238,6 +238,8 @@ void TestNearlyAll() {
   for (int64_t oc : {2, 32, 70, 150}) {
     shapes.push_back(MakeShape(1, 4, 5, 9, 2, oc, 1, 1, 8));
     shapes.push_back(MakeShape(2, 7, 6, 5, 1, oc, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1));
+    shapes.push_back(MakeShape(1, 1, 1, 75, 1, oc, 1, 1, 32));  // few pixels: several blocks, groups, a window that leaves the image
+    shapes.push_back(MakeShape(3, 1, 2, 11, 2, oc, 3, 2, 8, 1, 1, 1, 1, 1, 1, 1, 0));
   }
   uint64_t seed = 100;
   for (const Shape& shape : shapes) {

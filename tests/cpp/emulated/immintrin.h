@@ -78,6 +78,10 @@ inline Ints Widen(__m128i a) {
   std::memcpy(bytes, &a, 16);
   return Each<Ints>([&](int i) { return bytes[i]; });
 }
+inline Ints Insert(Ints a, __m128i b, int quad) {
+  std::memcpy(&a.at[4 * quad], &b, 16);
+  return a;
+}
 inline __m128i ReadBytes(unsigned mask, const void* p) {
   uint8_t bytes[16];
   for (int i = 0; i < 16; ++i) bytes[i] = mask >> i & 1 ? static_cast<const uint8_t*>(p)[i] : 0;
@@ -134,6 +138,16 @@ inline void WriteFloats(float* p, unsigned mask, __m256 a) {
 #define _mm512_add_epi32(a, b) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) + static_cast<uint32_t>((b).at[i])))
 #define _mm512_slli_epi32(a, n) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) << (n)))
 #define _mm512_dpbusd_epi32(s, a, b) emulated::Dot(s, a, b)
+#define _mm512_unpacklo_epi32(a, b) emulated::Unpack(a, b, 0)
+#define _mm512_unpackhi_epi32(a, b) emulated::Unpack(a, b, 2)
+#define _mm512_unpacklo_epi64(a, b) emulated::Shuffle(a, b, 0x44)
+#define _mm512_unpackhi_epi64(a, b) emulated::Shuffle(a, b, 0xee)
+#define _mm512_castsi512_si128(a) emulated::Read<__m128i>(&static_cast<const emulated::Ints&>(a))
+#define _mm512_extracti32x4_epi32(a, q) emulated::Read<__m128i>(&(a).at[4 * (q)])
+#define _mm512_castsi128_si512(a) emulated::Insert(emulated::Ints(), a, 0)
+#define _mm512_inserti32x4(a, b, q) emulated::Insert(a, b, q)
+#define _mm512_and_si512(a, b) SF_EACH(Ints, (a).at[i] & (b).at[i])
+#define _mm512_srli_epi32(a, n) SF_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>((a).at[i]) >> (n)))
 #define _mm512_broadcast_i32x4(a) emulated::Each<emulated::Ints>([q = emulated::Read<emulated::Quad>(&static_cast<const __m128i&>(a))](int i) { return q.at[i % 4]; })
 #define _mm512_shuffle_epi32(a, imm) emulated::Shuffle(a, a, imm)
 #define _mm512_castsi512_ps(a) emulated::Read<emulated::Floats>(&static_cast<const emulated::Ints&>(a))
