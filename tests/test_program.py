@@ -93,6 +93,7 @@ BYTES = {
     "max": lambda h, w, c: Step("pool", (h, w, c), (0,), (), (True, (3, 3), SAME), uint8=True),
     "concat": lambda h, w, c: Step("concat", (h, w, 2 * c), (0, 1), uint8=True),
     "padded": lambda h, w, c: Step("window", (h + 3, w + 1, c + 2), (0,), (), (-1, 0, -2), (255.0,), uint8=True),
+    "a channel more": lambda h, w, c: Step("window", (h, w, c + 1), (0,), (), (0, 0, 0), (200.0,), uint8=True),
     "dequantize": lambda h, w, c: Step("dequantize", (h, w, c), (0,), (), (Quantization(0.25, 100),)),
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <utility>
 
 namespace sparseflax {
@@ -39,7 +40,16 @@ void CopyWindow(const ImageOf<T>& source, const ImageOf<T>& target, const std::v
     if (x.c == 3 && y.c == 4 && shift[2] == 0 && i >= 0 && i < x.h && shift[1] == 0 && x.w == y.w) {  // a picture, for words of four bytes
       const T* from = x.Row(image * x.h + i);
       T* to = y.Row(row);
-      for (int64_t j = 0; j < y.w; ++j, from += x.pixel, to += y.pixel) to[0] = from[0], to[1] = from[1], to[2] = from[2], to[3] = fill;
+      int64_t j = 0;
+      if constexpr (sizeof(T) == 1) {  // a word at a time, whose fourth byte is the next pixel's
+        for (; j + 1 < y.w; ++j, from += x.pixel, to += y.pixel) {
+          uint32_t word;
+          std::memcpy(&word, from, 4);
+          word = (word & 0xffffff) | static_cast<uint32_t>(fill) << 24;
+          std::memcpy(to, &word, 4);
+        }
+      }
+      for (; j < y.w; ++j, from += x.pixel, to += y.pixel) to[0] = from[0], to[1] = from[1], to[2] = from[2], to[3] = fill;
       continue;
     }
     for (int64_t j = 0; j < y.w; ++j) {
