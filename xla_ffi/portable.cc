@@ -72,25 +72,6 @@ struct V {
     const Whole q = Nearest(y) + zero;
     for (int i = 0; i < m; ++i) p[i] = static_cast<uint8_t>(q[i]);
   }
-  static SF_INLINE Whole Plus(Whole a, Whole b) { return a + b; }
-  static SF_INLINE Whole FourBytes(Whole a, Whole b, Whole c, Whole d) { return a + b * 256 + c * 65536 + (d + (d > 127) * 256) * 16777216; }  // of 0 to 255 each
-  static SF_INLINE Whole Byte(Whole words, int which) { return words >> 8 * which & 255; }
-  // The 16 bytes at to(l) are lane l of four words; nothing is there where that is null.
-  template <typename To>
-  static SF_INLINE void StoreSquare(const Whole (&w)[4], To to) {
-    for (int l = 0; l < 4; ++l) {
-      const int32_t words[4] = {w[0][l], w[1][l], w[2][l], w[3][l]};
-      if (uint8_t* const p = to(l)) std::memcpy(p, words, 16);
-    }
-  }
-  template <typename From>
-  static SF_INLINE void LoadSquare(Whole (&w)[4], From from) {
-    for (int l = 0; l < 4; ++l) {
-      int32_t words[4] = {};
-      if (const uint8_t* const p = from(l)) std::memcpy(words, p, 16);
-      for (int i = 0; i < 4; ++i) w[i][l] = words[i];
-    }
-  }
   static SF_INLINE Quad LoadQuad(const float* p) { return p; }
   template <int i>
   static SF_INLINE Reg Spread(Quad w) { return Set1(w[i]); }
@@ -139,6 +120,24 @@ struct V {
            (w >> 24) * (x >> 24 & 255);
   }
   static SF_INLINE Reg Add(Reg a, Reg b) { return a + b; }
+  static SF_INLINE Reg FourBytes(Reg a, Reg b, Reg c, Reg d) { return a + b * 256 + c * 65536 + (d + (d > 127) * 256) * 16777216; }  // of 0 to 255 each
+  static SF_INLINE Reg Byte(Reg words, int which) { return words >> 8 * which & 255; }
+  // The 16 bytes at to(l) are lane l of four words; nothing is there where that is null.
+  template <typename To>
+  static SF_INLINE void StoreSquare(const Reg (&w)[4], To to) {
+    for (int l = 0; l < 4; ++l) {
+      const int32_t words[4] = {w[0][l], w[1][l], w[2][l], w[3][l]};
+      if (uint8_t* const p = to(l)) std::memcpy(p, words, 16);
+    }
+  }
+  template <typename From>
+  static SF_INLINE void LoadSquare(Reg (&w)[4], From from) {
+    for (int l = 0; l < 4; ++l) {
+      int32_t words[4] = {};
+      if (const uint8_t* const p = from(l)) std::memcpy(words, p, 16);
+      for (int i = 0; i < 4; ++i) w[i][l] = words[i];
+    }
+  }
   static SF_INLINE Quad LoadQuad(const Value* p) { return p; }
   template <int i>
   static SF_INLINE Reg Spread(Quad w) { return Set1(w[i]); }
