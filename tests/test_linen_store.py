@@ -71,6 +71,7 @@ def test_what_does_not_fit_is_named(network, file, tmp_path):
 
     table = json.loads(text["plan"])
     rows = [row | ({"norm": "nowhere"} if row["norm"] else {}) for row in table["layers"]]
+    own = [row | ({"norm": path} if row["path"] == path else {}) for row in table["layers"]]
     layout = arrays[f"{name}/layout"]
     other = {"params": {**dense["params"], "head": {"kernel": jnp.ones((32, 6)), "bias": jnp.ones(6)}},
              "batch_stats": dense["batch_stats"]}
@@ -85,6 +86,7 @@ def test_what_does_not_fit_is_named(network, file, tmp_path):
         (dense, edited({f"{name}/layout": np.asarray([3, 3, 32, 64, 1, 8])}),
          [f"'{path}': its kernel is (3, 3, 32, 64), the model's (3, 3, 32, 32)"]),
         (dense, edited({}, plan={**table, "layers": rows}), ["batch norm 'nowhere' is missing"]),
+        (dense, edited({}, plan={**table, "layers": own}), [f"batch norm '{path}' is missing"]),
     ]:
         with pytest.raises(ValueError, match="does not fit Net: ") as raised:
             sparseflax.load(where, (Net(), like))

@@ -61,7 +61,8 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
             wrong.append(f"{row.path!r} is {wanted.get(kernel, ('missing',))[0]}, planned as {row.kernel_shape}")
             continue
         if row.norm is not None:
-            of_norm = {name for name in wanted for kind in COLLECTIONS if name.startswith(_name(kind, row.norm, ""))}
+            of_norm = {name for name in wanted for kind in COLLECTIONS if name.startswith(_name(kind, row.norm, ""))
+                       and name not in (kernel, bias)}
             if not of_norm:
                 wrong.append(f"batch norm {row.norm!r} is missing")
             bias_shape = next((wanted[name][0] for name in of_norm), ())
