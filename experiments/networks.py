@@ -106,7 +106,8 @@ def pruned(spec: Spec, kernels: Mapping[str, np.ndarray] | None = None, seed: in
         inputs = math.prod(shape[:-1]) * max(np.count_nonzero(kernel), 1) / kernel.size
         return kernel * np.float32((2 / inputs) ** 0.5 / max(kernel[kernel != 0].std(), 1e-30))
 
-    leaves = [(path, variable.replace(jnp.asarray(fill(path, variable.shape)))) for path, variable in nnx.to_flat_state(state)]
+    leaves = [(path, variable.replace(jnp.asarray(fill(path, variable.shape), jnp.float32)))
+              for path, variable in nnx.to_flat_state(state)]
     if kernels:
         raise ValueError(f"{spec.name} has no layers {sorted(kernels)}")
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))

@@ -76,7 +76,7 @@ def put(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError("; ".join(wrong))
     channels = {name: len(arrays[f"{source}.bias"]) for name, source in getattr(model, "flattened", {}).items()}
     nnx.update(model, nnx.from_flat_state([
-        (keys, variable.replace(jnp.asarray(_ours(arrays[name], channels.get(name.removesuffix(".weight"))))))
+        (keys, variable.replace(jnp.asarray(_ours(arrays[name], channels.get(name.removesuffix(".weight"))), jnp.float32)))
         for (keys, variable), name in zip(flat, variables, strict=True)]))
 
 

@@ -212,7 +212,7 @@ class QuantizedKernel:
             raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: they are "
                              "no int8 kernel's; pack the dense kernel again")
         rounding = [Quantization(float(step), int(zero)) for step, zero in (found["inputs"], *found["outputs"].reshape(-1, 2))]
-        return cls(jnp.asarray(words), jnp.asarray(scale), jnp.asarray(_sums(words, pattern)), pattern, channels, *rounding)
+        return cls(*jax.device_put((words, scale, _sums(words, pattern))), pattern, channels, *rounding)
 
 
 def _numbers(quantization: Quantization | None) -> np.ndarray:
@@ -255,8 +255,8 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1, o
     words = np.bitwise_or.reduce((lanes.astype(np.uint32) & 255) << places, axis=-2).view(np.int32)
     pattern = pack((words != 0).astype(np.float32), feature_group_count).pattern
     kept = words.reshape(-1)[pattern.index]
-    sums = jnp.asarray(_sums(kept, pattern))
-    return QuantizedKernel(jnp.asarray(kept), jnp.asarray(scale), sums, pattern, channels, inputs, outputs)
+    words, scale, sums = jax.device_put((kept, scale, _sums(kept, pattern)))
+    return QuantizedKernel(words, scale, sums, pattern, channels, inputs, outputs)
 
 
 def _sums(words: np.ndarray, pattern: Pattern) -> np.ndarray:

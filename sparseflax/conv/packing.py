@@ -170,7 +170,7 @@ class PackedKernel:
             raise ValueError(f"packed values have shape {values.shape}, the pattern keeps {pattern.nnz}: the file is cut or "
                              "was edited; pack the dense kernel again")
         _ = pattern.index  # raises where a gap points outside
-        return cls(jnp.asarray(values), pattern)
+        return cls(jnp.asarray(values, jnp.float32), pattern)
 
 
 def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
@@ -217,7 +217,8 @@ def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
     ends = np.cumsum(gap // SKIP + 1)
     gaps = np.full(ends[-1] if ends.size else 0, SKIP, np.uint8)
     gaps[ends - 1] = gap % SKIP
-    return PackedKernel(jnp.asarray(order[position]), Pattern((kh, kw, icg, oc), groups, block, gaps))
+    values = jnp.asarray(order[position], jnp.float32)  # without a dtype JAX compiles a program for each shape
+    return PackedKernel(values, Pattern((kh, kw, icg, oc), groups, block, gaps))
 
 
 def scatter(values: jax.Array, pattern: Pattern) -> jax.Array:

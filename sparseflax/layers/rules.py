@@ -129,7 +129,7 @@ def keep_all(shape: tuple[int, ...], groups: int) -> Pattern:
 
 def gather(kernel: Any, pattern: Pattern) -> jax.Array:
     """The kept values (nnz,) of a dense kernel, in packed order: the inverse of `PackedKernel.unpack`."""
-    return jnp.asarray(kernel.reshape(-1)[pattern.index])
+    return jnp.asarray(kernel.reshape(-1)[pattern.index], kernel.dtype)
 
 
 def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:

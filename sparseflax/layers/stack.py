@@ -35,7 +35,7 @@ class PackedStack(NamedTuple):
         """Of the layers in the order in which they run."""
         most = max(kernel.nnz for kernel in kernels)
         values = [np.pad(np.asarray(kernel.values), (0, most - kernel.nnz)) for kernel in kernels]
-        return cls(jnp.asarray(np.stack(values)), tuple(kernel.pattern for kernel in kernels))
+        return cls(jnp.asarray(np.stack(values), jnp.float32), tuple(kernel.pattern for kernel in kernels))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -61,5 +61,6 @@ def with_norm(layer: Any, norm: nnx.BatchNorm) -> Any:
     """A copy of a convolution or linear layer that does its batch norm's work, with Params of its own."""
     copy = nnx.clone(layer)
     kernel, bias = fold(masked(copy, copy.kernel[...]), None if copy.bias is None else copy.bias[...], norm)
-    copy.kernel, copy.bias, copy.use_bias = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(bias)), True
+    copy.kernel, copy.bias = nnx.Param(jnp.asarray(kernel, jnp.float32)), nnx.Param(jnp.asarray(bias, jnp.float32))
+    copy.use_bias = True
     return copy
