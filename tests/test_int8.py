@@ -53,10 +53,14 @@ def exact_sums(x, packed, strides, padding, dilation):
 
 def both(f, *operands):
     """f by the kernel and by plain JAX."""
-    by_kernel = jax.jit(lambda *operands: f(*operands))(*operands)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8_primitive, "bind_int8", int8_primitive.reference)
-        return by_kernel, jax.jit(lambda *operands: f(*operands))(*operands)
+    @jax.jit
+    def results(*operands):
+        by_kernel = f(*operands)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(int8_primitive, "bind_int8", int8_primitive.reference)
+            return by_kernel, f(*operands)
+
+    return results(*operands)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -16,7 +16,6 @@ from sparseflax.layers.rules import unsupported
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 EPS = float(jnp.finfo(jnp.float32).eps) / 2
 FLAX = nnx.Rngs(0)
-run = jax.jit(lambda layer, x, *args, **kwargs: layer(x, *args, **kwargs))  # one program: most of the time here is compilation
 
 
 def normal(key, shape, dtype=jnp.float32):
@@ -47,11 +46,15 @@ def draw(*shape):
 
 
 def assert_close(actual, layer, x):
+    wanted, magnitude = jax.jit(lambda layer, large, x: (layer(x), large(abs(x))))(layer, jax.tree.map(np.abs, layer), x)
+    assert_near(actual, wanted, magnitude, layer)
+
+
+def assert_near(actual, wanted, magnitude, layer):
     """Two float32 sums of the same K terms and a bias differ by at most 2 (K + 1) eps sum |terms|."""
-    wanted, magnitude = np.asarray(run(layer, x)), np.asarray(run(jax.tree.map(np.abs, layer), np.abs(x)))
     terms = np.prod(layer.kernel.shape[:-1]) + 1
     assert actual.shape == wanted.shape and actual.dtype == wanted.dtype
-    assert np.all(np.abs(np.asarray(actual) - wanted) <= 2 * (terms + 1) * EPS * magnitude)
+    assert np.all(np.abs(np.asarray(actual) - np.asarray(wanted)) <= 2 * (terms + 1) * EPS * np.asarray(magnitude))
 
 
 CONVS = [
@@ -93,16 +96,16 @@ ROWS = [
 def test_1d_conv_agrees_with_flax(kwargs, batch, size):
     dense, x = conv(6, 9, size, **kwargs), draw(*batch, 11, 6)
     sparse = sparseflax.nnx.SparseConv.from_dense(dense)
-    y = run(sparse, x)
-    assert_close(y, dense, x)
-    wanted = np.asarray(run(dense, x))
-    residual = draw(*wanted.shape)
-    np.testing.assert_allclose(run(sparse, x, residual=residual), wanted + np.asarray(residual), rtol=0, atol=40 * 8 * EPS * 2)
-
     module = nn.Conv(9, size, **kwargs)
     params = {name: getattr(dense, name)[...] for name in ("kernel", "bias") if getattr(dense, name) is not None}
     packed, packed_params = sparseflax.linen.SparseConv.from_dense(module, params)
-    np.testing.assert_array_equal(jax.jit(packed.apply)({"params": packed_params}, x), y)
+    residual = draw(*jax.eval_shape(lambda layer, x: layer(x), dense, x).shape)
+    y, added, linen, wanted, magnitude = jax.jit(lambda dense, large, sparse, params: (
+        sparse(x), sparse(x, residual=residual), packed.apply({"params": params}, x), dense(x), large(abs(x))))(
+            dense, jax.tree.map(np.abs, dense), sparse, packed_params)
+    assert_near(y, wanted, magnitude, dense)
+    np.testing.assert_allclose(added, np.asarray(wanted) + np.asarray(residual), rtol=0, atol=40 * 8 * EPS * 2)
+    np.testing.assert_array_equal(linen, y)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)], ids=str)

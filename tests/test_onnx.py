@@ -68,7 +68,7 @@ def agree(path, x, terms, scale=1.0, model=None):
     taken as a multiple of the largest output.
     """
     model = model or load_onnx(path)
-    ours = model(jnp.asarray(nhwc(x)))
+    ours = jax.jit(lambda model, x: model(x))(model, nhwc(x))
     theirs = expected(path, x)
     for mine, right in zip(ours if isinstance(ours, tuple) else (ours,), theirs, strict=True):
         right = nhwc(right)

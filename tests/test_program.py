@@ -28,14 +28,21 @@ SHAPES = [(1, 1, 1), (4, 5, 3), (3, 2, 17), (6, 6, 16)]  # odd, below and above 
 
 def images(seed, n, size, uint8=False):
     draw = np.random.default_rng(seed)
-    return jnp.asarray(draw.integers(0, 256, (n, *size)).astype(np.uint8) if uint8 else reference.integers(draw, n, *size))
+    return draw.integers(0, 256, (n, *size)).astype(np.uint8) if uint8 else reference.integers(draw, n, *size)
 
 
-def check(program, inputs, shared=(), rtol=0.0):
-    """Both in one program of XLA's: most of the time of these tests is compilation."""
-    both = jax.jit(lambda inputs, shared: (run_program(program, inputs, shared), program.compute(*inputs, *shared)))
-    for y, want in zip(*both(inputs, list(shared)), strict=True):
-        np.testing.assert_allclose(y, want, rtol=rtol, atol=0)
+def check(*calls, shared=(), rtol=0.0):
+    """Calls (program, inputs) and what they have to give, in one program of XLA's: most of these tests' time is compilation."""
+    programs, inputs = zip(*calls, strict=True)
+
+    @jax.jit
+    def both(inputs, shared):
+        return [(run_program(program, images, shared), program.compute(*images, *shared))
+                for program, images in zip(programs, inputs, strict=True)]
+
+    for ys, wanted in both(inputs, list(shared)):
+        for y, want in zip(ys, wanted, strict=True):
+            np.testing.assert_allclose(y, want, rtol=rtol, atol=0)
 
 
 def one(step, *sizes, chunk=1, uint8=()):
@@ -76,17 +83,14 @@ STEPS = {
 def test_each_step(make, size):
     step, count, shared = make(*size)
     program = one(step, *[size] * count)
-    for n in (1, 5):
-        check(program, [images(i, n, size) for i in range(count)],
-              [jnp.asarray(reference.integers(np.random.default_rng(9), *shape)) for shape in shared])
+    check(*((program, [images(i, n, size) for i in range(count)]) for n in (1, 5)),
+          shared=[reference.integers(np.random.default_rng(9), *shape) for shape in shared])
 
 
-@pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize("name", [name for name in BINARY if name != "div"])
-def test_a_number_for_each_pixel(name, size):
-    for swapped in (False, True):
-        program = one(Step("combine", size, (0, 1), (), (name, "pixel", swapped)), size, (*size[:2], 1))
-        check(program, [images(0, 5, size), images(1, 5, (*size[:2], 1))])
+def test_a_number_for_each_pixel(name):
+    check(*((one(Step("combine", size, (0, 1), (), (name, "pixel", swapped)), size, (*size[:2], 1)),
+             [images(0, 5, size), images(1, 5, (*size[:2], 1))]) for size in SHAPES for swapped in (False, True)))
 
 
 BYTES = {
@@ -102,9 +106,9 @@ BYTES = {
 @pytest.mark.parametrize("make", BYTES.values(), ids=BYTES)
 def test_each_step_of_bytes(make, size):
     step = make(*size)
-    for n in (1, 5):
-        inputs = [images(i, n, size, uint8=True) for i in range(len(step.args))]
-        check(one(step, *[size] * len(inputs), uint8=tuple(range(len(inputs)))), inputs)
+    count = len(step.args)
+    program = one(step, *[size] * count, uint8=tuple(range(count)))
+    check(*((program, [images(i, n, size, uint8=True) for i in range(count)]) for n in (1, 5)))
 
 
 def test_rounding_of_any_numbers():
@@ -112,14 +116,14 @@ def test_rounding_of_any_numbers():
     x = jnp.concatenate([jnp.linspace(-30.0, 30.0, 991), jnp.asarray(odd)])
     quantization = Quantization(0.25, 100)
     step = Step("quantize", (10, 10, 10), (0,), (), (quantization,), uint8=True)
-    check(one(step, (10, 10, 10)), [x.reshape(1, 10, 10, 10)])
+    check((one(step, (10, 10, 10)), [x.reshape(1, 10, 10, 10)]))
 
 
 @pytest.mark.parametrize("name, ulps", [("logistic", 8), ("silu", 8), ("sqrt", 0), ("rsqrt", 4), ("power", 8)])
 def test_functions_of_any_numbers(name, ulps):
     x = jnp.abs(jnp.linspace(-30.0, 30.0, 5 * 1000).reshape(5, 10, 10, 10)) + (0 if name in ("logistic", "silu") else 2.0**-20)
     x = x * (jnp.arange(5).reshape(5, 1, 1, 1) % 2 * 2 - 1) if name in ("logistic", "silu") else x
-    check(one(Step("map", (10, 10, 10), (0,), (), (name,), (-0.75, 0.0)), (10, 10, 10)), [x], rtol=ulps * 2.0**-24)
+    check((one(Step("map", (10, 10, 10), (0,), (), (name,), (-0.75, 0.0)), (10, 10, 10)), [x]), rtol=ulps * 2.0**-24)
 
 
 def test_exponentials_of_any_numbers():
@@ -158,32 +162,33 @@ def test_a_function_that_follows_a_convolution(name, kind, channels):
     alone = Program((size,), (conv, function), (2,), 2, 1)
     beside = Program((size,), (conv, function, Step("concat", (*out[:2], 2 * out[2] + channels), (2, 0, 2))), (3,), 2, 1)
     again = Program((size,), (conv, function, Step("combine", out, (1, 2), (), ("add", "same", False))), (3,), 2, 1)
-    shared = [jnp.asarray(weights[kind]), jnp.asarray(reference.integers(draw, out[2]))]
+    shared = [weights[kind], reference.integers(draw, out[2])]
+    check(*((program, [images(n, n, size)]) for program in (alone, beside, again) for n in (1, 5)), shared=shared,
+          rtol=8 * 2.0**-24 if name in ("logistic", "silu") else 0.0)
+    run = jax.jit(lambda x: [run_program(program, [x], shared) for program in (alone, beside, again)])
+    run(images(0, 1, size))
+    ffi.native.trace(True)
+    jax.block_until_ready(run(images(0, 1, size)))
+    traced = ffi.native.trace(False)
     for program in (alone, beside, again):
-        for n in (1, 5):
-            check(program, [images(n, n, size)], shared, rtol=8 * 2.0**-24 if name in ("logistic", "silu") else 0.0)
-        run = jax.jit(lambda x, program=program: run_program(program, [x], shared))
-        run(images(0, 1, size))
-        ffi.native.trace(True)
-        jax.block_until_ready(run(images(0, 1, size)))
         encoded = program.encode()["words"].tolist()
-        (times,) = [times for words, times in ffi.native.trace(False) if words == encoded and any(times)]
+        (times,) = [times for words, times in traced if words == encoded and any(times)]
         assert (times[1] == 0) == (program is not again) and times[0] > 0
 
 
 @pytest.mark.parametrize("name", ["max", "min", "add", "mul"])
 def test_what_is_not_finite(name):
-    odd = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0, -0.0, 1.0])
-    a, b = (jnp.asarray(array).reshape(1, 1, 6, 6) for array in np.meshgrid(odd, odd))
-    check(one(Step("combine", (1, 6, 6), (0, 1), (), (name, "same", False)), (1, 6, 6), (1, 6, 6)), [a, b])
-    window = Window((1, 1), ((0, 0), (1, 1)), (1, 1))
-    check(one(Step("pool", (1, 6, 6), (0,), (), (name == "max", (1, 3), window)), (1, 6, 6)), [a])
-    check(one(Step("reduce", (1, 6, 1), (0,), (), (name == "max",)), (1, 6, 6)), [a])
-    for function, numbers in (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0)),
-                              ("gate", (1.0, 3.0, -0.0, 6.0, 1.0, -0.0, 0.5, -0.0))):
-        check(one(Step("map", (1, 6, 6), (0,), (), (function,), numbers), (1, 6, 6)), [a])
+    odd = np.asarray([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0], np.float32)
+    a, b = (array.reshape(1, 1, 6, 6) for array in np.meshgrid(odd, odd))
+    window, size = Window((1, 1), ((0, 0), (1, 1)), (1, 1)), (1, 6, 6)
+    functions = (("clamp", (1.0, -0.0, 0.5, 6.0)), ("leaky", (0.5, 6.0)), ("power", (0.5, 6.0)),
+                 ("gate", (1.0, 3.0, -0.0, 6.0, 1.0, -0.0, 0.5, -0.0)))
+    check((one(Step("combine", size, (0, 1), (), (name, "same", False)), size, size), [a, b]),
+          (one(Step("pool", size, (0,), (), (name == "max", (1, 3), window)), size), [a]),
+          (one(Step("reduce", (1, 6, 1), (0,), (), (name == "max",)), size), [a]),
+          *((one(Step("map", size, (0,), (), (function,), numbers), size), [a]) for function, numbers in functions))
     for function, wanted in (("logistic", jax.nn.sigmoid), ("silu", jax.nn.silu)):
-        y = run_program(one(Step("map", (1, 6, 6), (0,), (), (function,), (0.0, 0.0)), (1, 6, 6)), [a], [])[0]
+        y = run_program(one(Step("map", size, (0,), (), (function,), (0.0, 0.0)), size), [a], [])[0]
         np.testing.assert_allclose(y, wanted(a), atol=2.0**-24)
 
 
@@ -202,9 +207,8 @@ def test_dense(taps, strides, dilation, groups, size, activation, bias):
         return
     step = Step("dense", (oh, ow, oc), (0,), (0, 1)[:1 + bias], (taps, window, count, activation, bias))
     draw = np.random.default_rng(1)
-    shared = [jnp.asarray(reference.integers(draw, *taps, ic // count, oc)), jnp.asarray(reference.integers(draw, oc))]
-    for n in (1, 3):
-        check(one(step, (*size, ic)), [images(0, n, (*size, ic))], shared[:1 + bias])
+    shared = [reference.integers(draw, *taps, ic // count, oc), reference.integers(draw, oc)]
+    check(*((one(step, (*size, ic)), [images(0, n, (*size, ic))]) for n in (1, 3)), shared=shared[:1 + bias])
 
 
 @given(taps=PAIR, strides=PAIR, dilation=PAIR, padding=st.tuples(PADDING, PADDING),
@@ -214,7 +218,7 @@ def test_windows(taps, strides, dilation, padding, op, size):
     oh, ow = window.output(*size[:2], *taps)
     if 0 in (oh, ow):
         return
-    check(one(Step("pool", (oh, ow, size[2]), (0,), (), (op == "max", taps, window)), size), [images(0, 2, size)])
+    check((one(Step("pool", (oh, ow, size[2]), (0,), (), (op == "max", taps, window)), size), [images(0, 2, size)]))
 
 
 @given(taps=PAIR, strides=PAIR, dilation=PAIR, padding=st.tuples(PADDING, PADDING), size=SIZE,
@@ -230,9 +234,9 @@ def test_depthwise(taps, strides, dilation, padding, size, inputs, outputs, acti
     step = Step("depthwise", (oh, ow, size[2]), (0,), (0, 1)[:1 + bias], (taps, window, inputs, outputs, activation, bias),
                 uint8=outputs is not None)
     draw = np.random.default_rng(1)
-    shared = [jnp.asarray(reference.integers(draw, *taps, 1, size[2])), jnp.asarray(reference.integers(draw, size[2]))]
+    shared = [reference.integers(draw, *taps, 1, size[2]), reference.integers(draw, size[2])]
     program = one(step, size, uint8=(0,) if inputs else ())
-    check(replace(program, kernel=kernel), [images(0, 2, size, uint8=inputs is not None)], shared[:1 + bias])
+    check((replace(program, kernel=kernel), [images(0, 2, size, uint8=inputs is not None)]), shared=shared[:1 + bias])
 
 
 @pytest.mark.parametrize("inputs", [None, Quantization(0.013, 101)])
@@ -259,9 +263,8 @@ def test_depthwise_of_any_numbers(kernel, inputs):
 
 def test_depthwise_of_what_is_not_finite():
     x, one_ = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 1e30, -0.0, 3.0]).reshape(1, 1, 6, 1), jnp.ones((1, 1, 1, 1))
-    for activation in (None, "relu", "relu6"):
-        params = (1, 1), PIXELS, None, Quantization(0.5, 3), activation, False
-        check(one(Step("depthwise", (1, 6, 1), (0,), (0,), params, uint8=True), (1, 6, 1)), [x], [one_])
+    check(*((one(Step("depthwise", (1, 6, 1), (0,), (0,), ((1, 1), PIXELS, None, Quantization(0.5, 3), activation, False),
+                      uint8=True), (1, 6, 1)), [x]) for activation in (None, "relu", "relu6")), shared=[one_])
 
 
 @st.composite
@@ -328,7 +331,7 @@ MATRIX = jnp.asarray(reference.integers(DRAW, 5, 5))
 @settings(max_examples=60)
 @given(program=programs(), n=st.sampled_from([1, 2, 5]))
 def test_any_program(program, n):
-    check(program, [images(i, n, size) for i, size in enumerate(program.inputs)], [*SHARED, MATRIX])
+    check((program, [images(i, n, size) for i, size in enumerate(program.inputs)]), shared=[*SHARED, MATRIX])
 
 
 @st.composite
@@ -391,14 +394,14 @@ SHARED_INT8 = [INT8.words, INT8.sums, INT8.scale, jnp.linspace(-9.0, 9.0, 8),
 def test_any_program_of_bytes(program, n, kernel):
     """Sums are exact and every operation of the epilogue rounds by itself: nothing may differ."""
     inputs = [images(0, n, (3, 4, 8)), images(1, n, (3, 4, 8), uint8=True)]
-    check(replace(program, int8=kernel), inputs, SHARED_INT8)
+    check((replace(program, int8=kernel), inputs), shared=SHARED_INT8)
 
 
 def test_a_row_that_needs_all_rows_before_it():
     """Of a value that is looked at as channels: steps around the reshape must not run row by row together."""
     steps = (Step("map", (2, 3, 1), (0,), (), ("neg",), (0.0, 0.0)), Step("reshape", (1, 1, 6), (2,)),
              Step("combine", (2, 3, 6), (1, 3), (), ("add", "image", False)))
-    check(Program(((2, 3, 1), (2, 3, 6)), steps, (4,), 0, 1), [images(0, 2, (2, 3, 1)), images(1, 2, (2, 3, 6))])
+    check((Program(((2, 3, 1), (2, 3, 6)), steps, (4,), 0, 1), [images(0, 2, (2, 3, 1)), images(1, 2, (2, 3, 6))]))
 
 
 def network():

@@ -274,7 +274,11 @@ def _sums(words: np.ndarray, pattern: Pattern) -> np.ndarray:
 
 def dense_integers(words: jax.Array, pattern: Pattern) -> jax.Array:
     """The dense int8 weights as int32 (kh, kw, 4 * words of a group, oc)."""
-    dense = scatter(words, pattern)
-    kh, kw, icw, oc = pattern.shape
-    lanes = [(dense << (24 - 8 * lane)) >> 24 for lane in range(LANES)]
+    return _lanes(scatter(words, pattern))
+
+
+@functools.partial(jax.jit, inline=True)
+def _lanes(words: jax.Array) -> jax.Array:
+    kh, kw, icw, oc = words.shape
+    lanes = [(words << (24 - 8 * lane)) >> 24 for lane in range(LANES)]
     return jnp.stack(lanes, axis=3).reshape(kh, kw, LANES * icw, oc)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from dataclasses import dataclass
 
 import jax
@@ -223,5 +224,10 @@ def pack(kernel, feature_group_count: int = 1) -> PackedKernel:
 
 def scatter(values: jax.Array, pattern: Pattern) -> jax.Array:
     """The dense kernel (kh, kw, ic / groups, oc) with `values` (nnz,) where the pattern keeps, linear in `values`."""
-    flat = jnp.zeros(int(np.prod(pattern.shape)), values.dtype)
-    return flat.at[pattern.index].set(values, unique_indices=True, mode="promise_in_bounds").reshape(pattern.shape)
+    return _scatter(values, pattern.index, pattern.shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape", inline=True)
+def _scatter(values: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    flat = jnp.zeros(math.prod(shape), values.dtype)
+    return flat.at[index].set(values, unique_indices=True, mode="promise_in_bounds").reshape(shape)
