@@ -212,7 +212,8 @@ class QuantizedKernel:
             raise ValueError(f"packed scale has shape {scale.shape} and the layout is {found['layout'].tolist()}: they are "
                              "no int8 kernel's; pack the dense kernel again")
         rounding = [Quantization(float(step), int(zero)) for step, zero in (found["inputs"], *found["outputs"].reshape(-1, 2))]
-        return cls(*jax.device_put((words, scale, _sums(words, pattern))), pattern, channels, *rounding)
+        words, scale, sums = jax.device_put((words, scale, _sums(words, pattern)))
+        return cls(words, scale, sums, pattern, channels, *rounding)
 
 
 def _numbers(quantization: Quantization | None) -> np.ndarray:
