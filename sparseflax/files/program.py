@@ -64,8 +64,8 @@ def export(model: Callable[[Any], Any], x: Any, *, any_batch: bool = False) -> b
 def load_program(data: bytes, *, other_kernels: bool = False) -> Callable[[Any], Any]:
     """The function x -> y of an exported model: compiled at its first call, and usable inside `jax.jit`.
 
-    A program is compiled and run: unlike a file of `save`, take it only from those whom you trust. What XLA or the kernel cannot
-    take of one that was edited ends in `jax.errors.JaxRuntimeError` when it is called.
+    A program is compiled and run: unlike a file of `save`, take it only from those whom you trust. What XLA or the kernel
+    cannot take of one that was edited ends in `jax.errors.JaxRuntimeError` when it is called.
 
     Args:
       data: what `export` returned.
