@@ -32,20 +32,18 @@ RELEASE = ["-O3", "-DNDEBUG", "-fPIC", "-fno-math-errno", "-fno-trapping-math"] 
 # Under a sanitizer: where a machine lacks an instruction set, nothing of its kernels runs.
 AVAILABLE = {*ffi.kernels(), *ffi.kernels("int8")}
 RUNNING = [p for p in SOURCES if p not in TILES or p.stem in AVAILABLE or not AVAILABLE]
-# Which thread does what is not the instructions' business: of those with vectors, the ones that are chosen here.
-CHOSEN = [p for p in RUNNING if p not in TILES or p.stem in {*ffi.kernels()[:1], *ffi.kernels("int8")[:1]}]
 
 # name: compiler, flags, sources; a file of another architecture compiles to nothing. Only what is released is optimized: nearly
 # all of the time went there, and a sanitizer sees more of what a source says. NEON's kernels are run as they are released;
-# what is called for each lane of an emulated instruction is worth inlining.
+# what is called for each lane of an emulated instruction is worth inlining, and else nothing is (SF_CALLS).
 BUILDS = {
     "x86 release": (X86, RELEASE, TILES),
-    "address,undefined": (X86, ["-O0", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size",  # address sees those
-                                "-fno-sanitize-recover=all"], [*RUNNING, *BORDER, *MAINS]),
+    "address,undefined": (X86, ["-O0", "-DSF_CALLS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+                                "-fno-sanitize=null,object-size"], [*RUNNING, *BORDER, *MAINS]),  # address sees those
     "emulated": (X86, ["-Og", "-mavx2", "-mfma", "-DSF_EMULATED", f"-I{TEST.with_name('emulated')}"], EMULATED),
-    "thread": (X86, ["-O0", "-fsanitize=thread"], [*CHOSEN, *BORDER, TEST, PROGRAM, HANDLER]),
+    "thread": (X86, ["-O0", "-DSF_CALLS", "-fsanitize=thread"], [*RUNNING, *BORDER, TEST, PROGRAM, HANDLER]),
     "neon release": (ARM, RELEASE, TILES),
-    "neon": (ARM, ["-O0", "-static"], [*(p for p in SOURCES if p not in TILES), TEST, INT8, DENSE, DEPTHWISE]),
+    "neon": (ARM, ["-O0", "-DSF_CALLS", "-static"], [*(p for p in SOURCES if p not in TILES), TEST, INT8, DENSE, DEPTHWISE]),
 }
 
 
