@@ -35,7 +35,8 @@ RUNNING = [p for p in SOURCES if p not in TILES or p.stem in AVAILABLE or not AV
 
 # name: compiler, flags, sources; a file of another architecture compiles to nothing. Only what is released is optimized: nearly
 # all of the time went there, and a sanitizer sees more of what a source says. NEON's kernels are run as they are released;
-# what is called for each lane of an emulated instruction is worth inlining, and else nothing is (SF_CALLS).
+# where instructions or a processor are emulated a little of it (-Og) saves more than it takes, and what a sanitizer looks at is
+# called and not inlined (SF_CALLS).
 BUILDS = {
     "x86 release": (X86, RELEASE, TILES),
     "address,undefined": (X86, ["-O0", "-DSF_CALLS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
@@ -43,7 +44,7 @@ BUILDS = {
     "emulated": (X86, ["-Og", "-mavx2", "-mfma", "-DSF_EMULATED", f"-I{TEST.with_name('emulated')}"], EMULATED),
     "thread": (X86, ["-O0", "-DSF_CALLS", "-fsanitize=thread"], [*RUNNING, *BORDER, TEST, PROGRAM, HANDLER]),
     "neon release": (ARM, RELEASE, TILES),
-    "neon": (ARM, ["-O0", "-DSF_CALLS", "-static"], [*(p for p in SOURCES if p not in TILES), TEST, INT8, DENSE, DEPTHWISE]),
+    "neon": (ARM, ["-Og", "-static"], [*(p for p in SOURCES if p not in TILES), TEST, INT8, DENSE, DEPTHWISE]),
 }
 
 
