@@ -48,6 +48,12 @@ def test_caches_of_a_calibrated_machine():
         replace(ATOM_C2750, fitted=TYPICAL, l1_bytes=0)
 
 
+@pytest.mark.parametrize("name, value", [("threads", 1 << 17), ("l3_bytes", -1), ("l2_bytes", 10**80)])
+def test_more_than_any_machine_has(name, value):
+    with pytest.raises(ValueError, match=f"has {{'{name}': {value}}}, wanted at most"):
+        replace(ATOM_C2750, **{name: value})
+
+
 def test_detect_machine_measures_once():
     found = detect_machine(seconds=0.02)
     assert isinstance(found, Machine) and found.threads == client_threads()

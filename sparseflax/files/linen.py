@@ -18,7 +18,7 @@ from sparseflax.files.safetensors import mismatches
 from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.linen.trace import COLLECTIONS
-from sparseflax.network.planned import LayerPlan, Plan
+from sparseflax.network.planned import CHUNKS, LayerPlan, Plan
 
 PATTERN = ("gaps", "layout")  # what is stored of a sparse layer beside its values: arrays of PackedKernel.to_arrays
 INT8 = ("words", "scale")  # what is stored in place of values in eight bits
@@ -99,7 +99,8 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
     wrong += mismatches(tensors, wanted)
     tensors |= sums
     tree = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in tensors.items()}) if not wrong else {}
-    return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), chunk=plan.chunk), tree), wrong
+    return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded),
+                        chunk=CHUNKS[0] if wrong else plan.chunk), tree), wrong
 
 
 def _parts(row: LayerPlan) -> tuple[str, ...]:
@@ -122,6 +123,11 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
     stack = isinstance(packed, PackedStack)
     if packed.shape != (*row.kernel_shape[:stack], *(1, 1, *row.kernel_shape[stack:])[-4:]):
         raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
+    pattern = packed.patterns[0] if isinstance(packed, PackedStack) else packed.pattern
+    connected = len(row.kernel_shape) - stack == 2
+    planned = row.shape and (row.shape.kernel_shape, 1 if connected else row.shape.groups)
+    if planned is not None and planned != (packed.shape[stack:], pattern.groups):
+        raise ValueError(f"its kernel and groups are {packed.shape[stack:], pattern.groups}, planned as {planned}")
     return packed
 
 
