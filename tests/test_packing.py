@@ -11,6 +11,7 @@ import pytest
 from reference import normal_kernel
 
 import sparseflax as sf
+from sparseflax.conv.int8 import Quantization, pack_int8
 from sparseflax.conv.packing import DENSE_BLOCK, SKIP, Pattern, channel_block
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -99,6 +100,34 @@ def test_orbax_round_trip(tmp_path):
         checkpointer.wait_until_finished()
         loaded = sf.PackedKernel.from_arrays(checkpointer.restore(tmp_path / "kernel", packed.to_arrays()))
     assert loaded.pattern == packed.pattern and same_bits(loaded.values, packed.values)
+
+
+@pytest.mark.parametrize("pack", [sf.pack, lambda kernel: pack_int8(kernel, Quantization(0.1, 3))], ids=["float32", "int8"])
+def test_what_was_given_may_change_afterwards(pack):
+    """On a CPU JAX keeps NumPy's memory where it lies at a multiple of 64 bytes."""
+    packed = pack(normal_kernel(np.random.default_rng(7), (3, 3, 40, 64), 0.3))
+    before = np.array(packed.unpack())
+    arrays = {name: aligned(array) for name, array in packed.to_arrays().items()}
+    again = type(packed).from_arrays(arrays)
+    for array in arrays.values():
+        array[...] = 1
+    np.testing.assert_array_equal(again.unpack(), before)
+
+
+def test_scales_that_were_given_may_change_afterwards():
+    scale = aligned(np.full(64, 0.01, np.float32))
+    packed = pack_int8(normal_kernel(np.random.default_rng(7), (3, 3, 40, 64), 0.3), Quantization(0.1, 3), scale=scale)
+    scale[:] = 1
+    np.testing.assert_array_equal(packed.scale, np.float32(0.01))
+
+
+def aligned(array):
+    """A copy that begins at a multiple of 64 bytes."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def test_a_pytree_of_values_with_a_static_pattern():

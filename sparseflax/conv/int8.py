@@ -205,7 +205,7 @@ class QuantizedKernel:
             raise ValueError(f"packed arrays are {({name: str(dtype) for name, dtype in dtypes.items()})}, wanted those of "
                              "QuantizedKernel.to_arrays()")
         *layout, channels = map(int, found["layout"])
-        words, scale = found["words"].ravel(), found["scale"].ravel()
+        words, scale = found["words"].flatten(), found["scale"].flatten()  # copies: JAX may keep the memory it is given
         pattern = PackedKernel.from_arrays({"values": np.ones(words.shape, np.float32), "gaps": found["gaps"],
                                             "layout": np.asarray(layout, np.int64)}).pattern
         if scale.shape != (layout[3],) or not 0 < channels <= LANES * layout[2] < channels + LANES:
@@ -245,7 +245,7 @@ def pack_int8(kernel: Any, inputs: Quantization, feature_group_count: int = 1, o
     if scale is None:
         largest = np.abs(dense).max(axis=tuple(range(dense.ndim - 1)))
         scale = np.maximum(np.where(largest > 0, largest, 1) / np.float32(127), np.float32(2**-100))
-    scale = np.asarray(scale, np.float32)
+    scale = np.array(scale, np.float32)  # a copy: JAX may keep the memory it is given
     if scale.shape != (oc,) or not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"scale has shape {scale.shape} and is at least {scale.min(initial=np.inf)}, wanted ({oc},), finite "
                          "and positive: None takes what fits the kernel")

@@ -157,7 +157,7 @@ class PackedKernel:
         missing = [name for name in ("values", "gaps", "layout") if name not in arrays]
         if missing:
             raise ValueError(f"packed arrays lack {missing}, got {sorted(arrays)}: save what PackedKernel.to_arrays() returns")
-        values, gaps = np.asarray(arrays["values"]), np.asarray(arrays["gaps"])
+        values, gaps = np.array(arrays["values"]), np.asarray(arrays["gaps"])  # a copy: JAX may keep the memory it is given
         layout = np.asarray(arrays["layout"]).ravel()
         if values.dtype != np.float32 or gaps.dtype != np.uint8 or layout.dtype.kind not in "iu" or layout.size != 6:
             raise ValueError("packed arrays should be float32 values, uint8 gaps and 6 integers of layout, got "
