@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import unfreeze
@@ -18,7 +17,7 @@ from sparseflax.files.safetensors import mismatches
 from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.linen.trace import COLLECTIONS
-from sparseflax.network.planned import CHUNKS, LayerPlan, Plan
+from sparseflax.network.planned import LayerPlan, Plan
 
 PATTERN = ("gaps", "layout")  # what is stored of a sparse layer beside its values: arrays of PackedKernel.to_arrays
 INT8 = ("words", "scale")  # what is stored in place of values in eight bits
@@ -41,8 +40,8 @@ def arrays_of(packed: PackedModel, variables: Any) -> dict[str, Any]:
 
 
 def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str, np.ndarray]
-            ) -> tuple[tuple[PackedModel, dict[str, Any]], list[str]]:
-    """The packed model and its variables from arrays; and what does not fit, in words.
+            ) -> tuple[tuple[PackedModel, dict[str, Any]] | None, list[str]]:
+    """The packed model and its variables from arrays; or None, and what does not fit, in words.
 
     Args:
       module: unbound.
@@ -97,10 +96,10 @@ def restore(module: nn.Module, variables: Any, plan: Plan, tensors: Mapping[str,
             else:
                 patterns.append((row.path, packed.pattern))
     wrong += mismatches(tensors, wanted)
-    tensors |= sums
-    tree = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in tensors.items()}) if not wrong else {}
-    return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded),
-                        chunk=CHUNKS[0] if wrong else plan.chunk), tree), wrong
+    if wrong:  # and nothing may be predicted of layers of any size
+        return None, wrong
+    tree = unflatten_dict({tuple(name.split("/")): jax.device_put(array) for name, array in (tensors | sums).items()})
+    return (PackedModel(module, tuple(patterns), frozenset(biased), frozenset(folded), chunk=plan.chunk), tree), []
 
 
 def _parts(row: LayerPlan) -> tuple[str, ...]:
@@ -123,11 +122,8 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
     stack = isinstance(packed, PackedStack)
     if packed.shape != (*row.kernel_shape[:stack], *(1, 1, *row.kernel_shape[stack:])[-4:]):
         raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
-    pattern = packed.patterns[0] if isinstance(packed, PackedStack) else packed.pattern
-    connected = len(row.kernel_shape) - stack == 2
-    planned = row.shape and (row.shape.kernel_shape, 1 if connected else row.shape.groups)
-    if planned is not None and planned != (packed.shape[stack:], pattern.groups):
-        raise ValueError(f"its kernel and groups are {packed.shape[stack:], pattern.groups}, planned as {planned}")
+    if row.shape is not None and packed.groups != row.shape.groups:
+        raise ValueError(f"its kernel has {packed.groups} groups, the layer {row.shape.groups}")
     return packed
 
 

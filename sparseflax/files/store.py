@@ -181,7 +181,7 @@ def _fill(packed: nnx.Module, tensors: dict[str, np.ndarray]) -> list[str]:
     found = _leaves(packed)
     wrong += mismatches(tensors, {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in found.items()})
     if not wrong:
-        nnx.update(packed, nnx.from_flat_state([(path, _with_value(leaf, jnp.asarray(tensors[name])))
+        nnx.update(packed, nnx.from_flat_state([(path, _with_value(leaf, jax.device_put(tensors[name])))
                                                 for name, (path, leaf) in found.items()]))
     return wrong
 

@@ -41,6 +41,9 @@ class LayerPlan:
       error: relative error of its outputs in eight bits on the examples; None where it was not measured.
       correction: of its bias in eight bits, one for each output channel.
       open: whether it can become sparse, and is not so already.
+
+    Raises:
+      ValueError: `shape` is of another number of weights than `kernel_shape`.
     """
 
     path: str
@@ -62,6 +65,10 @@ class LayerPlan:
     error: float | None = None
     correction: tuple[float, ...] = ()
     open: bool = True
+
+    def __post_init__(self):
+        if self.shape is not None and self.shape.weights != math.prod(self.kernel_shape):
+            raise ValueError(f"layer {self.path!r} has a kernel {self.kernel_shape}, planned as {self.shape}: plan the model again")
 
     @property
     def seconds(self) -> float:

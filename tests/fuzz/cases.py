@@ -57,13 +57,16 @@ def packed() -> tuple[tuple[bytes, Any], ...]:
     nnx.update(model, thinned(nnx.state(model, nnx.Param)))
     plan = sparseflax.plan(model, X, HERE)
     sparseflax.save(folder() / "nnx", sparseflax.pack_model(model, plan), plan)
+    plan = replace(plan, machine=FITTED)
+    sparseflax.save(folder() / "fitted", sparseflax.pack_model(model, plan), plan)
     module = LinenNet()
     variables = module.init(jax.random.key(0), X)
     pair = module, {**variables, "params": thinned(variables["params"])}
     plan = replace(sparseflax.plan(pair, X, HERE), machine=FITTED)
     sparseflax.save(folder() / "linen", sparseflax.pack_model(pair, plan, X), plan)
-    abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0))), (module, jax.eval_shape(module.init, jax.random.key(0), X))
-    return tuple(((folder() / name).read_bytes(), like) for name, like in zip(("nnx", "linen"), abstract, strict=True))
+    abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    return (((folder() / "nnx").read_bytes(), abstract), ((folder() / "fitted").read_bytes(), abstract),
+            ((folder() / "linen").read_bytes(), (module, jax.eval_shape(module.init, jax.random.key(0), X))))
 
 
 @functools.cache
