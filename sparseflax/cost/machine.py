@@ -67,7 +67,7 @@ class Machine:
         most = dict.fromkeys(("lanes", "cores", "threads"), 1 << 16)
         most |= dict.fromkeys(("l1_bytes", "l2_bytes", "l3_bytes"), 1 << 50)
         if odd := {name: getattr(self, name) for name, bound in most.items() if not 0 <= getattr(self, name) <= bound}:
-            raise ValueError(f"machine {self.name!r} has {str(odd)[:200]}, wanted at most 2^16 cores and 2^50 bytes of cache")
+            raise ValueError(f"machine {self.name!r} has {str(odd)[:200]}, wanted at most 2^16 cores, 0 to 2^50 bytes of cache")
 
     def __str__(self) -> str:
         return (f"{self.name} ({self.isa}, {self.cores} cores, {self.threads} threads, {self.peak / 1e9:.0f} GFLOP/s, "

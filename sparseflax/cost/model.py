@@ -65,7 +65,7 @@ class Work(NamedTuple):
     def stack(cls, shapes: Iterable[ConvShape], machine: Machine) -> Work:
         """Several layers as one Work of float arrays (layers,), to broadcast or vmap over. Raises as `of`."""
         work = [cls.of(shape, machine) for shape in shapes]
-        dtype = jax.dtypes.canonicalize_dtype(float)
+        dtype = jnp.result_type(float)
         return jax.tree.map(lambda *numbers: np.asarray(numbers, dtype), *work)
 
 
