@@ -68,7 +68,8 @@ class LayerPlan:
 
     def __post_init__(self):
         if self.shape is not None and self.shape.weights != math.prod(self.kernel_shape):
-            raise ValueError(f"layer {self.path!r} has a kernel {self.kernel_shape}, planned as {self.shape}: plan the model again")
+            raise ValueError(f"layer {self.path!r} has a kernel {self.kernel_shape}, planned as {self.shape}: plan the model "
+                             "again")
 
     @property
     def seconds(self) -> float:
