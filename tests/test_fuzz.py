@@ -1,5 +1,7 @@
 """The fuzzing command on a few cases of each kind; `python -m tests.fuzz` runs them by the hour."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -24,3 +26,16 @@ def test_a_case_that_fails_is_told_with_its_number(monkeypatch):
     monkeypatch.setattr(command, "WORKER", f"import sys; sys.argv.pop(1)\n{worker}")
     outcomes, failures = command.fuzz("packed", 0, 0, 60, 8)
     assert outcomes == {"crashed": 1, "runs": 4} and failures[0].startswith("case 3: ended with -6")
+
+
+def test_what_a_worker_says(monkeypatch, capsys):
+    """A kind of failure once, and counts every now and then: what comes after may have to be killed."""
+    numbers = iter(range(8))
+    monkeypatch.setitem(CASES, "packed", lambda draw: "runs" if next(numbers) % 4 else 1 / 0)
+    monkeypatch.setattr(command, "TOLD", 3)
+    command.work("packed", "0", "0", "60", "8")
+    failed, *told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert failed["failed"] == 0 and "ZeroDivisionError" in failed["text"]
+    found = [(line["outcome"].split(" at ")[0], line["count"]) for line in told]
+    bad = "FAILED ZeroDivisionError"
+    assert found == [(bad, 1), ("runs", 2), ("runs", 2), (bad, 1), ("runs", 2)]

@@ -28,6 +28,8 @@ WORKER = "import sys; from tests.fuzz.__main__ import work; work(*sys.argv[1:])"
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=512"}
 NATIVE = {"border": "handler_fuzz.cc", "steps": "program_fuzz.cc"}  # of tests/cpp
 TARGETS = ("packed", "program", "onnx", *NATIVE)
+TOLD = 1000  # cases after which a worker says what came of them: what it did not say is lost if it has to be killed
+SHOWN = 30  # kinds of outcome, the commonest
 
 
 def main() -> None:
@@ -44,8 +46,11 @@ def main() -> None:
     for target in args.only:
         outcomes, failures = fuzz(target, args.seed, args.first, 60 * args.minutes / len(args.only), args.cases)
         print(f"\n{target}: {sum(outcomes.values())} cases, {len(failures)} kinds of failure")
-        for outcome, count in sorted(outcomes.items(), key=lambda item: -item[1]):
+        commonest = collections.Counter(outcomes).most_common()
+        for outcome, count in commonest[:SHOWN]:
             print(f"{count:>9}  {outcome}")
+        if rest := commonest[SHOWN:]:
+            print(f"{sum(count for _, count in rest):>9}  of {len(rest)} other kinds")
         for text in failures:
             print(f"FAILED {text}")
         failed |= bool(failures)
@@ -67,9 +72,10 @@ def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tupl
                 at = max((int(line.split()[1]) for line in text.splitlines() if line.startswith("at ")), default=first)
                 for line in Path(out.name).read_text().splitlines():
                     found = json.loads(line)
-                    outcomes[found["outcome"]] += found["count"]
                     if "failed" in found:
                         failures.append(f"case {found['failed']}: {found['text']}")
+                    else:
+                        outcomes[found["outcome"]] += found["count"]
             if child.returncode == 0:
                 break
             what = f"hung for {HANGS:g} s" if hung else f"ended with {child.returncode}"
@@ -110,12 +116,12 @@ def native(target: str, folder: Path) -> list[str]:
 
 
 def work(target: str, seed: str, first: str, seconds: str, cases: str) -> None:
-    """A worker: says "at N" before each case, and at the end what came of all, a JSON line for each outcome."""
+    """A worker: says "at N" before each case; what fails, once for each kind; and how many cases had which outcome."""
     import numpy as np
 
     from tests.fuzz.cases import CASES
 
-    outcomes, failed, end = collections.Counter[str](), dict[str, tuple[int, str]](), time.monotonic() + float(seconds)
+    outcomes, failed, end = collections.Counter[str](), set[str](), time.monotonic() + float(seconds)
     for number in range(int(first), int(first) + int(cases)):
         if time.monotonic() > end:
             break
@@ -125,11 +131,19 @@ def work(target: str, seed: str, first: str, seconds: str, cases: str) -> None:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             outcome = f"FAILED {type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
-            failed.setdefault(outcome, (number, traceback.format_exc()[-3000:]))
+            if outcome not in failed:
+                print(json.dumps({"failed": number, "text": traceback.format_exc()[-3000:]}), flush=True)
+            failed.add(outcome)
         outcomes[outcome] += 1
+        if outcomes.total() == TOLD:
+            _tell(outcomes)
+    _tell(outcomes)
+
+
+def _tell(outcomes: collections.Counter[str]) -> None:
     for outcome, count in outcomes.items():
-        more = dict(zip(("failed", "text"), failed[outcome], strict=True)) if outcome in failed else {}
-        print(json.dumps({"outcome": outcome, "count": count} | more))
+        print(json.dumps({"outcome": outcome, "count": count}), flush=True)
+    outcomes.clear()
 
 
 if __name__ == "__main__":
