@@ -88,8 +88,8 @@ def summary(line: dict[str, Any]) -> str:
     tail = ", ".join(f"{n}: {1e3 * each['p50']:.1f} and {1e3 * each['p99']:.1f} ms ({each['p99'] / each['p50']:.1f}x)"
                      for n, each in line["latency"].items())
     return (f"{line['engine']}, {line['processes']} processes of {line['threads']} threads: {line['calls']} calls, "
-            f"{line['wrong']} wrong, memory grown by {line['grown'] / 1e6:.1f} of {line['resident'] / 1e6:.0f} MB in the second "
-            f"half of the time; p50 and p99 by batch: {tail}")
+            f"{line['wrong']} wrong, memory grown by {line['grown'] / 1e6:.1f} of {line['resident'] / 1e6:.0f} MB in the "
+            f"second half of the time; p50 and p99 by batch: {tail}")
 
 
 def _work(pipe: Any, start: Any, engine: str, artefact: Any, number: int, threads: int, seconds: float) -> None:
