@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments import plots, report
+from experiments import plots, report, soak
 from experiments.benchmark import int8, networks_int8, results, trained
 from experiments.benchmark.asked import asked_table
 from experiments.benchmark.memory import memory_table
@@ -115,6 +115,11 @@ def memory() -> str:
     return _by_cpu(results.by_cpu(results.MEMORY), memory_table)
 
 
+def soaked() -> str:
+    """A packed network under many callers, a table for each CPU."""
+    return _by_cpu(results.by_cpu(results.SOAK), soak.table)
+
+
 def asked() -> str:
     """Speedups asked for and measured, a table for each CPU."""
     return _by_cpu(results.by_cpu(results.ASKED), asked_table)
@@ -206,6 +211,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results/int8.md": {"networks": whole_int8, "trained": trained_int8, "layers": layers_int8},
     "docs/results/layers.md": {"layers": layers},
     "docs/results/threads.md": {"threads": threads},
+    "docs/results/serving.md": {"soak": soaked},
     "docs/results/memory.md": {"memory": memory},
     "docs/results/asked.md": {"asked": asked},
     "docs/results/density.md": {"density": density},

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import results
+from experiments.benchmark.table import markdown
 from experiments.benchmark.timing import use_threads
 
-RESULTS = results.LAYERS.with_name("soak.jsonl")
 BATCHES = 1, 2, 4, 8
 SETTLE = 60.0  # seconds after which memory may not grow any more
 STATUS = Path("/proc/self/status")
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="that call, in each process (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=80.0, help="for each engine (default: %(default)g)")
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines to append to (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=results.SOAK, help="JSON lines to append to (default: %(default)s)")
     args = parser.parse_args()
     for engine in args.engine:
         line = soak(engine, args.processes, args.threads, args.seconds)
@@ -90,6 +90,18 @@ def summary(line: dict[str, Any]) -> str:
     return (f"{line['engine']}, {line['processes']} processes of {line['threads']} threads: {line['calls']} calls, "
             f"{line['wrong']} wrong, memory grown by {line['grown'] / 1e6:.1f} of {line['resident'] / 1e6:.0f} MB in the "
             f"second half of the time; p50 and p99 by batch: {tail}")
+
+
+def table(lines: list[results.Line]) -> str:
+    """Each engine under the load, and below where, when and with what that was measured."""
+    head = ("engine", "calls", "wrong", "memory, MB", "grown, MB", *(f"n={n}: p50, p99, ms" for n in BATCHES))
+    rows = [(line["engine"], *(str(line[key]) for key in ("calls", "wrong")), f"{line['resident'] / 1e6:.0f}",
+             f"{line['grown'] / 1e6:.1f}", *(f"{1e3 * each['p50']:.1f}, {1e3 * each['p99']:.0f}" if each else ""
+                                             for each in (line["latency"].get(str(n)) for n in BATCHES))) for line in lines]
+    newest = lines[-1]
+    versions = ", ".join(f"{package} {number}" for package, number in newest["versions"].items())
+    return (f"{markdown(head, rows)}\n\n{newest['cpu']}, {newest['processes']} processes of {newest['threads']} threads for "
+            f"{newest['seconds']:.0f} s each, {versions}. Measured {newest['date'][:10]} at {newest['commit']}.")
 
 
 def _work(pipe: Any, start: Any, engine: str, artefact: Any, number: int, threads: int, seconds: float) -> None:

@@ -12,6 +12,11 @@ def test_processes_are_put_together():
     assert (line["processes"], line["calls"], line["wrong"], line["grown"], line["resident"]) == (2, 16, 2, 20, 200)
     assert line["latency"]["1"]["p50"] == 0.0015
     assert "16 calls, 2 wrong" in soak.summary(line)
+    line["latency"] = {"1": line["latency"]["1"]}
+    line |= {"cpu": "C", "versions": {"jax": "1"}, "date": "2026-01-01", "commit": "abc"}
+    assert soak.table([line]).splitlines()[2:] == [
+        "| sparseflax | 16 | 2 | 0 | 0.0 | 1.5, 2 |  |  |  |", "",
+        "C, 2 processes of 3 threads for 9 s each, jax 1. Measured 2026-01-01 at abc."]
 
 
 def test_nothing_is_wrong_for_a_second(monkeypatch):

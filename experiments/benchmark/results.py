@@ -23,8 +23,9 @@ QUANTIZED = LAYERS.with_name("quantized.jsonl")
 TRAINED = LAYERS.with_name("trained.jsonl")
 ASKED = LAYERS.with_name("asked.jsonl")
 STORIES = LAYERS.with_name("stories.jsonl")
+SOAK = LAYERS.with_name("soak.jsonl")
 OTHER_LAYERS = LAYERS.with_name("layers_zen4.jsonl"), LAYERS.with_name("layers_xeon.jsonl")  # of other CPUs
-KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory", "asked")  # two lines that agree in these measure the same
+KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory", "asked", "engine")  # of two lines: what they measure
 MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another here
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ def _tiles(shape: ConvShape, machine: Machine) -> tuple[SparseCounts, ...]:
     return tuple(tile_counts(shape, density, machine) for density in DENSITIES)
 
 
+@functools.lru_cache(maxsize=4096)  # a fit asks eight times, for eight sizes of a cache that the kernel does not go by
 def schedule(shape: ConvShape, kept: int, isa: str, threads: int = 1, caches: tuple[int, int] = (0, 0),
-             fma_cycles: float = 0.0) -> dict[str, Any]:
+             fma_cycles: float = 0.0) -> Mapping[str, Any]:
     """What the kernel would do for a layer with `kept` weights: the tile it chooses and the counts of it.
 
     Args:
