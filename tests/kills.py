@@ -130,15 +130,15 @@ def kill_runs(job: Job, folder: Path, times: int, draw: random.Random) -> int:
 def kill_calibrations(cache: Path, times: int, draw: random.Random) -> int:
     """Calibrations killed so often; after each, what is stored can be read. Returns how many were killed in time."""
     code = "from sparseflax.calibration.calibrate import calibrate; calibrate(2.0)"
-    killed, longest = 0, 20.0
-    for _ in range(times):
-        begun = time.monotonic()
-        if survive([sys.executable, "-W", "ignore", "-c", code], cache.parent, {"XDG_CACHE_HOME": str(cache)},
-                   draw.uniform(0, longest)):
-            longest = time.monotonic() - begun
-        else:
-            killed += 1
+    command, environment = [sys.executable, "-W", "ignore", "-c", code], {"XDG_CACHE_HOME": str(cache)}
+    begun = time.monotonic()
+    survive(command, cache.parent, environment)
+    duration, killed = time.monotonic() - begun, 0
+    for number in range(times):  # every second one about when it stores
+        wait = duration * draw.uniform(0.9 if number % 2 else 0.0, 1.05)
+        killed += not survive(command, cache.parent, environment, wait)
         whole(cache)
+        assert list(cache.rglob("*.json")), f"what was stored in {cache} is gone"
     return killed
 
 

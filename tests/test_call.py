@@ -71,6 +71,8 @@ def test_weights_are_those_of_the_moment(net):
     check(net)
     nnx.update(net, jax.tree.map(lambda w: -w, nnx.state(net, nnx.Param)))
     check(net)
+    nnx.update(net, jax.tree.map(np.asarray, nnx.state(net, nnx.Param)))
+    check(net)
     assert len(traced) == 1
 
 

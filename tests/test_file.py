@@ -87,6 +87,7 @@ def test_what_was_saved_comes_back(network, file, model):
     for kinds in (nnx.Param, nnx.BatchStat):
         jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded, kinds), nnx.state(packed, kinds))
     np.testing.assert_array_equal(jax.jit(loaded)(x), jax.jit(packed)(x))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(loaded)))
     assert all(now is then for now, then in zip(jax.tree.leaves(nnx.state(model)), before, strict=True)), "the model stays"
 
 

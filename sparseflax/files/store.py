@@ -161,6 +161,8 @@ def _blank(model: Model) -> Model:
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return _with_value(leaf, jnp.broadcast_to(jax.random.key(0), leaf.shape))
+        if isinstance(leaf, nnx.RngState):  # no file has it: this one stays
+            return _with_value(leaf, jnp.zeros(leaf.shape, leaf.dtype))
         return _with_value(leaf, np.broadcast_to(np.asarray(path[-1] != "kernel", leaf.dtype), leaf.shape))
 
     return nnx.merge(graphdef, nnx.from_flat_state([(path, blank(path, leaf)) for path, leaf in nnx.to_flat_state(state)]))

@@ -120,7 +120,7 @@ class _Calls:
         """What a call of such arguments returns, and what it writes to Variables."""
         weights = jax.tree.leaves([each.get_raw_value() if isinstance(each, nnx.Variable) else each for each in self.variables])
         flags = [None if isinstance(leaf, ARRAYS) else leaf for leaf in leaves]
-        concrete = all(issubclass(kind, jax.Array) and not issubclass(kind, Tracer) for kind in set(map(type, weights)))
+        concrete = all(issubclass(kind, ARRAYS) and not issubclass(kind, Tracer) for kind in set(map(type, weights)))
         if not (concrete and all(map(_has_hash, flags))):
             return _run(*self.module, self.graphdef, jax.tree.unflatten(self.tree, weights), *jax.tree.unflatten(tree, leaves))
         arrays = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)]
