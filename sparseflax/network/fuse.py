@@ -20,7 +20,7 @@ from jax.extend.core import Jaxpr, Literal, primitives
 from sparseflax.network.equations import step
 from sparseflax.network.region import Region, is_number
 from sparseflax.network.rewrites import REWRITES, joins
-from sparseflax.network.unroll import inlined, step_rows
+from sparseflax.network.unroll import constant_and_carried, inlined, step_rows
 
 MAX_CONSTANT = 1 << 12  # values of an array that is computed while tracing
 T = TypeVar("T")
@@ -184,8 +184,9 @@ def _unrolled(equation: Any, operands: Sequence[Any], rows: set[int], wanted: Se
       trace: what is known so far.
     """
     params, body = equation.params, equation.params["jaxpr"]
-    length, carried = params["length"], params["num_consts"] + params["num_carry"]
-    consts, carry = operands[:params["num_consts"]], operands[params["num_consts"]:carried]
+    length, (constant, handed_on) = params["length"], constant_and_carried(equation)
+    carried = constant + handed_on
+    consts, carry = operands[:constant], operands[constant:carried]
     sliced = trace.now(operands[carried:])
     collected: dict[int, list[Any]] = {number: [] for number in range(len(carry), len(wanted)) if wanted[number]}
     held = dict[Any, Any](enumerate(consts))

@@ -26,8 +26,15 @@ def inlined(equation: Any) -> Any:
 
 def step_rows(scan: Any) -> set[int]:
     """Which operands of a scan say to a stack of sparse layers what step it is; empty for a scan over no stack."""
-    params = scan.params
-    return {number for number in _rows(params["jaxpr"].jaxpr) if number >= params["num_consts"] + params["num_carry"]}
+    return {number for number in _rows(scan.params["jaxpr"].jaxpr) if number >= sum(constant_and_carried(scan))}
+
+
+def constant_and_carried(scan: Any) -> tuple[int, int]:
+    """How many operands of a scan all steps read, and how many each hands on to the next."""
+    if "ft_in" in scan.params:  # since JAX 0.12
+        constant, carried, _ = map(len, scan.params["ft_in"].unpack())
+        return constant, carried
+    return scan.params["num_consts"], scan.params["num_carry"]
 
 
 def _rows(jaxpr: Jaxpr) -> set[int]:
