@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
+from experiments.benchmark.results import versions
 from experiments.benchmark.table import markdown
 from experiments.evaluate import DENSE, FOLDED, PACKED
 from sparseflax.cost.atomic import write_atomically
@@ -199,9 +200,9 @@ def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _conditions(result: Result) -> str:
-    versions, threads = ", ".join(f"{name} {version}" for name, version in result["versions"].items()), result["threads"]
-    return (f"Measured on {result['cpu']}, {threads} thread{'s' * (threads > 1)}, with {versions}, commit {result['commit']}, "
-            f"{result['date'][:10]}.")
+    threads = result["threads"]
+    return (f"Measured on {result['cpu']}, {threads} thread{'s' * (threads > 1)}, with {versions(result)}, "
+            f"commit {result['commit']}, {result['date'][:10]}.")
 
 
 def _ms(timing: dict[str, float], images: int = 1) -> str:

@@ -98,10 +98,9 @@ def table(lines: list[results.Line]) -> str:
     rows = [(line["engine"], *(str(line[key]) for key in ("calls", "wrong")), f"{line['resident'] / 1e6:.0f}",
              f"{line['grown'] / 1e6:.1f}", *(f"{1e3 * each['p50']:.1f}, {1e3 * each['p99']:.0f}" if each else ""
                                              for each in (line["latency"].get(str(n)) for n in BATCHES))) for line in lines]
-    newest = lines[-1]
-    versions = ", ".join(f"{package} {number}" for package, number in newest["versions"].items())
-    return (f"{markdown(head, rows)}\n\n{newest['cpu']}, {newest['processes']} processes of {newest['threads']} threads for "
-            f"{newest['seconds']:.0f} s each, {versions}. Measured {newest['date'][:10]} at {newest['commit']}.")
+    last = lines[-1]
+    return (f"{markdown(head, rows)}\n\n{last['cpu']}, {last['processes']} processes of {last['threads']} threads for "
+            f"{last['seconds']:.0f} s each, {results.versions(last)}. Measured {last['date'][:10]} at {last['commit']}.")
 
 
 def _work(pipe: Any, start: Any, engine: str, artefact: Any, number: int, threads: int, seconds: float) -> None:

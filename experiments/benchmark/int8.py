@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.baselines import Rival
 from experiments.benchmark.layers import ours
-from experiments.benchmark.results import Line, geometric_mean
+from experiments.benchmark.results import Line, geometric_mean, versions
 from experiments.benchmark.table import OURS, markdown
 from experiments.benchmark.timing import alternate
 from experiments.layers import name_of, random_problem
@@ -80,10 +80,9 @@ def table(lines: list[Line]) -> str:
     """The results of a CPU as a Markdown table."""
     last = max(lines, key=lambda line: line["date"])
     rows = [list(row(line)) for line in sorted(lines, key=lambda line: line["n"])]
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     threads = f"{last['threads']} thread{'s' * (last['threads'] > 1)}"
-    caption = (f"{last['cpu']}, {last['int8']}, {threads}, {last['density']:.0%} of the weights kept ({versions}). "
+    caption = (f"{last['cpu']}, {last['int8']}, {threads}, {last['density']:.0%} of the weights kept ({versions(last)}). "
                f"Measured {last['date'][:10]} at {commits}. Geometric means: "
                + ", ".join(f"{mean:.2f}x at n={n}" for n, mean in means(lines).items()) + ".")
     return "\n".join([markdown(list(HEAD), rows), "", caption])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.benchmark.int8 import INT8
-from experiments.benchmark.results import Line
+from experiments.benchmark.results import Line, versions
 from experiments.benchmark.table import OURS, fastest_dense, fastest_in_fewer_bits, markdown
 
 HEAD = ("network", "n", "threads", "float32 ms", "int8 ms", "off by", "fastest float32", "ms", "fastest in fewer bits", "ms",
@@ -27,9 +27,8 @@ def table(lines: Sequence[Line]) -> str:
     """The results of a CPU as a Markdown table."""
     last = max(lines, key=lambda line: line["date"])
     rows = [list(row(line)) for line in sorted(lines, key=lambda line: (line["layer"], line["n"], line["threads"]))]
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    caption = f"{last['cpu']}, {last['isa']} ({versions}). Measured {last['date'][:10]} at {commits}."
+    caption = f"{last['cpu']}, {last['isa']} ({versions(last)}). Measured {last['date'][:10]} at {commits}."
     return "\n".join([markdown(list(HEAD), rows), "", caption])
 
 

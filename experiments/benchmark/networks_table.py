@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from experiments.benchmark.networks import XLA, XLA_FOLDED
-from experiments.benchmark.results import Line
+from experiments.benchmark.results import Line, versions
 from experiments.benchmark.table import OURS, fastest_dense, fastest_in_fewer_bits, markdown, speedup
 
 HEAD = ("network", "n", "threads", "weights kept", "ms", "spread", "xla", "fastest dense", "ms", "spread", "speedup",
@@ -72,10 +72,9 @@ def networks_table(lines: Sequence[Line]) -> str:
                      _ms(over_xla(line) * ours), f"{over_xla(line):.2f}x", f"{_ms(seconds)} ({name})",
                      f"**{seconds / ours:.2f}x**{_by_default(line)}"])
     last = lines[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     caption = (f"{last['cpu']}, {last['isa']}, float32; batch norm folded for the engines and, where that is faster, for XLA "
-               f"({versions}). Measured {last['date'][:10]} at "
+               f"({versions(last)}). Measured {last['date'][:10]} at "
                f"{commits}.")
     return "\n".join([markdown(head, rows), "", caption, *_where(lines)])
 

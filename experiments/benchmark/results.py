@@ -25,7 +25,8 @@ ASKED = LAYERS.with_name("asked.jsonl")
 STORIES = LAYERS.with_name("stories.jsonl")
 SOAK = LAYERS.with_name("soak.jsonl")
 OTHER_LAYERS = LAYERS.with_name("layers_zen4.jsonl"), LAYERS.with_name("layers_xeon.jsonl")  # of other CPUs
-KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory", "asked", "engine")  # of two lines: what they measure
+# Two lines that agree in these measure the same.
+KEY = ("set", "layer", "n", "threads", "isa", "drawn", "memory", "asked", "engine")
 MEASURED = ("sparseflax", "xla_ffi")  # what makes a commit differ from another here
 
 
@@ -40,6 +41,11 @@ def provenance(packages: Iterable[str]) -> Line:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in sorted(packages)},
     }
+
+
+def versions(line: Line) -> str:
+    """The packages that a line was measured with, in words."""
+    return ", ".join(f"{package} {number}" for package, number in line["versions"].items())
 
 
 def append(path: Path, line: Line) -> None:

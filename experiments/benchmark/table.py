@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from experiments.benchmark.results import LAYERS, Line, geometric_mean, newest, read
+from experiments.benchmark.results import LAYERS, Line, geometric_mean, newest, read, versions
 
 OURS = "sparseflax"
 HEAD = ("layer", "n", "density", "us", "spread", "useful Gflop/s", "of peak", "effective Gflop/s", "fastest dense", "us",
@@ -215,7 +215,6 @@ def caption(lines: Sequence[Line]) -> str:
     """On what, when and against whom the lines were measured."""
     last, threads = lines[-1], lines[-1]["threads"]
     rivals = dict.fromkeys(name for line in lines for name in line["times"] if name != OURS)
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     return (f"{last['cpu']}, {last['isa']}, {threads} thread{'s' * (threads > 1)}, float32, bias and ReLU fused. "
-            f"Rivals: {', '.join(rivals)} ({versions}). "
+            f"Rivals: {', '.join(rivals)} ({versions(last)}). "
             f"Measured {last['date'][:10]} at {', '.join(dict.fromkeys(line['commit'] for line in lines))}.")

@@ -19,7 +19,7 @@ from experiments import train
 from experiments.baselines import Rival
 from experiments.baselines.quantized import quantized
 from experiments.benchmark.int8 import INT8
-from experiments.benchmark.results import Line
+from experiments.benchmark.results import Line, versions
 from experiments.benchmark.table import OURS, markdown
 from experiments.benchmark.timing import Others, alternate
 from experiments.data import Dataset
@@ -127,8 +127,7 @@ def table(lines: Sequence[Line]) -> str:
                      f"{line['density']:.0%} of the weights kept, {len(line['off'])} layers in eight bits, each off "
                      f"by {line['off'][least]:.1%} ({least}) to {line['off'][most]:.1%} ({most}) of its outputs.")
     last = max(lines, key=lambda line: line["date"])
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    parts.append(f"{last['cpu']}, {last['isa']} ({versions}). Measured {last['date'][:10]} at {last['commit']}.")
+    parts.append(f"{last['cpu']}, {last['isa']} ({versions(last)}). Measured {last['date'][:10]} at {last['commit']}.")
     return "\n\n".join(parts)
 
 

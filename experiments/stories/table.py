@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.benchmark.results import Line
+from experiments.benchmark.results import Line, versions
 from experiments.benchmark.table import markdown
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -19,9 +19,8 @@ def stories_table(lines: Sequence[Line]) -> str:
     for line in lines:
         parts += [f"### {line['layer'].capitalize()}", "", _says(line), "", markdown(CURVE, _curve(line)), ""]
     last = lines[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     return "\n".join([*parts, f"{last['cpu']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, {last['isa']}, "
-                      f"{versions}. Measured {last['date'][:10]} at {last['commit']}."])
+                      f"{versions(last)}. Measured {last['date'][:10]} at {last['commit']}."])
 
 
 def _row(line: Line) -> tuple[str, ...]:

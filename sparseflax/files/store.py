@@ -153,7 +153,7 @@ def _with_value(leaf: Any, value: Any) -> Any:
 
 
 def _blank(model: Model) -> Model:
-    """A copy with kernels of zeros, and ones elsewhere, that take no memory; concrete random state is kept."""
+    """A copy with kernels of zeros, and ones elsewhere, that take no memory; random state, in no file, is kept or new."""
     graphdef, state = nnx.split(model)
 
     def blank(path, leaf: Any) -> Any:
@@ -161,7 +161,7 @@ def _blank(model: Model) -> Model:
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return _with_value(leaf, jnp.broadcast_to(jax.random.key(0), leaf.shape))
-        if isinstance(leaf, nnx.RngState):  # no file has it: this one stays
+        if isinstance(leaf, nnx.RngState):
             return _with_value(leaf, jnp.zeros(leaf.shape, leaf.dtype))
         return _with_value(leaf, np.broadcast_to(np.asarray(path[-1] != "kernel", leaf.dtype), leaf.shape))
 

@@ -45,8 +45,8 @@ def main() -> None:
     failed = False
     for target in args.only:
         outcomes, failures = fuzz(target, args.seed, args.first, 60 * args.minutes / len(args.only), args.cases)
-        print(f"\n{target}: {sum(outcomes.values())} cases, {len(failures)} kinds of failure")
-        commonest = collections.Counter(outcomes).most_common()
+        print(f"\n{target}: {outcomes.total()} cases, {len(failures)} kinds of failure")
+        commonest = outcomes.most_common()
         for outcome, count in commonest[:SHOWN]:
             print(f"{count:>9}  {outcome}")
         if rest := commonest[SHOWN:]:
@@ -57,7 +57,7 @@ def main() -> None:
     sys.exit(failed)
 
 
-def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tuple[dict[str, int], list[str]]:
+def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tuple[collections.Counter[str], list[str]]:
     """Cases of a target for a while; ({outcome: count}, one text for each kind of failure)."""
     outcomes, failures, last = collections.Counter[str](), list[str](), first + cases
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def fuzz(target: str, seed: int, first: int, seconds: float, cases: int) -> tupl
             failures.append(f"case {at}: {what}\n{rest[-2000:]}")
             outcomes["crashed"] += 1
             first = at + 1
-    return dict(outcomes), failures
+    return outcomes, failures
 
 
 def _wait(child: subprocess.Popen, log: str) -> bool:
