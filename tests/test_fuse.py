@@ -282,16 +282,110 @@ def test_what_is_gated_by_itself_is_one_step(f, wanted, others):
     agrees(lambda x: f(conv(x)), X)
 
 
-@pytest.mark.parametrize("f, wanted", [
-    (nnx.silu, ["silu"]), (lambda y: jax.nn.sigmoid(y) * y, ["silu"]),
-    (lambda y: y * jax.nn.sigmoid(2 * y), ["clamp", "logistic", "mul"]),
-    (lambda y: (lambda g: y * g + g)(jax.nn.sigmoid(y)), ["logistic", "mul", "add"])])
-def test_silu_is_one_step(f, wanted):
-    found = [step.params[0] for step in steps(fuse(lambda x: f(conv(x))), X) if step.op in ("map", "combine")]
-    assert found == wanted
-    got, want = (jax.jit(run)(X) for run in (fuse(lambda x: f(conv(x))), lambda x: f(conv(x))))
-    # As in tests/test_program.py; XLA's is off by as much, and what it makes of a large negative number may be 0.
-    np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24, atol=2.0**-126)
+def erf(y):
+    return jax.lax.erf(y)
+
+
+ROOT, TANH = float(np.float32(0.5**0.5)), float(np.float32((2 / np.pi) ** 0.5))
+SMOOTH = {  # what is done, and the names and numbers of its steps
+    "silu": (nnx.silu, [("swish", 1.0, 0.0, 1.0)]),
+    "the other way": (lambda y: jax.nn.sigmoid(y) * y, [("swish", 1.0, 0.0, 1.0)]),
+    "swish": (lambda y: y * jax.nn.sigmoid(1.5 * y) * 4, [("swish", 1.5, 0.0, 4.0)]),
+    "steep swish": (lambda y: y * jax.nn.sigmoid(2048 * y), [("clamp",), ("logistic",), ("mul",)]),
+    "gate read again": (lambda y: (lambda g: y * g + g)(jax.nn.sigmoid(y)), [("logistic",), ("mul",), ("add",)]),
+    "gelu": (nnx.gelu, [("swish", 2 * TANH, 2 * TANH * 0.044715, 1.0)]),
+    "gelu, factors first": (lambda y: 0.5 * y * (1 + jnp.tanh(TANH * (y + 0.044715 * y**3))),
+                            [("swish", 2 * TANH, 2 * TANH * 0.044715, 1.0)]),
+    "one minus tanh": (lambda y: y * (1 - jnp.tanh(y)), [("swish", -2.0, 0.0, 2.0)]),
+    "exact gelu": (lambda y: nnx.gelu(y, approximate=False), [("gelu", ROOT, 0.5)]),
+    "exact gelu of ONNX": (lambda y: y * (erf(y / 2**0.5) + 1) * 0.5, [("gelu", ROOT, 0.5)]),
+    "one minus erf": (lambda y: y * (1 - erf(2 * y)) * 3, [("gelu", -2.0, 3.0)]),
+    "two plus erf": (lambda y: y * (2 + erf(y)), [("erf",), ("clamp",), ("mul",)]),
+    "erf of another": (lambda y: y * (1 + erf(y[:, ::-1])), [("mul",)]),
+    "tanh": (jnp.tanh, [("tanh",)]),
+    "cube": (lambda y: y**3, [("square",), ("mul",)]),
+    "power": (lambda y: jax.lax.pow(y, 3.0), [("square",), ("mul",)]),
+}
+
+
+@pytest.mark.parametrize("f, wanted", SMOOTH.values(), ids=SMOOTH)
+def test_smooth_functions_are_steps(f, wanted):
+    made = [step for step in steps(fuse(lambda x: f(conv(x))), X) if step.op in ("map", "combine")]
+    assert [step.params[0] for step in made] == [name for name, *_ in wanted]
+    for step, (_, *numbers) in zip(made, wanted, strict=True):
+        if numbers:
+            np.testing.assert_allclose(step.numbers, numbers, rtol=4 * 2.0**-24)
+    got, want = (jax.jit(run)(X / 8) for run in (fuse(lambda x: f(conv(x))), lambda x: f(conv(x))))
+    # As in tests/test_program.py; XLA's is off by as much, and by its own size where a sum with 1 cancels.
+    np.testing.assert_allclose(got, want, rtol=80 * 2.0**-24, atol=64 * 2.0**-24 * float(jnp.abs(want).max()))
+
+
+SLOPE = jnp.asarray(reference.integers(DRAW, 8)) / 4
+LEAKY = {
+    "a slope for each channel": (lambda y: jnp.where(y >= 0, y, SLOPE.reshape(1, 1, 1, 8) * y), ("leaky", "channel", False)),
+    "a traced slope": (lambda y: jnp.where(y > 0, y, y * SLOPE[0]), ("leaky", "scalar", False)),
+    "less": (lambda y: jnp.where(y < 0, SLOPE.reshape(1, 1, 1, 8) * y, y), ("leaky", "channel", False)),
+    "at most": (lambda y: jnp.where(y <= 0, 0.25 * y, y), ("leaky",)),
+    "nnx.PReLU": (nnx.PReLU(negative_slope_init=0.25), ("leaky", "scalar", False)),
+}
+
+
+@pytest.mark.parametrize("f, wanted", LEAKY.values(), ids=LEAKY)
+def test_leaky_rectifiers_are_one_step(f, wanted):
+    assert [step.params for step in steps(fuse(lambda x: f(conv(x))), X) if step.op in ("map", "combine")] == [wanted]
+    agrees(lambda x: f(conv(x)), X)
+
+
+NOT_LEAKY = {
+    "the other case": lambda y: jnp.where(y >= 0, 2 * y, y),
+    "another bound": lambda y: jnp.where(y >= 1, y, 2 * y),
+    "of another": lambda y: jnp.where(y[:, ::-1] >= 0, y, 2 * y),
+    "the sign itself": lambda y: y * (y < 0).astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("f", NOT_LEAKY.values(), ids=NOT_LEAKY)
+def test_what_is_no_leaky_rectifier(f):
+    assert not any("leaky" in step.params for step in steps(fuse(lambda x: f(conv(x))), X))
+    agrees(lambda x: f(conv(x)), X)
+
+
+MOVED = {
+    "jnp.split": (lambda y: jnp.concatenate(jnp.split(y, [3, 5], -1)[::-1], -1), ["window", "window", "window", "concat"]),
+    "of vectors": (lambda y: jnp.split(y.reshape(2, -1), 2, -1)[1], ["reshape", "window"]),
+    "shuffle": (lambda y: y.reshape(2, 6, 6, 2, 4).swapaxes(3, 4).reshape(2, 6, 6, 8), ["shuffle"]),
+    "pixel and channel": (lambda y: y.sum(-1, keepdims=True) * BIAS.reshape(1, 1, 1, 8), ["reduce", "combine"]),
+    "groups": (lambda y: y.reshape(2, 36, 2, 4).sum((1, 3)), ["reshape", "pool", "reshape", "reduce"]),
+    "repeated": (lambda y: jnp.repeat(y.sum((1, 2)), 4, -1), ["pool", "reshape", "upsample"]),
+}
+
+
+@pytest.mark.parametrize("f, wanted", MOVED.values(), ids=MOVED)
+def test_what_moves_channels_is_a_step(f, wanted):
+    made = steps(fuse(lambda x: f(conv(x))), X)
+    assert [step.op for step in made][1:] == wanted
+    assert names(fuse(lambda x: f(conv(x))), X)["sparse_program"] == 1
+    agrees(lambda x: f(conv(x)), X)
+
+
+NORMS = {
+    "layer": nnx.LayerNorm(8, rngs=nnx.Rngs(0)),
+    "layer, exact variance": nnx.LayerNorm(8, use_fast_variance=False, rngs=nnx.Rngs(0)),
+    "root mean square": nnx.RMSNorm(8, rngs=nnx.Rngs(0)),
+    "group": nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0)),
+    "instance": nnx.InstanceNorm(8, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_norms_of_what_a_network_computes_are_steps(norm):
+    with jax.numpy_dtype_promotion("standard"):  # Flax divides by an integer
+        found = names(fuse(lambda x: norm(conv(x))), X)
+        assert found["sparse_program"] == 1 and not found.keys() & {"reduce_sum", "rsqrt", "sub", "add"} - {
+            step.params[0] for step in steps(fuse(lambda x: norm(conv(x))), X) if step.op in ("map", "combine")}
+        got, want = (jax.jit(run)(X) for run in (fuse(lambda x: norm(conv(x))), lambda x: norm(conv(x))))
+    # Means of up to 144 numbers: their squares' and the square of their mean may cancel, to an eighth at most here.
+    np.testing.assert_allclose(got, want, atol=8 * 144 * 2.0**-24 * float(jnp.abs(want).max()))
 
 
 def test_a_number_that_is_traced():

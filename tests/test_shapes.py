@@ -173,7 +173,7 @@ def test_batch_dimensions_are_flattened():
     assert conv_shapes(conv(), jax.ShapeDtypeStruct((3, 5, 12, 10, 4), jnp.float32))[""].n == 15
     assert conv_shapes(conv(), jax.ShapeDtypeStruct((12, 10, 4), jnp.float32))[""].n == 1
     linear = nnx.Linear(4, 7, rngs=nnx.Rngs(0))
-    assert conv_shapes(linear, IMAGE) == {"": ConvShape(2 * 12 * 10, 1, 1, 4, 7, 1, 1)}
+    assert conv_shapes(linear, IMAGE) == {"": ConvShape(2, 12, 10, 4, 7, 1, 1)}
 
 
 def test_what_no_2d_convolution_describes_is_left_out():

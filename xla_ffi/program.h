@@ -21,10 +21,10 @@ namespace sparseflax {
 // What a step does; the integers that describe it are listed beside its case in program_decode.cc, and written by sparseflax/network/program.py.
 enum class Op : int64_t {
   kConv, kDepthwise, kPool, kChannelSum, kCombine, kMap, kWindow, kConcat, kReshape, kConvInt8, kQuantize, kDequantize, kUpsample, kDense,
-  kReduce, kEnd
+  kReduce, kShuffle, kEnd
 };
 
-constexpr int64_t kProgramVersion = 7;       // as VERSION in program.py
+constexpr int64_t kProgramVersion = 8;       // as VERSION in program.py
 constexpr int64_t kMost = int64_t{1} << 31;  // images, and elements of one
 inline int64_t AlignLines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -115,7 +115,8 @@ std::string Program::CheckStep(const Step& step, Value* result) {
   const std::vector<int64_t>& p = step.params;
   std::vector<const Value*> x;
   for (const int64_t arg : step.args) x.push_back(&values_[static_cast<size_t>(arg)]);
-  const bool moves = step.op == Op::kPool || step.op == Op::kWindow || step.op == Op::kConcat || step.op == Op::kReshape || step.op == Op::kUpsample;
+  const bool moves = step.op == Op::kPool || step.op == Op::kWindow || step.op == Op::kConcat || step.op == Op::kReshape || step.op == Op::kUpsample ||
+                     step.op == Op::kShuffle;
   const bool depthwise = step.op == Op::kDepthwise && p.size() == 12;
   const bool takes_bytes = step.op == Op::kConvInt8 || step.op == Op::kDequantize || (depthwise && p[10] == 1);
   for (const Value* each : x) {
@@ -197,9 +198,10 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       if (p.size() != 1 || !flag(p[0])) return "malformed";
       return counts(1, 0, 1, 0) && x[0]->h == y.h && x[0]->w == y.w && y.c == 1 ? "" : wrong;
     case Op::kCombine: {  // op, kind of the second operand, swapped
-      if (p.size() != 3 || p[0] < 0 || p[0] > static_cast<int64_t>(Binary::kMin) || !flag(p[2])) return "malformed";
+      if (p.size() != 3 || p[0] < 0 || p[0] > static_cast<int64_t>(Binary::kLeaky) || !flag(p[2])) return "malformed";
       const Other kind = static_cast<Other>(p[1]);
-      if (x.empty() || !same(*x[0], y)) return wrong;
+      const bool single = kind == Other::kChannel && !x.empty() && x[0]->c == 1 && x[0]->h == y.h && x[0]->w == y.w;
+      if (x.empty() || !(same(*x[0], y) || single)) return wrong;
       switch (kind) {
         case Other::kSame: return counts(2, 0, 3, 0) && same(*x[1], y) ? "" : wrong;
         case Other::kNumber: return counts(1, 0, 3, 1) ? "" : wrong;
@@ -211,7 +213,7 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       return "malformed";
     }
     case Op::kMap:  // op
-      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kSilu)) return "malformed";
+      if (p.size() != 1 || p[0] < 0 || p[0] > static_cast<int64_t>(Unary::kGelu)) return "malformed";
       return counts(1, 0, 1, NumbersOf(static_cast<Unary>(p[0]))) && same(*x[0], y) ? "" : wrong;
     case Op::kWindow:  // y[i,j,c] = x[i + p0, j + p1, c + p2], or a number outside
       if (p.size() != 3 || std::min({p[0], p[1], p[2]}) < -kMost || std::max({p[0], p[1], p[2]}) > kMost) return "malformed";
@@ -230,6 +232,9 @@ std::string Program::CheckStep(const Step& step, Value* result) {
       const bool sizes = counts(1, 0, 2, 0) && x[0]->h * p[0] == y.h && x[0]->w * p[1] == y.w;
       return sizes && (x[0]->c == y.c || x[0]->c == p[0] * p[1] * y.c) ? "" : wrong;
     }
+    case Op::kShuffle:  // groups
+      if (p.size() != 1 || p[0] < 1 || y.c % p[0] != 0) return "malformed";
+      return counts(1, 0, 1, 0) && same(*x[0], y) ? "" : wrong;
     case Op::kQuantize:  // scale, zero
     case Op::kDequantize:  // scale, zero
       return counts(1, 0, 0, 2) && same(*x[0], y) && stands(0) ? "" : wrong;

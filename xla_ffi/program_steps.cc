@@ -85,6 +85,25 @@ void UpsampleRows(const Upsample<T>& d, int64_t row, int64_t end) {
   }
 }
 
+template <typename T>
+void ShuffleRows(const Shuffle<T>& shuffle, int64_t row, int64_t end) {
+  const Shuffle<T> d = shuffle;  // as above
+  const int64_t channels = d.x.c / d.groups;
+  for (; row < end; ++row) {
+    for (int64_t j = 0; j < d.y.w; ++j) {
+      const T* const x = d.x.Row(row) + j * d.x.pixel;
+      T* const y = d.y.Row(row) + j * d.y.pixel;
+      if (d.groups == 2) {  // a loop of which the compiler makes vectors
+        for (int64_t c = 0; c < channels; ++c) y[2 * c] = x[c], y[2 * c + 1] = x[channels + c];
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t g = 0; g < d.groups; ++g) y[c * d.groups + g] = x[g * channels + c];
+      }
+    }
+  }
+}
+
 // A value, all of it, whatever its type; or a slot for a strip of it.
 struct Whole {
   Image image;
@@ -264,6 +283,12 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
           if (!bytes) return UpsampleRows<float>({x, y, p[0], p[1]}, row, end);
           UpsampleRows<uint8_t>({At<uint8_t>(call, step.args[0]), At<uint8_t>(call, result), p[0], p[1]}, row, end);
+        });
+        break;
+      case Op::kShuffle:
+        spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
+          if (!bytes) return ShuffleRows<float>({x, y, p[0]}, row, end);
+          ShuffleRows<uint8_t>({At<uint8_t>(call, step.args[0]), At<uint8_t>(call, result), p[0]}, row, end);
         });
         break;
       case Op::kConcat: {

@@ -28,13 +28,14 @@ struct Quantization {
   int32_t zero;
 };
 
-enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kNeg, kAbs, kPower, kExp, kGate, kSilu };
+enum class Unary : int64_t { kClamp, kLeaky, kLogistic, kSqrt, kRsqrt, kSquare, kAbs, kPower, kExp, kGate, kSwish, kTanh, kErf, kGelu };
 
 // How many numbers it has.
-constexpr size_t NumbersOf(Unary op) { return op == Unary::kGate ? 8 : op == Unary::kClamp ? 4 : 2; }
+constexpr size_t NumbersOf(Unary op) { return op == Unary::kGate ? 8 : op == Unary::kClamp ? 4 : op == Unary::kSwish ? 3 : 2; }
 
 // f(x), with p, q, low, high, a, b, s, t its numbers, as many as it has. kClamp: min(max(p x + q, low), high), p of a normal size; kLeaky:
-// x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4; kGate: s (u min(max(p u + q, low), high)) + t, u = a x + b; kSilu: x / (1 + e^-x)
+// x >= 0 ? x : p x; kPower: x^p, |p| one of 1/4, 1/2, 3/4; kGate: s (u min(max(p u + q, low), high)) + t, u = a x + b; kSwish, whose third
+// number is s: s x / (1 + e^-(x (p + q x^2))), |p| and |q| from 2^-10 to 2^10, or q 0; kGelu: q x (1 + erf(p x))
 struct Function {
   Unary op;
   const float* numbers;
@@ -42,7 +43,8 @@ struct Function {
 
 // Whether a convolution can do it to its result.
 constexpr bool Follows(Unary op) {
-  return op == Unary::kClamp || op == Unary::kLeaky || op == Unary::kLogistic || op == Unary::kGate || op == Unary::kSilu;
+  return op == Unary::kClamp || op == Unary::kLeaky || op == Unary::kLogistic || op == Unary::kGate || op == Unary::kSwish || op == Unary::kTanh ||
+         op == Unary::kGelu;
 }
 
 // y[i,j,c] = act( sum_{r,s} x[i*sh + r*dh - top, j*sw + s*dw - left, c] * kernel[r,s,c] + bias[c] ), zeros outside; bytes of x are what they
@@ -96,9 +98,9 @@ struct Reduce {
   bool maximum;
 };
 
-enum class Binary : int64_t { kAdd, kSub, kMul, kDiv, kMax, kMin };
+enum class Binary : int64_t { kAdd, kSub, kMul, kDiv, kMax, kMin, kLeaky };  // kLeaky: a >= 0 ? a : a * b
 // What the second operand is: a value like the first, a number, one for each channel of all images, one for each channel of an image,
-// a number that is an operand, a number for each pixel.
+// a number that is an operand, a number for each pixel. With one for each channel the first may have a single one, which meets all.
 enum class Other : int64_t { kSame, kNumber, kChannel, kImage, kScalar, kPixel };
 
 // y = op(a, b), or op(b, a) if `swapped`
@@ -117,6 +119,13 @@ template <typename T>
 struct Upsample {
   ImageOf<T> x, y;
   int64_t fh, fw;
+};
+
+// y[i,j,c * groups + g] = x[i,j,g * (channels / groups) + c]
+template <typename T>
+struct Shuffle {
+  ImageOf<T> x, y;
+  int64_t groups;
 };
 
 // y = f(x)

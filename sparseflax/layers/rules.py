@@ -170,7 +170,7 @@ def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
 
 
 def multiply(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:
-    """A sparse fully connected layer's output: a 1x1 convolution on images of one pixel.
+    """A sparse fully connected layer's output: a 1x1 convolution of images (n, h, w, ic), of rows (n, w, ic), or of pixels.
 
     Args:
       layer: gives activation and dtype.
@@ -186,11 +186,19 @@ def multiply(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
     if x.ndim < 1:
         raise ValueError(f"inputs have shape {x.shape}, wanted (..., {packed.shape[2]})")
     batch = x.shape[:-1]
-    images = math.prod(batch), 1, 1
+    images = positions(batch)
     if residual is not None and residual.shape[:-1] == batch:
         residual = residual.reshape(*images, residual.shape[-1])
     y = sparse_conv(x.reshape(*images, x.shape[-1]), packed, bias, activation=layer.activation, residual=residual)
     return y.reshape(*batch, y.shape[-1])
+
+
+def positions(batch: tuple[int, ...]) -> tuple[int, int, int]:
+    """(n, h, w) of what a fully connected layer maps for inputs (*batch, ic): images or rows where it can, so that what comes
+    before and after runs with it."""
+    if len(batch) < 2 or not all(isinstance(size, int) and size > 0 for size in batch[1:]):
+        return math.prod(batch), 1, 1
+    return batch[0], math.prod(batch[1:-1]), batch[-1]
 
 
 def _as_float32(layer: Any, x: Any) -> Any:

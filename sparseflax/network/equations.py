@@ -16,7 +16,8 @@ from sparseflax.conv.int8_primitive import int8_conv_p
 from sparseflax.conv.primitive import Activation, conv_p
 from sparseflax.conv.window import addressable
 from sparseflax.network import images, int8
-from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number
+from sparseflax.network.gates import gate, scaled
+from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number, plain
 
 
 def step(region: Region, equation: Any, operands: Sequence[Any]) -> Node | None:
@@ -29,6 +30,8 @@ def step(region: Region, equation: Any, operands: Sequence[Any]) -> Node | None:
     nodes = [operand for operand in operands if isinstance(operand, Node)]
     dtype = equation.outvars[0].aval.dtype
     if not nodes and primitive not in FIRST:
+        return None
+    if any(node.op == "sign" for node in nodes) and primitive is not primitives.select_n_p:
         return None
     if any(node.uint8 for node in nodes) and primitive not in MOVES and primitive not in (int8_conv_p, dequantize_p):
         return None
@@ -104,11 +107,13 @@ def _changed(region: Region, x: Any, change: Callable[[Node], Node | None]) -> N
 
 
 def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
-    name = equation.primitive.name
-    for x, other, swapped in ((a, b, False), (b, a, True)):
-        if not isinstance(x, Node) or x.shape != equation.outvars[0].aval.shape:
+    name, made = equation.primitive.name, equation.outvars[0].aval.shape
+    operands: list[tuple[Any, Any, bool]] = [(a, b, False), (b, a, True)]
+    for x, other, swapped in operands:
+        shape, ones = np.shape(other), (1,) * (len(made) - 2)
+        pixels = isinstance(x, Node) and x.shape == (*made[:-1], 1) != made  # that meet a number for each channel
+        if not isinstance(x, Node) or not (x.shape == made or (pixels and shape == (1, *ones, made[-1]) != made)):
             continue
-        shape, ones = np.shape(other), (1,) * (len(x.shape) - 2)
         if isinstance(other, np.ndarray) and other.size == 1:
             other = other.item()
         if is_number(other):
@@ -117,31 +122,18 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
                 equation, "combine", [x], params=(name, "number", swapped), numbers=[other])
         if math.prod(shape) == 1 and not isinstance(other, Node):
             return region.node(equation, "combine", [x], [jnp.reshape(other, 1)], (name, "scalar", swapped))
-        if name == "mul" and (gate := _gate(region, equation, x, other) or _gate(region, equation, other, x)):
-            return gate
+        if name == "mul" and (found := gate(region, x, other) or gate(region, other, x)):
+            source, function, numbers = found
+            return region.node(equation, "map", [source], params=[function], numbers=numbers)
         if shape == x.shape:
             return region.node(equation, "combine", [x, other], params=(name, "same", swapped))
-        if shape == (1, *ones, x.shape[-1]) and not isinstance(other, Node):
+        if shape == (1, *ones, made[-1]) and not isinstance(other, Node):
             return region.node(equation, "combine", [x], [jnp.reshape(other, -1)], (name, "channel", swapped))
         if ones and shape == (x.shape[0], *ones, x.shape[-1]):
             return region.node(equation, "combine", [x, other], params=(name, "image", swapped))
         if len(shape) > 1 and shape == (*x.shape[:-1], 1):
             return region.node(equation, "combine", [x, other], params=(name, "pixel", swapped))
     return None
-
-
-def _gate(region: Region, equation: Any, x: Any, gate: Any) -> Node | None:
-    """x times a clamped line of it, as in HardSwish, and the line before it; or x times its logistic function."""
-    if not region.is_open(gate, "map") or gate.args[0] is not x or not isinstance(x, Node):
-        return None
-    if gate.params == ("logistic",):
-        return region.node(equation, "map", [x], params=["silu"], numbers=[0.0, 0.0])
-    if gate.params != ("clamp",):
-        return None
-    source, line, unread = x, (1.0, -0.0), x.read == 2 and not region.is_done(x)
-    if unread and x.op == "map" and x.params == ("clamp",) and x.numbers[2:] == (-math.inf, math.inf):
-        source, line = x.args[0], x.numbers[:2]
-    return region.node(equation, "map", [source], params=["gate"], numbers=[*gate.numbers, *line, 1.0, -0.0])
 
 
 def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
@@ -159,6 +151,9 @@ def _clamped(region: Region, equation: Any, x: Node, scale: float = 1.0, shift: 
              high: float = math.inf) -> Node | None:
     """min(max(scale x + shift, low), high); of such a one that waits it makes one, where that adds no number to a number; of
     a gate that waits one with the line, likewise."""
+    if region.is_open(x, "map") and (low, high, shift) == (-math.inf, math.inf, 0) and _is_normal(scale) and (
+            numbers := scaled(x.params[0], x.numbers, scale)):
+        return replace(x, numbers=numbers)
     if region.is_open(x, "map") and x.params == ("gate",) and (low, high) == (-math.inf, math.inf):
         *numbers, s, t = x.numbers
         if 0 in (shift, t) and _is_normal(scale * s):
@@ -200,21 +195,24 @@ def _clamp(region: Region, equation: Any, low: Any, x: Any, high: Any) -> Node |
     return _clamped(region, equation, x, low=float(low), high=float(high))
 
 
-def _not_negative(region: Region, equation: Any, x: Any, bound: Any) -> Node | None:
+def _sign(region: Region, equation: Any, x: Any, bound: Any) -> Node | None:
     if not isinstance(x, Node) or not is_number(bound) or bound != 0:
         return None
-    return Node("negative", x.size, (x,), (), (), (), x.shape, x.number)
+    return Node("sign", x.size, (x,), (), (equation.primitive.name,), (), x.shape, x.number)
 
 
-def _select(_, equation: Any, which: Any, below: Any, above: Any) -> Node | None:
-    """Of x and a multiple of it: a leaky rectifier."""
-    if not all(isinstance(value, Node) for value in (which, below, above)):
+def _select(_, equation: Any, which: Any, *cases: Any) -> Node | None:
+    """Of x and a multiple of it: a leaky rectifier, whose slope is a number, an operand, or one for each channel."""
+    if not all(isinstance(value, Node) for value in (which, *cases)) or which.op != "sign" or len(cases) != 2:
         return None
-    if which.op != "negative" or which.args[0] is not above:
+    below, above = cases if which.params[0] in ("ge", "gt") else cases[::-1]
+    if which.args[0] is not above or not below.args or plain(below.args[0]) is not plain(above):
         return None
-    if below.params != ("clamp",) or below.numbers[1:] != (0, -math.inf, math.inf) or below.args[0] is not above:
-        return None
-    return replace(below, params=("leaky",), numbers=(below.numbers[0], 0.0), read=1)
+    if below.params == ("clamp",) and below.numbers[1:] == (0, -math.inf, math.inf):
+        return replace(below, params=("leaky",), numbers=(below.numbers[0], 0.0), read=1)
+    if below.op == "combine" and below.params[:2] in (("mul", "channel"), ("mul", "scalar")):
+        return replace(below, params=("leaky", below.params[1], False), read=1)
+    return None
 
 
 def _map(name: str) -> Callable[..., Node | None]:
@@ -224,14 +222,35 @@ def _map(name: str) -> Callable[..., Node | None]:
     return step
 
 
+def _negative(region: Region, equation: Any, x: Node) -> Node | None:
+    return _clamped(region, equation, x, scale=-1.0)
+
+
 def _power(region: Region, equation: Any, x: Any, exponent: Any) -> Node | None:
+    if isinstance(x, Node) and is_number(exponent) and exponent in (2, 3):
+        return _whole_power(region, equation, x, int(exponent))
     if not isinstance(x, Node) or not is_number(exponent) or abs(exponent) not in (0.25, 0.5, 0.75):
         return None
     return region.node(equation, "map", [x], params=("power",), numbers=[exponent, 0])
 
 
 def _integer_power(region: Region, equation: Any, x: Node) -> Node | None:
-    return _map("square")(region, equation, x) if equation.params["y"] == 2 else None
+    return _whole_power(region, equation, x, equation.params["y"])
+
+
+def _whole_power(region: Region, equation: Any, x: Node, exponent: int) -> Node | None:
+    square = _map("square")(region, equation, x) if exponent in (2, 3) else None
+    if square is None or exponent == 2:
+        return square
+    region.is_read([square])
+    return region.node(equation, "combine", [square, x], params=("mul", "same", False))
+
+
+def _erfc(region: Region, equation: Any, x: Node) -> Node | None:
+    erf = _map("erf")(region, equation, x)
+    if erf is not None:
+        region.is_read([erf])
+    return erf and _clamped(region, equation, erf, scale=-1.0, shift=1.0)
 
 
 def _same(region: Region, equation: Any, x: Any) -> Any:
@@ -252,11 +271,12 @@ STEPS: dict[Any, Callable[..., Node | None]] = {
     primitives.conv_general_dilated_p: images.convolution, primitives.dot_general_p: images.product,
     primitives.add_p: _add, primitives.sub_p: _combine, primitives.mul_p: _combine, primitives.div_p: _combine,
     primitives.max_p: _max, primitives.min_p: _min, primitives.clamp_p: _clamp,
-    primitives.ge_p: _not_negative, primitives.select_n_p: _select,
+    **{primitive: _sign for primitive in (primitives.ge_p, primitives.gt_p, primitives.le_p, primitives.lt_p)},
+    primitives.select_n_p: _select, primitives.tanh_p: _map("tanh"), primitives.erf_p: _map("erf"), primitives.erfc_p: _erfc,
     primitives.logistic_p: _map("logistic"), primitives.sqrt_p: _map("sqrt"), primitives.rsqrt_p: _map("rsqrt"),
-    primitives.neg_p: _map("neg"), primitives.abs_p: _map("abs"), primitives.square_p: _map("square"),
+    primitives.neg_p: _negative, primitives.abs_p: _map("abs"), primitives.square_p: _map("square"),
     primitives.exp_p: _map("exp"), primitives.integer_pow_p: _integer_power, primitives.pow_p: _power,
-    primitives.stop_gradient_p: _same,
+    primitives.stop_gradient_p: _same, primitives.copy_p: _same,
     primitives.reduce_window_max_p: images.pool, primitives.reduce_window_sum_p: images.pool,
     primitives.reduce_sum_p: images.reduce, primitives.reduce_max_p: images.reduce,
     primitives.concatenate_p: images.concatenate, primitives.pad_p: images.pad, primitives.slice_p: images.slice,

@@ -31,8 +31,9 @@ def fuse(f: Callable[..., T], chunk: int = 1) -> Callable[..., T]:
 
     - Convolutions, sparse, dense and depthwise, and what follows them run as one native program, as far as it knows the steps:
       a bias, a residual of its output's shape, and relu, relu6, max(., 0) or clip(., 0, 6) join a convolution, if nothing else
-      uses what lies between; products with a matrix, pooling, reductions over an image or its channels, softmax, concatenation,
-      padding, slices and what is done element by element follow it. A batch runs some images at a time, each of them through
+      uses what lies between; products with a matrix, pooling, reductions over an image, its channels or groups of them (layer,
+      group and instance norms), softmax, concatenation, padding, slices, shuffles of channels and what is done element by
+      element (GELU and SiLU in one step) follow it. A batch runs some images at a time, each of them through
       the whole program.
     - `sparse_conv` in eight bits takes relu, relu6 and the rounding to uint8 by another one that reads it, through maxima and
       concatenations: what lies between the two is uint8 then, and so it is for whoever else reads it afterwards, a residual

@@ -15,6 +15,7 @@ from jax.extend.core import primitives
 
 from sparseflax.conv import ffi
 from sparseflax.conv.window import Window
+from sparseflax.layers.rules import positions
 from sparseflax.network import int8
 from sparseflax.network.region import Node, Region, is_number, size_of
 
@@ -34,7 +35,7 @@ def reshape(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
 
 
 def broadcast(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None:
-    """That adds dimensions of 1, or one that repeats the rows or the columns of images."""
+    """That adds dimensions of 1, or one that repeats the rows or the columns of images, or what stands before it."""
     shape, at = equation.outvars[0].aval.shape, equation.params["broadcast_dimensions"]
     if sizes or at[:1] != (0,) or x.shape[:1] != shape[:1]:
         return None
@@ -44,6 +45,9 @@ def broadcast(region: Region, equation: Any, x: Any, *sizes: Any) -> Node | None
     repeated = [axis for axis, size in enumerate(shape) if size != before[axis]]
     if not repeated:
         return region.again(x, shape)
+    if repeated == [len(shape) - 1] and len(shape) > 2:
+        row = region.again(x, (shape[0], 1, math.prod(shape[1:-1]), 1))
+        return row and _repeat(region, equation, row, 2, shape[-1])
     if len(shape) != 5 or repeated not in ([2], [3]):
         return None
     wanted = (*shape[:repeated[0]], *shape[repeated[0] + 1:])
@@ -79,10 +83,15 @@ def _repeat(region: Region, equation: Any, x: Node, axis: int, factor: int) -> N
 
 
 def transpose(region: Region, equation: Any, x: Node) -> Node | None:
-    """That only moves dimensions of 1, or makes blocks of pixels of channels: (n, h, w, fh, fw, c) to (n, h, fh, w, fw, c)."""
+    """That only moves dimensions of 1, or makes blocks of pixels of channels: (n, h, w, fh, fw, c) to (n, h, fh, w, fw, c); or
+    that shuffles groups of channels: (n, h, w, groups, c) to (n, h, w, c, groups)."""
     order = equation.params["permutation"]
     if order[0] == 0 and (moved := [axis for axis in order[1:] if x.shape[axis] != 1]) == sorted(moved):
         return region.again(x, equation.outvars[0].aval.shape)
+    if order == (0, 1, 2, 4, 3):
+        n, h, w, groups, c = x.shape
+        image = region.again(x, (n, h, w, groups * c))
+        return image and region.node(equation, "shuffle", [image], params=(groups,), size=(h, w, groups * c))
     if order != (0, 1, 3, 2, 4, 5):
         return None
     n, h, w, fh, fw, c = x.shape
@@ -116,16 +125,24 @@ def pool(region: Region, equation: Any, x: Any) -> Node | None:
 
 
 def reduce(region: Region, equation: Any, x: Any) -> Node | None:
-    """Over all positions of an image: one window; or over the last axis: the channels of a pixel."""
+    """Over all positions of an image: one window; over the last axis: the channels of a pixel; over both, of groups of channels
+    (n, *positions, groups, c): one after the other."""
     maximum, axes = equation.primitive is primitives.reduce_max_p, equation.params["axes"]
     if axes == (len(x.shape) - 1,) and axes != (0,) and (size := size_of(x.shape)):
         return region.node(equation, "reduce", [x], params=(maximum,), size=(*size[:2], 1))
-    if len(x.shape) != 4 or axes != (1, 2):
+    grouped = len(x.shape) > 3 and axes == (*range(1, len(x.shape) - 2), len(x.shape) - 1)
+    if not grouped and (len(x.shape) != 4 or axes != (1, 2)):
         return None
-    taps = x.shape[1:3]
-    if max(taps) >= MAX_PARTS:
+    groups, c = x.shape[-2:] if grouped else (1, x.shape[-1])
+    image = region.again(x, (x.shape[0], *positions(x.shape[:-2])[1:], groups * c)) if grouped else x
+    if image is None or max(image.shape[1:3]) >= MAX_PARTS:
         return None
-    return region.node(equation, "pool", [x], params=(maximum, taps, PIXELS), size=(1, 1, x.shape[3]))
+    sums = region.node(equation, "pool", [image], params=(maximum, image.shape[1:3], PIXELS), size=(1, 1, groups * c))
+    if sums is None or not grouped:
+        return sums
+    region.is_read([sums])
+    sums = replace(sums, shape=(x.shape[0], 1, groups, c))
+    return region.node(equation, "reduce", [sums], params=(maximum,), size=(1, groups, 1))
 
 
 def convolution(region: Region, equation: Any, x: Any, kernel: Any) -> Node | None:
@@ -237,8 +254,10 @@ def pad(region: Region, equation: Any, x: Any, value: Any) -> Node | None:
 
 
 def slice(region: Region, equation: Any, x: Any) -> Node | None:
-    params = equation.params
-    if len(x.shape) != 4 or set(params["strides"] or (1,)) != {1} or params["start_indices"][0] != 0 or params[
-            "limit_indices"][0] != x.shape[0]:
+    """Of images, or of the last axis of anything."""
+    params, start = equation.params, equation.params["start_indices"]
+    ends = zip(start, params["limit_indices"], x.shape, strict=True)
+    cut = [axis for axis, (low, high, size) in enumerate(ends) if (low, high) != (0, size)]
+    if set(params["strides"] or (1,)) != {1} or 0 in cut or (len(x.shape) != 4 and cut != [len(x.shape) - 1]):
         return None
-    return region.node(equation, "window", [x], params=tuple(params["start_indices"][1:]), numbers=[0])
+    return region.node(equation, "window", [x], params=start[1:] if len(x.shape) == 4 else (0, 0, start[-1]), numbers=[0])

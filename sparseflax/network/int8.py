@@ -132,7 +132,7 @@ def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -
         rounded = replace(x, params=(window, rescale, outputs), activation=None, uint8=True)
     elif free and x.op == "depthwise":
         rounded = replace(x, params=(*x.params[:3], quantization), uint8=True)
-    elif free and (x.op == "concat" or (x.op == "pool" and x.params[0])):
+    elif free and (x.op in ("concat", "shuffle") or (x.op == "pool" and x.params[0])):
         args = tuple(_rounded(region, arg, quantization, 1) for arg in x.args)
         rounded = replace(x, args=args, number=next(region.count), uint8=True)
     else:

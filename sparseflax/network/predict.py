@@ -23,7 +23,8 @@ from sparseflax.network.program import Program, Size, Step
 from sparseflax.network.region import CONVOLUTIONS
 
 # Cycles of a vector, by what is done to it: of others a load, an instruction or two, a store, and a share of starting a strip.
-CYCLES = {"exp": 16.0, "logistic": 11.0, "silu": 12.0, "gate": 6.0, "sqrt": 5.0, "rsqrt": 8.0, "power": 10.0, "div": 3.0}
+CYCLES = {"exp": 16.0, "logistic": 11.0, "swish": 13.0, "gelu": 14.0, "tanh": 11.0, "erf": 12.0, "gate": 6.0, "sqrt": 5.0,
+          "rsqrt": 8.0, "power": 10.0, "div": 3.0}
 OTHERS, COPY = 2.0, 1.0
 
 
@@ -131,7 +132,7 @@ def _cycles(program: Program, step: Step) -> float:
         return outputs * (OTHERS + step.params[0])
     if step.op == "reduce":
         return OTHERS * math.prod(_size(program, step.args[0]))
-    if step.op in ("window", "concat", "upsample"):
+    if step.op in ("window", "concat", "upsample", "shuffle"):
         return outputs * COPY
     return outputs * CYCLES.get(step.params[0] if step.op in ("map", "combine") else step.op, OTHERS)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from sparseflax.conv.primitive import Activation
 from sparseflax.network.program import Program, Size, Step, run_program
 
 CONVOLUTIONS = "conv", "dense", "depthwise", "conv_int8"
+ALIKE = "same", "number", "scalar"  # second operands that say nothing of where a value stands
+COMPARE: dict[str, Any] = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 
 
 @dataclass(eq=False)
@@ -31,7 +34,7 @@ class Node:
     """The result of a step that waits: images (n, *size), looked at as an array of another shape.
 
     Attributes:
-      op: of the step; or "negative", which is no step: whether args[0] >= 0.
+      op: of the step; or "sign", which is no step: how args[0] compares with 0.
       size, params, numbers, pattern: of the step, but for its epilogue.
       args: images that it reads, other nodes or arrays (n, h, w, c).
       shared: arrays that all images share.
@@ -141,24 +144,28 @@ class Region:
         value = self.seen(value)
         if not isinstance(value, Node):
             return value
-        if value.op == "negative":
-            return self.now(value.args[0], waiting) >= 0
+        if value.op == "sign":
+            return COMPARE[value.params[0]](self.now(value.args[0], waiting), 0)
         if id(value) not in self._done:
             others = map(self.seen, waiting)
-            self._run([value, *(node for node in others if isinstance(node, Node) and node.op != "negative")])
+            self._run([value, *(node for node in others if isinstance(node, Node) and node.op != "sign")])
         return self._done[id(value)][1].reshape(value.shape)
 
     def node(self, equation: Any, op: str, args: Sequence[Any], shared: Sequence[Any] = (), params: Sequence[Any] = (),
              numbers: Sequence[Any] = (), size: Size | None = None, **epilogue: Any) -> Node | None:
         """A step with the result of an equation; None if its arguments are no images of one batch."""
         shape = equation.outvars[0].aval.shape
-        size = size or size_of(shape)
         arrays = [jnp.result_type(array) for array in (*args, *shared) if not isinstance(array, Node)]
+        size = size if size is not None else size_of(shape)
         if size is None or not set(arrays) <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.uint8), jnp.dtype(jnp.int32)}:
             return None
         if any(np.shape(arg)[:1] != shape[:1] or size_of(np.shape(arg)) is None for arg in args):
             return None
-        images = [self.viewed(arg) if isinstance(arg, Node) else image(arg) for arg in args]
+        images = [plain(self.viewed(arg)) if isinstance(arg, Node) else image(arg) for arg in args]
+        if op == "map" or op == "combine" and params[1] in ALIKE:
+            stored: list[Node] = [plain(arg) for arg in args if isinstance(arg, Node)]
+            if len(stored) == len(args) and len({each.size for each in stored}) == 1:  # however they are looked at
+                images, size = stored, stored[0].size
         return Node(op, size, tuple(images), tuple(map(jnp.asarray, shared)), tuple(params), tuple(map(float, numbers)), shape,
                     next(self.count), uint8=equation.outvars[0].aval.dtype == jnp.uint8, **epilogue)
 
@@ -220,6 +227,17 @@ def image(array: Any) -> jax.Array:
     """An array (n, ...) as images (n, h, w, c)."""
     array = jnp.asarray(array)
     return array if array.ndim == 4 else array.reshape(array.shape[0], *(size_of(array.shape) or ()))
+
+
+def plain(value: Any) -> Any:
+    """A value without reshapes to the size that it has."""
+    while isinstance(value, Node) and value.op == "reshape" and _stored(value.args[0]) == value.size:
+        value = value.args[0]
+    return value
+
+
+def _stored(image: Any) -> Size:
+    return image.size if isinstance(image, Node) else image.shape[1:]
 
 
 def _source(node: Any) -> Any:

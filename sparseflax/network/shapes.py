@@ -19,7 +19,7 @@ from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.conv.window import explicit_padding, pair
 from sparseflax.cost.shape import ConvShape
-from sparseflax.layers.rules import in_plane, rank
+from sparseflax.layers.rules import in_plane, positions, rank
 from sparseflax.layers.stack import PackedStack
 from sparseflax.network.marks import CALL, calls
 
@@ -157,7 +157,7 @@ def _observe(noted: list[_Noted], path: str, kernel: tuple[int, ...], layer: Any
     else:
         icg, oc = single
         ic = x.shape[-1]
-        shape = ConvShape(math.prod(x.shape[:-1]), 1, 1, ic, oc, 1, 1, layers=layers)
+        shape = ConvShape(*positions(x.shape[:-1]), ic, oc, 1, 1, layers=layers)
         output = (*x.shape[:-1], oc)
     if y.shape != output or shape.ic // shape.groups != icg:
         return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -11,8 +13,10 @@ from sparseflax.layers.stack import STEP
 
 
 def inlined(equation: Any) -> Any:
-    """The closed jaxpr of a call to be looked into; None for everything else."""
+    """The closed jaxpr of a call to be looked into, or of a split as slices; None for everything else."""
     params = equation.params
+    if equation.primitive.name == "split":
+        return jax.make_jaxpr(functools.partial(_slices, **params))(equation.invars[0].aval)
     if equation.primitive is primitives.jit_p:
         shardings = (*params["in_shardings"], *params["out_shardings"])
         constrained = any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
@@ -22,6 +26,11 @@ def inlined(equation: Any) -> Any:
     if equation.primitive is primitives.remat_p:
         return ClosedJaxpr(params["jaxpr"], [])
     return None
+
+
+def _slices(x: jax.Array, sizes: tuple[int, ...], axis: int) -> list[jax.Array]:
+    ends = itertools.accumulate(sizes)
+    return [jax.lax.slice_in_dim(x, end - size, end, axis=axis) for size, end in zip(sizes, ends, strict=True)]
 
 
 def step_rows(scan: Any) -> set[int]:

@@ -108,9 +108,15 @@ def group_normalization(x: Value, scale: Value, bias: Value, num_groups: int, ep
     array, c = x.channels_last(), x.shape[1]
     if num_groups < 1 or c % num_groups:
         raise Unsupported(f"num_groups={num_groups} of {c} channels, wanted a divisor")
-    rows = array.reshape(array.shape[0], -1, num_groups, c // num_groups)
-    centred = rows - rows.mean((1, 3), keepdims=True)
-    y = (centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + epsilon)).reshape(array.shape)
+    size = c // num_groups
+
+    def means(array):
+        """Of each image and group, for each of its channels: as a packed network computes them."""
+        mean = array.reshape(array.shape[0], -1, num_groups, size).mean((1, 3))
+        return jnp.repeat(mean, size, -1).reshape(array.shape[0], *(1,) * (x.rank - 2), c)
+
+    centred = array - means(array)
+    y = centred * jax.lax.rsqrt(means(jnp.square(centred)) + epsilon)
     factor, more = (jnp.repeat(v.plain(), c // v.shape[0]) for v in (scale, bias))  # of groups before operator set 21
     return Value(y * along(factor, x.rank) + along(more, x.rank), last(x.rank))
 
