@@ -202,6 +202,13 @@ def upward(x):
     return jax.lax.conv_transpose(conv(x), TRANSPOSED, (2, 3), "VALID", dimension_numbers=NHWC)
 
 
+WIDE, OVERLAPPING = jnp.asarray(reference.integers(DRAW, 20)), jnp.asarray(reference.integers(DRAW, 4, 3, 8, 20))
+
+
+def overlapping(x):
+    return jax.lax.conv_transpose(conv(x), OVERLAPPING, (2, 2), "SAME", dimension_numbers=NHWC)
+
+
 FIVE = jnp.asarray(reference.integers(DRAW, 5))
 # f: what of it is no convolution and no upsampling.
 THROUGH = {
@@ -212,6 +219,9 @@ THROUGH = {
     "bias after relu": (lambda x: nnx.relu(upward(x)) + FIVE.reshape(1, 1, 1, 5), [("add", "channel", False)]),
     "two biases": (lambda x: upward(x) + FIVE.reshape(1, 1, 1, 5) + FIVE.reshape(1, 1, 1, 5), [("add", "channel", False)]),
     "read again": (lambda x: (lambda y: nnx.relu(y) * y)(upward(x)), [("gate",)]),
+    "overlapping blocks": (lambda x: nnx.relu(overlapping(x) + WIDE.reshape(1, 1, 1, 20)), []),
+    "concatenated ranges": (lambda x: jnp.repeat(jnp.concatenate([conv(x), conv(x, OTHER)], 3), 2, axis=1) + WIDE[:16].reshape(
+        1, 1, 1, 16), [("add", "channel", False)]),
 }
 
 
@@ -221,6 +231,21 @@ def test_what_follows_larger_images_joins_the_convolution_before_them(f, wanted)
     agrees(f, X)
 
 
+@pytest.mark.parametrize("channels", [3, 20])  # those of all positions are one vector, or several
+@pytest.mark.parametrize("strides", [(2, 2), (1, 3), (3, 2)])
+@pytest.mark.parametrize("taps", [(3, 3), (4, 5)])
+def test_transposed_convolutions_are_ordinary_ones(taps, strides, channels):
+    kernel = jnp.asarray(reference.integers(np.random.default_rng(1), *taps, 8, channels))
+
+    def up(x, padding):
+        return jax.lax.conv_transpose(conv(x), kernel, strides, padding, dimension_numbers=NHWC)
+
+    for padding in ("SAME", "VALID", ((1, 1), (2, 1)), ((0, 3), (4, 0))):
+        found = names(fuse(lambda x, padding=padding: up(x, padding)), X)
+        assert found["sparse_program"] == 1 and "conv_general_dilated" not in found
+    agrees(lambda x: [up(x, padding) for padding in ("SAME", "VALID", ((1, 1), (2, 1)), ((0, 3), (4, 0)))], X)
+
+
 NOT_UPSAMPLED = {
     "jnp.tile": lambda x: jnp.tile(conv(x), (1, 2, 1, 1)),
     "another order of blocks": lambda x: conv(x).reshape(2, 6, 6, 2, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(2, 12, 12, 2),
@@ -228,7 +253,8 @@ NOT_UPSAMPLED = {
     "repeated no times": lambda x: jnp.repeat(conv(x), 0, axis=2),
     "no whole number": lambda x: jax.image.resize(conv(x), (2, 9, 6, 8), "nearest"),
     "rows that are drawn": lambda x: conv(x)[:, jnp.argsort(x[0, :, 0, 0])],
-    "overlapping blocks": lambda x: jax.lax.conv_transpose(conv(x), TRANSPOSED, (1, 3), "VALID", dimension_numbers=NHWC),
+    "pixels that nothing reaches": lambda x: jax.lax.conv_transpose(
+        conv(x), TRANSPOSED, (3, 3), "VALID", dimension_numbers=NHWC),
 }
 
 

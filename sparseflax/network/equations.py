@@ -84,7 +84,7 @@ def _biased(region: Region, x: Any, bias: Any) -> Node | None:
         return None
 
     def change(conv: Node) -> Node | None:
-        if conv.op == "conv_int8" or conv.activation is not None or conv.bias is not None:
+        if conv.op == "conv_int8" or conv.activation is not None or conv.bias is not None or conv.size[2] % x.size[2]:
             return None
         return replace(conv, bias=jnp.tile(jnp.reshape(bias, x.size[2]), conv.size[2] // x.size[2]))
 
@@ -97,13 +97,21 @@ def _active(region: Region, x: Any, activation: Activation, after: Activation = 
 
 
 def _changed(region: Region, x: Any, change: Callable[[Node], Node | None]) -> Node | None:
-    """x with the convolution that waits changed, of which it is the result, as it is or upsampled; None if there is none."""
+    """x with the convolutions that wait changed, of which it is the result, as it is, upsampled, or in blocks of pixels by
+    one each; None if there are none."""
     if region.is_open(x, *CONVOLUTIONS):
         return change(x)
-    if region.is_open(x, "upsample") and region.is_open(x.args[0], *CONVOLUTIONS) and (conv := change(x.args[0])):
-        region.is_read([conv])
-        return replace(x, args=(conv,))
-    return None
+    if not region.is_open(x, "upsample"):
+        return None
+    blocks = x.args[0]
+    parts = blocks.args if region.is_open(blocks, "concat") else (blocks,)
+    changed = [change(part) if region.is_open(part, *CONVOLUTIONS) else None for part in parts]
+    if None in changed:
+        return None
+    region.is_read(changed)
+    (joined,) = changed if len(parts) == 1 else [replace(blocks, args=tuple(changed))]
+    region.is_read([joined])
+    return replace(x, args=(joined,))
 
 
 def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
