@@ -18,7 +18,8 @@ from sparseflax.conv import ffi
 from sparseflax.conv.int8 import Quantization, pack_int8
 from sparseflax.conv.int8_primitive import Rescale
 from sparseflax.conv.window import Window
-from sparseflax.network.program import BINARY, Program, Step, run_program
+from sparseflax.network.formulas import BINARY
+from sparseflax.network.program import Program, Step, run_program
 from tests import reference
 
 pytestmark = pytest.mark.skipif(not ffi.available, reason="the native kernel is not available")

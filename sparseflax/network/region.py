@@ -22,8 +22,10 @@ from sparseflax.conv.int8 import Quantization
 from sparseflax.conv.int8_primitive import BOUNDS
 from sparseflax.conv.packing import Pattern
 from sparseflax.conv.primitive import Activation
+from sparseflax.conv.window import Window
 from sparseflax.network.program import Program, Size, Step, run_program
 
+PIXELS = Window((1, 1), ((0, 0), (0, 0)), (1, 1))  # of single pixels
 CONVOLUTIONS = "conv", "dense", "depthwise", "conv_int8"
 ALIKE = "same", "number", "scalar"  # second operands that say nothing of where a value stands
 COMPARE: dict[str, Any] = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
