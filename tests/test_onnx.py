@@ -248,6 +248,21 @@ def test_several_inputs_and_images_that_are_nhwc_already(tmp_path):
         model(x)
 
 
+@pytest.mark.parametrize("shapes, groups, whole", [
+    (((0, 2, -1), (0, 6, 9, 8)), 2, True), (((0, 3, -1), (-1, 6, 9, 8)), 3, True), (((0, 2, -1), (0, 6, 8, 9)), 2, False),
+    (((0, 4, -1), (0, 6, 9, 8)), 4, False), (((0, 2, 3, -1), (0, 6, 9, 8)), 2, False)])
+def test_group_normalization_of_pytorch(shapes, groups, whole, tmp_path):
+    """Groups of channels are normalized where they lie; where the reshapes say something else, that is done."""
+    nodes = [node("Conv", "x w", "a", pads=[1, 1, 1, 1]), node("Reshape", "a first", "b"),
+             node("InstanceNormalization", "b scale bias", "c", epsilon=1e-3), node("Reshape", "c second", "y")]
+    first, second = (np.asarray(shape, np.int64) for shape in shapes)
+    path = save(tmp_path / "network.onnx", nodes, {"w": random(6, 6, 3, 3), "first": first, "second": second,
+                                                   "scale": random(groups, seed=1), "bias": random(groups, seed=2)})
+    x = random(*IMAGE)
+    model = agree(path, x, 3 * 72 + 54, scale=8.0)
+    assert ("transpose" not in str(jax.make_jaxpr(lambda x: model(x))(nhwc(x)))) == whole
+
+
 def test_no_transpose_is_left_between_images(tmp_path):
     for name in ("conv", "add, repeated", "concat", "mul, repeated", "upsampled to computed sizes", "conv transposed",
                  "max pool", "batch norm", "two users of a flattened image"):
@@ -605,7 +620,8 @@ def test_inputs_of_the_wrong_shape(tmp_path):
 def test_the_page_lists_the_operators():
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "onnx.md").read_text()
     listed = re.search(r"## Operators\n\n(.*?)\.\n", page, re.DOTALL)
-    ours = {"FlattenChannelsLast", "Rounded", "RoundedTo", "RoundedToItsRange", "Shifted"}  # words for what ONNX says otherwise
+    # words for what ONNX says otherwise
+    ours = {"FlattenChannelsLast", "GroupedInstanceNormalization", "Rounded", "RoundedTo", "RoundedToItsRange", "Shifted"}
     assert "`If` and `Loop`" in page
     assert listed and set(re.split(r",\s+", listed[1])) == {*OPERATORS_READ, *QUANTIZED, "Constant"} - ours
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from sparseflax.onnx.flattened import flattened
 from sparseflax.onnx.graph import Body, Graph, Node, Shape
+from sparseflax.onnx.grouped import grouped
 from sparseflax.onnx.integer import RoundsToRange, on_floats
 from sparseflax.onnx.layers import FEATURES, Layer, call, layer
 from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, SHARED, newer
@@ -137,7 +138,7 @@ class Built(NamedTuple):
 
 def build(graph: Graph) -> Built:
     """Turns nodes into steps, those with constant weights into layers; goes on after a node that it cannot turn."""
-    graph = on_floats(graph)
+    graph = on_floats(grouped(graph))
     refused = [f"{node}: {UNREAD.get(node.op, 'unknown operator')}" for node in graph.nodes if not _is_known(node)]
     constants, made = dict(graph.constants), 0
     scales = dict[str, tuple[np.ndarray, int]]()  # of weights that were dequantized, and the axis that they are along

@@ -20,6 +20,18 @@ def reshape(x: Value, shape: Any, allowzero: int = 0) -> Value:
     Sizes that are split or joined alone leave the others where they lie: no image is transposed for its rows and columns to be
     joined.
     """
+    old, sizes = x.shape, reshaped(x, shape, allowzero)
+    groups = _groups(old, sizes)
+    if groups is None:
+        return value(x.plain().reshape(sizes))
+    groups.sort(key=lambda group: min(map(x.order.index, group[0]), default=x.rank))
+    array = x.arranged(tuple(axis for before, _ in groups for axis in before))
+    order = tuple(axis for _, after in groups for axis in after)
+    return Value(array.reshape([sizes[axis] for axis in order]), order)
+
+
+def reshaped(x: Value, shape: Any, allowzero: int = 0) -> list[int]:
+    """The sizes that a reshape asks for."""
     sizes, old = list(integers(shape, "shape")), x.shape
     if not allowzero:
         if any(size == 0 and axis >= len(old) for axis, size in enumerate(sizes)):
@@ -31,13 +43,7 @@ def reshape(x: Value, shape: Any, allowzero: int = 0) -> Value:
     if min(sizes, default=1) < 0 or math.prod(sizes) != math.prod(old):
         raise Unsupported(f"a shape of {sizes} for an input of shape {old}: the network's input has the wrong size, or the "
                           "file was damaged")
-    groups = _groups(old, sizes)
-    if groups is None:
-        return value(x.plain().reshape(sizes))
-    groups.sort(key=lambda group: min(map(x.order.index, group[0]), default=x.rank))
-    array = x.arranged(tuple(axis for before, _ in groups for axis in before))
-    order = tuple(axis for _, after in groups for axis in after)
-    return Value(array.reshape([sizes[axis] for axis in order]), order)
+    return sizes
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparseflax.onnx.ops.elementwise import elementwise
-from sparseflax.onnx.ops.movement import dropped
+from sparseflax.onnx.ops.movement import dropped, reshape, reshaped
 from sparseflax.onnx.value import Unsupported, Value, along, bounded, integers, last, module, number, value
 
 
@@ -121,6 +121,15 @@ def group_normalization(x: Value, scale: Value, bias: Value, num_groups: int, ep
     return Value(y * along(factor, x.rank) + along(more, x.rank), last(x.rank))
 
 
+def grouped_instance_normalization(x: Value, groups: Any, scale: Value, bias: Value, shape: Any,
+                                   epsilon: float = 1e-5) -> Value:
+    """`instance_normalization` of a tensor that is reshaped for it and back: of groups of channels, if only these are split."""
+    n, count, *rest = *reshaped(x, groups), 0, 0
+    if reshaped(x, shape) == list(x.shape) and len(rest) == 3 and n == x.shape[0] and count and x.shape[1] % count == 0:
+        return group_normalization(x, scale, bias, count, epsilon)
+    return reshape(instance_normalization(reshape(x, groups), scale, bias, epsilon), shape)
+
+
 def batch_normalization(x: Value, scale: Value, bias: Value, mean: Value, var: Value, epsilon: float = 1e-5,
                         momentum: float = 0.9, training_mode: int = 0, spatial: int = 1, is_test: int = 1) -> Value:
     """(x - mean) / sqrt(var + epsilon) scale + bias with statistics that are computed; constants make a layer."""
@@ -187,7 +196,8 @@ def det(x: Value) -> Value:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "ArgMax": index_of("argmax"), "ArgMin": index_of("argmin"), "BatchNormalization": batch_normalization, "Det": det,
-    "Einsum": einsum, "Gemm": gemm, "GroupNormalization": group_normalization, "Hardmax": hardmax,
+    "Einsum": einsum, "Gemm": gemm, "GroupNormalization": group_normalization,
+    "GroupedInstanceNormalization": grouped_instance_normalization, "Hardmax": hardmax,
     "InstanceNormalization": instance_normalization, "LayerNormalization": layer_normalization,
     "LogSoftmax": softmax(jax.nn.log_softmax), "LpNormalization": lp_normalization, "LRN": lrn, "MatMul": matmul,
     "MeanVarianceNormalization": mean_variance_normalization,
