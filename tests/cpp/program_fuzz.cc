@@ -130,6 +130,11 @@ class Grown {
       const bool blocks = x.c % (fh * fw) == 0 && draw_.OneIn(2);
       return Add(Op::kUpsample, {fh * x.h, fw * x.w, blocks ? x.c / (fh * fw) : x.c, x.bytes}, {v}, 0, {fh, fw});
     }
+    if (draw_.OneIn(12)) {
+      int64_t groups = draw_.Between(1, x.c);
+      while (x.c % groups != 0) --groups;
+      return Add(Op::kShuffle, x, {v}, 0, {groups});
+    }
     if (draw_.OneIn(4)) {
       std::vector<int64_t> args;
       Size y = {x.h, x.w, 0, x.bytes};
@@ -162,15 +167,15 @@ class Grown {
     switch (draw_.Below(7)) {
       case 0: return Add(Op::kQuantize, {x.h, x.w, x.c, true}, {v}, 0, {}, {2.0f, static_cast<float>(draw_.Below(256))});
       case 1: {
-        const int64_t op = draw_.Below(12);
-        std::vector<float> numbers = {draw_.OneIn(2) ? 0.25f : 0.75f, 6.0f};
-        if (op == 0 || op == 10) numbers.insert(numbers.end(), {-1.0f, 9.0f});
-        if (op == 10) numbers.insert(numbers.end(), {2.0f, 0.5f, -3.0f, 1.0f});
+        const int64_t op = draw_.Below(static_cast<int64_t>(Unary::kGelu) + 1);
+        std::vector<float> numbers = {draw_.OneIn(2) ? 0.25f : 0.75f, 6.0f, -1.0f, 9.0f, 2.0f, 0.5f, -3.0f, 1.0f};
+        numbers.resize(NumbersOf(static_cast<Unary>(op)));
         return Add(Op::kMap, x, {v}, 0, {op}, numbers);
       }
       case 2: return Add(Op::kChannelSum, x, {v}, 0, {draw_.Between(1, 9), draw_.Below(5)});
       case 3: {
-        const int64_t op = draw_.Below(6), swapped = draw_.Below(2);
+        const int64_t op = draw_.Below(static_cast<int64_t>(Binary::kLeaky) + 1), swapped = draw_.Below(2);
+        if (x.c == 1 && draw_.OneIn(2)) return Add(Op::kCombine, {x.h, x.w, draw_.Between(1, 40), false}, {v}, 1, {op, 2, swapped});
         const auto other = std::find(values_.begin() + draw_.Below(v + 1), values_.end(), x);
         if (draw_.OneIn(2)) return Add(Op::kCombine, x, {v, other - values_.begin()}, 0, {op, 0, swapped});
         const Size pixel = {1, 1, x.c, false}, channel = {x.h, x.w, 1, false};

@@ -72,7 +72,7 @@ std::vector<float> Run(const Code& code, int64_t n, int64_t threads, std::string
 int main() {
   std::string error;
   const std::vector<float> want = Run(Network(1), 7, 1, &error);
-  if (!error.empty() || want.size() != 7 * (120 + 3 + 120 + 240 + 120 + 200 + 120 + 36)) return std::printf("%s\n", error.c_str()), 1;
+  if (!error.empty() || want.size() != 7 * (120 + 3 + 120 + 240 + 120 + 200 + 120 + 36 + 120 + 60)) return std::printf("%s\n", error.c_str()), 1;
   for (const int64_t chunk : {1, 2, 16}) {
     for (const int64_t threads : {1, 3, 16}) {
       if (Run(Network(chunk), 7, threads, &error) != want || !error.empty()) return std::printf("differs: %s\n", error.c_str()), 1;
