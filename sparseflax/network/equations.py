@@ -16,7 +16,7 @@ from sparseflax.conv.int8_primitive import int8_conv_p
 from sparseflax.conv.primitive import Activation, conv_p
 from sparseflax.conv.window import addressable
 from sparseflax.network import images, int8
-from sparseflax.network.gates import gate, scaled
+from sparseflax.network.gates import gate, is_normal, lined
 from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number, plain
 
 
@@ -149,7 +149,7 @@ def _line(name: str, number: float, swapped: bool) -> dict[str, float] | None:
     if not math.isfinite(number):
         return None
     if name == "div":
-        return {"scale": 1 / number} if not swapped and _is_normal(number) else None
+        return {"scale": 1 / number} if not swapped and is_normal(number) else None
     if name == "sub":
         return {"scale": -1.0, "shift": number} if swapped else {"shift": -number}
     return {{"add": "shift", "mul": "scale", "max": "low", "min": "high"}[name]: number}
@@ -159,24 +159,15 @@ def _clamped(region: Region, equation: Any, x: Node, scale: float = 1.0, shift: 
              high: float = math.inf) -> Node | None:
     """min(max(scale x + shift, low), high); of such a one that waits it makes one, where that adds no number to a number; of
     a gate that waits one with the line, likewise."""
-    if region.is_open(x, "map") and (low, high, shift) == (-math.inf, math.inf, 0) and _is_normal(scale) and (
-            numbers := scaled(x.params[0], x.numbers, scale)):
+    if region.is_open(x, "map") and (low, high) == (-math.inf, math.inf) and (
+            numbers := lined(x.params[0], x.numbers, scale, shift)):
         return replace(x, numbers=numbers)
-    if region.is_open(x, "map") and x.params == ("gate",) and (low, high) == (-math.inf, math.inf):
-        *numbers, s, t = x.numbers
-        if 0 in (shift, t) and _is_normal(scale * s):
-            return replace(x, numbers=(*numbers, scale * s, scale * t + shift))
     if region.is_open(x, "map") and x.params == ("clamp",) and scale > 0 and 0 in (shift, x.numbers[1]):
         first, second, below, above = x.numbers
         numbers = scale * first, scale * second + shift, max(scale * below + shift, low), min(scale * above + shift, high)
-        if numbers[2] <= numbers[3] and _is_normal(numbers[0]):
+        if numbers[2] <= numbers[3] and is_normal(numbers[0]):
             return replace(x, numbers=numbers)
     return region.node(equation, "map", [x], params=["clamp"], numbers=[scale, shift, low, high])
-
-
-def _is_normal(number: float) -> bool:
-    """Whether a number and its reciprocal are float32 of full precision."""
-    return 2.0**-126 <= abs(number) <= 2.0**126
 
 
 def _max(region: Region, equation: Any, a: Any, b: Any) -> Node | None:

@@ -23,14 +23,22 @@ def gate(region: Region, x: Any, factor: Any) -> Gate | None:
         return (x, "swish", (scale, 0.0, 1.0)) if source is x and _moderate(scale) else None
     if factor.params != ("clamp",):
         return None
-    if factor.numbers[2:] == UNBOUNDED and region.is_open(factor.args[0], "map"):
-        return _of_one_plus(region, x, factor) or _bounded(region, x, factor)
-    return _bounded(region, x, factor)
+    return _of_one_plus(region, x, factor) or _bounded(region, x, factor)
 
 
-def scaled(name: str, numbers: tuple[float, ...], scale: float) -> tuple[float, ...] | None:
-    """The numbers of a multiple of one of these functions; None for any other."""
-    return (*numbers[:-1], numbers[-1] * scale) if name in ("swish", "gelu") else None
+def lined(name: str, numbers: tuple[float, ...], scale: float, shift: float) -> tuple[float, ...] | None:
+    """The numbers of scale f(x) + shift, f one of these functions; None for any other, and where a sum would meet a sum."""
+    if name not in ("gate", "swish", "gelu"):
+        return None
+    *rest, s, t = numbers if name == "gate" else (*numbers, -0.0)
+    if 0 not in (shift, t) or not is_normal(scale * s) or (name != "gate" and shift != 0):
+        return None
+    return (*rest, scale * s, scale * t + shift)[:len(numbers)]
+
+
+def is_normal(number: float) -> bool:
+    """Whether a number and its reciprocal are float32 of full precision."""
+    return 2.0**-126 <= abs(number) <= 2.0**126
 
 
 def _bounded(region: Region, x: Node, factor: Node) -> Gate | None:
@@ -47,18 +55,20 @@ def _of_one_plus(region: Region, x: Node, factor: Node) -> Gate | None:
     """x (a + b f(z)), |a| = |b| and f odd: s x (1 + erf(p x)), or s x (1 + tanh(z)) = 2 s x / (1 + e^-2z)."""
     slope, scale = factor.numbers[:2]
     inner = factor.args[0]
+    if factor.numbers[2:] != UNBOUNDED or not region.is_open(inner, "map"):
+        return None
     if inner.params not in (("erf",), ("tanh",)) or scale == 0 or abs(slope) != abs(scale):
         return None
     for source, times in _multiples(region, x):
         if inner.params == ("erf",):
             base, p = _multiple(region, inner.args[0], source)
-            if base is source:
+            if base is source and is_normal(p) and is_normal(times * scale):
                 return source, "gelu", (math.copysign(p, p * slope * scale), times * scale)
             continue
         argument = _cubic(region, inner.args[0], source)
         if argument is not None:
             p, q = (2 * math.copysign(1, slope * scale) * number for number in argument)
-            if _moderate(p) and (q == 0 or _moderate(q) and p * q > 0):
+            if _moderate(p) and (q == 0 or _moderate(q) and p * q > 0) and is_normal(2 * times * scale):
                 return source, "swish", (p, q, 2 * times * scale)
     return None
 

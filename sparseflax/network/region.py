@@ -163,11 +163,12 @@ class Region:
             return None
         if any(np.shape(arg)[:1] != shape[:1] or size_of(np.shape(arg)) is None for arg in args):
             return None
-        images = [plain(self.viewed(arg)) if isinstance(arg, Node) else image(arg) for arg in args]
-        if op == "map" or op == "combine" and params[1] in ALIKE:
-            stored: list[Node] = [plain(arg) for arg in args if isinstance(arg, Node)]
-            if len(stored) == len(args) and len({each.size for each in stored}) == 1:  # however they are looked at
-                images, size = stored, stored[0].size
+        stored: list[Node] = [plain(arg) for arg in args if isinstance(arg, Node)]
+        alike = len(stored) == len(args) and len({each.size for each in stored}) == 1
+        if alike and (op == "map" or op == "combine" and params[1] in ALIKE):  # however they are looked at
+            images, size = stored, stored[0].size
+        else:
+            images = [plain(self.viewed(arg)) if isinstance(arg, Node) else image(arg) for arg in args]
         return Node(op, size, tuple(images), tuple(map(jnp.asarray, shared)), tuple(params), tuple(map(float, numbers)), shape,
                     next(self.count), uint8=equation.outvars[0].aval.dtype == jnp.uint8, **epilogue)
 

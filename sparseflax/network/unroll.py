@@ -16,7 +16,7 @@ def inlined(equation: Any) -> Any:
     """The closed jaxpr of a call to be looked into, or of a split as slices; None for everything else."""
     params = equation.params
     if equation.primitive.name == "split":
-        return jax.make_jaxpr(functools.partial(_slices, **params))(equation.invars[0].aval)
+        return jax.make_jaxpr(functools.partial(_slices, sizes=params["sizes"], axis=params["axis"]))(equation.invars[0].aval)
     if equation.primitive is primitives.jit_p:
         shardings = (*params["in_shardings"], *params["out_shardings"])
         constrained = any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
