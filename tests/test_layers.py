@@ -108,6 +108,79 @@ def test_1d_conv_agrees_with_flax(kwargs, batch, size):
     np.testing.assert_array_equal(linen, y)
 
 
+VOLUMES = [
+    dict(),
+    dict(strides=2, padding="VALID", use_bias=False),
+    dict(padding="SAME_LOWER", strides=(2, 1, 2)),
+    dict(padding=1, kernel_dilation=(2, 1, 2)),
+    dict(padding=[(0, 2), 1, (1, 0)], strides=[1, 2, 3]),
+    dict(padding="CIRCULAR", feature_group_count=3),
+    dict(padding="REFLECT", kernel_dilation=(2, 1, 1)),
+    dict(kernel_dilation=None, strides=None, feature_group_count=2),
+]
+
+
+@pytest.mark.parametrize("size", [(3, 2, 1), (1, 3, 3), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("kwargs", VOLUMES, ids=str)
+def test_3d_conv_agrees_with_flax(kwargs, batch, size):
+    dense, x = conv(6, 12, size, **kwargs), draw(*batch, 5, 6, 7, 6)
+    sparse = sparseflax.nnx.SparseConv.from_dense(dense)
+    module = nn.Conv(12, size, **kwargs)
+    params = {name: getattr(dense, name)[...] for name in ("kernel", "bias") if getattr(dense, name) is not None}
+    packed, packed_params = sparseflax.linen.SparseConv.from_dense(module, params)
+    residual = draw(*jax.eval_shape(lambda layer, x: layer(x), dense, x).shape)
+    y, added, linen, wanted, magnitude = jax.jit(lambda dense, large, sparse, params: (
+        sparse(x), sparse(x, residual=residual), packed.apply({"params": params}, x), dense(x), large(abs(x))))(
+            dense, jax.tree.map(np.abs, dense), sparse, packed_params)
+    assert_near(y, wanted, magnitude, dense)
+    np.testing.assert_allclose(added, np.asarray(y) + np.asarray(residual), rtol=0, atol=64 * 4 * EPS)
+    np.testing.assert_array_equal(linen, y)
+
+
+TRANSPOSED = [
+    dict(strides=2),
+    dict(strides=(2, 3), padding="VALID", use_bias=False),
+    dict(padding=((1, 1), (2, 0)), strides=[2, 1]),
+    dict(padding=((0, -1), (3, 2)), strides=(3, 2)),
+    dict(padding=1, strides=None, kernel_dilation=None),
+]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 3), (1, 5), (3, 3)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("kwargs", TRANSPOSED, ids=str)
+def test_transposed_conv_agrees_with_flax(kwargs, batch, size):
+    dense, x = transposed(5, 7, size, **kwargs), draw(*batch, 4, 6, 5)
+    assert_close(sparseflax.nnx.SparseConvTranspose(dense)(x), dense, x)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("kwargs", [
+    dict(strides=2), dict(strides=(3,), padding="VALID"), dict(padding=[(1, 0)], strides=2)], ids=str)
+def test_1d_transposed_conv_agrees_with_flax(kwargs, batch):
+    dense, x = transposed(5, 7, 4, **kwargs), draw(*batch, 9, 5)
+    assert_close(sparseflax.nnx.SparseConvTranspose(dense)(x), dense, x)
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda: transposed(4, 5, (3, 3, 3)), "3-D transposed convolution: only 1-D and 2-D are supported; keep it dense"),
+    (lambda: transposed(4, 5, (3, 3), kernel_dilation=2), "kernel_dilation=2 of a transposed convolution: only 1 is supported"),
+    (lambda: transposed(4, 4, (3, 3), transpose_kernel=True), "transpose_kernel=True: only False is supported"),
+    (lambda: transposed(4, 5, (3, 3), padding="CIRCULAR"), "padding='CIRCULAR' of a transposed convolution: only SAME"),
+    (lambda: transposed(4, 5, (3, 3), dtype=jnp.bfloat16), "dtype=bfloat16: only float32"),
+])
+def test_a_transposed_conv_refuses_with_the_reason(make, reason):
+    with pytest.raises(ValueError, match=reason):
+        sparseflax.nnx.SparseConvTranspose(make())
+
+
+def transposed(*args, density=0.3, **kwargs):
+    layer = nnx.ConvTranspose(*args, kernel_init=normal, bias_init=normal, rngs=FLAX, **kwargs)
+    prune(layer, density)
+    return layer
+
+
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)], ids=str)
 def test_any_number_of_batch_dimensions(batch):
     dense, x = conv(4, 5, (3, 3)), draw(*batch, 6, 6, 4)
@@ -264,7 +337,7 @@ def test_linen_layers_initialize_and_train_inside_a_model():
 
 
 REFUSED = [
-    (lambda: conv(4, 5, (3, 3, 3)), "3-D convolution: only 1-D and 2-D are supported; keep it dense"),
+    (lambda: conv(4, 5, (1, 1, 1, 2)), "4-D convolution: only 1-D, 2-D and 3-D are supported; keep it dense"),
     (lambda: conv(4, 5, 3, input_dilation=2), "input_dilation=2: only 1"),
     (lambda: conv(4, 5, (3, 3), input_dilation=2), "input_dilation=2: only 1"),
     (lambda: conv(4, 5, (3, 3), padding="CAUSAL"), "padding='CAUSAL' is not a 2-D padding"),
@@ -301,7 +374,11 @@ def test_bad_arguments():
         return new(4, 5, (3, 3), kernel_init=normal, rngs=FLAX)
 
     for error, message, call in [
-        (ValueError, "SparseConv: 3-D convolution.*keep Flax's own", lambda: new(4, 5, (3, 3, 3), rngs=FLAX)),
+        (ValueError, "SparseConv: 4-D convolution.*keep Flax's own", lambda: new(4, 5, (1, 1, 1, 2), rngs=FLAX)),
+        (ValueError, r"inputs have shape \(6, 6, 4\), wanted \(..., id, ih, iw, 4\)",
+         lambda: new(4, 5, (2, 1, 1), kernel_init=normal, rngs=FLAX)(jnp.ones((6, 6, 4)))),
+        (TypeError, "layer is a Conv, wanted an nnx.ConvTranspose",
+         lambda: sparseflax.nnx.SparseConvTranspose(conv(4, 5, (3, 3)))),
         (ValueError, r"inputs have shape \(4,\), wanted \(..., iw, 4\)", lambda: new(4, 5, 3, rngs=FLAX)(jnp.ones(4))),
         (ValueError, "param_dtype=bfloat16", lambda: dense(4, 5, param_dtype=jnp.bfloat16, rngs=FLAX)),
         (ValueError, "activation='tanh', wanted one of", lambda: new(4, 5, (3, 3), activation="tanh", rngs=FLAX)),
@@ -320,8 +397,8 @@ def test_bad_arguments():
         (ValueError, "residual has shape",
          lambda: dense(4, 5, kernel_init=normal, rngs=FLAX)(jnp.ones((2, 4)), residual=jnp.ones(5))),
         (TypeError, "x has dtype complex64", lambda: small()(jnp.ones((4, 4, 4), jnp.complex64))),
-        (ValueError, "3-D convolution", lambda: sparseflax.linen.SparseConv(4, (3, 3, 3)).init(
-            jax.random.key(0), jnp.ones((1, 4, 4, 4, 4)))),
+        (ValueError, "4-D convolution", lambda: sparseflax.linen.SparseConv(4, (1, 1, 1, 2)).init(
+            jax.random.key(0), jnp.ones((1, 4, 4, 4, 4, 4)))),
     ]:
         with pytest.raises(error, match=message):
             call()

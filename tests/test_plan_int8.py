@@ -295,7 +295,7 @@ def test_layers_are_made_of_their_own_kind():
     with pytest.raises(TypeError, match="Int8Dense takes an nnx.Linear"):
         sparseflax.nnx.Int8Conv(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), q)
     with pytest.raises(ValueError, match="no sparse form"):
-        sparseflax.nnx.Int8Conv(nnx.Conv(4, 3, (3, 3, 3), rngs=nnx.Rngs(0)), q)
+        sparseflax.nnx.Int8Conv(nnx.Conv(4, 3, (3, 3), input_dilation=2, rngs=nnx.Rngs(0)), q)
     linear, line = nnx.Linear(6, 3, rngs=nnx.Rngs(0)), nnx.Conv(6, 3, 3, strides=2, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).uniform(0, 10, (5, 7, 6)).astype(np.float32)
     for kind, layer in ((sparseflax.nnx.Int8Dense, linear), (sparseflax.nnx.Int8Conv, line)):

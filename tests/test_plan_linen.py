@@ -101,7 +101,7 @@ def test_the_fused_program_has_no_epilogue_of_its_own():
 
 @pytest.mark.parametrize("layer, reason", [
     (lambda: nn.Conv(32, (3, 3), dtype=jnp.bfloat16), "dtype=bfloat16: only float32 is supported"),
-    (lambda: nn.ConvTranspose(32, (3, 3)), "ConvTranspose has no sparse form"),
+    (lambda: nn.ConvTranspose(32, (3, 3), transpose_kernel=True), "transpose_kernel=True: only False is supported"),
     (lambda: nn.Conv(32, (3, 3), feature_group_count=32), "depthwise: 1 input channel per group")])
 def test_layers_that_stay_dense_say_why(layer, reason):
     net: Any = nn.Sequential([nn.Conv(32, (3, 3)), layer()])

@@ -68,7 +68,7 @@ def test_unmeasured_layers_need_a_margin(monkeypatch, gain, choice):
 def test_the_faster_one_is_kept_and_disagreement_is_told(monkeypatch):
     times = {(3, 3, 16, 32): Measured(3e-3, 1e-3), (1, 1, 32, 32): Measured(0.9e-3, 1e-3),
              (3, 3, 1, 32): Measured(2e-3, 1e-3), (1, 1, 32, 64): Measured(1.2e-3, 1e-3)}
-    monkeypatch.setattr(measure, "time_layer", lambda shape, kernel, seconds: times[shape.kernel_shape])
+    monkeypatch.setattr(measure, "time_layer", lambda shape, kernel, module, seconds: times[shape.kernel_shape])
     model = Net()
     for machine, told in [(HERE, {"conv": "", "other": " (predicted", "depthwise": " (depthwise"}),
                           (HOPELESS, {"conv": " (denser than", "other": "", "depthwise": " (depthwise"})]:
@@ -98,7 +98,8 @@ def test_the_dense_form_is_that_of_a_packed_network(monkeypatch):
     programs = []
     monkeypatch.setattr(measure, "medians", lambda calls, seconds: programs.append(jax.make_jaxpr(calls[0])()) or (1.0, 2.0))
     shape = ConvShape(1, 8, 8, 16, 16, 3, 3, padding=((1, 1), (1, 1)), groups=16)
-    measure.time_layer(shape, np.ones((3, 3, 1, 16), np.float32), 0.0)
+    layer = nnx.Conv(16, 16, (3, 3), feature_group_count=16, rngs=nnx.Rngs(0))
+    measure.time_layer(shape, np.ones((3, 3, 1, 16), np.float32), layer, 0.0)
     assert "conv_general_dilated" not in str(programs[0])
 
 
@@ -130,7 +131,7 @@ def test_what_the_model_did_not_expect_is_timed_again(monkeypatch):
     """A disturbed measurement of an unpruned head does not make it sparse."""
     calls = []
 
-    def time_layer(shape, kernel, seconds):
+    def time_layer(shape, kernel, module, seconds):
         calls.append((shape.kernel_shape, seconds))
         disturbed = shape.kernel_shape == (1, 1, 32, 64) and seconds == 0.25
         return Measured(9e-3 if disturbed else 1e-3, 1.5e-3)
@@ -150,14 +151,15 @@ def test_measured_for_real():
 
 def test_what_cannot_be_sparse_is_not_measured(monkeypatch):
     monkeypatch.setattr(measure, "medians", lambda calls, seconds: pytest.fail("nothing to measure"))
-    net = nnx.Sequential(nnx.Conv(8, 8, (3, 3, 3), rngs=nnx.Rngs(0)), SparseConv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
+    net = nnx.Sequential(nnx.ConvTranspose(8, 8, (3, 3), transpose_kernel=True, rngs=nnx.Rngs(0)),
+                         SparseConv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
     found = plan(net, jnp.ones((1, 8, 8, 8)), HERE, measure=True).layers
     assert [row.choice for row in found] == ["sparse", "dense"] and isinstance(net.layers[1].kernel, PackedKernel)
     assert not any(row.dense_measured for row in found)
 
 
 def test_progress_only_on_a_terminal_and_only_when_long(monkeypatch, capsys):
-    monkeypatch.setattr(measure, "time_layer", lambda shape, kernel, seconds: Measured(1.0, 1.0))
+    monkeypatch.setattr(measure, "time_layer", lambda *_: Measured(1.0, 1.0))
     clock = iter([0.0, 0.0, 3.0, 6.0, 9.0])
     monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
     layers = dict.fromkeys("abcd", (None, np.zeros(0)))

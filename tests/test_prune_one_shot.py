@@ -84,7 +84,8 @@ LAYERS = {
 def test_hessians_are_those_of_the_outputs(options):
     """sum over positions of y_o^2 is w_o^T H w_o, for the layer's own y = X w."""
     size = options["kernel_size"]
-    layer = nnx.Conv(4, 6, size, use_bias=False, **{k: v for k, v in options.items() if k != "kernel_size"}, rngs=nnx.Rngs(0))
+    settings = {k: v for k, v in options.items() if k not in ("kernel_size", "kind")}
+    layer = options.get("kind", nnx.Conv)(4, 6, size, use_bias=False, **settings, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (3, *(5,) * (1 if isinstance(size, int) else len(size)), 4))
     energies = np.square(np.asarray(layer(x), np.float64)).reshape(-1, 6).sum(axis=0)
     hessians = np.asarray(_gram(layer, layer.kernel.shape, x), np.float64)
@@ -204,7 +205,7 @@ def test_linen_networks_are_pruned_and_recalibrated_alike():
         np.testing.assert_allclose(fresh["batch_stats"]["norm"][name], getattr(statistics, name)[...], rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, pair[1]))
     assert module.apply(fresh, images(9), train=False).shape == (24, 3)
-    with pytest.raises(ValueError, match=r"no linen.Conv or linen.Dense of the model ran at \['norm'\]"):
+    with pytest.raises(ValueError, match=r"no linen.Conv, ConvTranspose or Dense of the model ran at \['norm'\]"):
         prune.obs(pair, batches, prune.constant({"norm": 0.3}), train=False)
     with pytest.raises(ValueError, match="there are no batches"):
         prune.recalibrate(pair, [], train=False)
@@ -214,7 +215,7 @@ def test_linen_networks_are_pruned_and_recalibrated_alike():
 
 def test_refusals():
     model, guide = Net(nnx.Rngs(0)), prune.constant({"conv": 0.3})
-    with pytest.raises(ValueError, match=r"no nnx.Conv or nnx.Linear in the model at \['norm'\]"):
+    with pytest.raises(ValueError, match=r"no nnx.Conv, ConvTranspose or Linear in the model at \['norm'\]"):
         prune.obs(model, [images(0)], prune.constant({"norm": 0.3}))
     with pytest.raises(ValueError, match=r"layers \['conv'\] did not run"):
         prune.obs(model, [], guide)

@@ -182,9 +182,10 @@ def test_what_no_2d_convolution_describes_is_left_out():
             return super().__call__(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
 
     rngs = nnx.Rngs(0)
-    assert conv_shapes(conv(kernel=(3, 3, 3)), jax.ShapeDtypeStruct((2, 5, 5, 5, 4), jnp.float32)) == {}
+    assert conv_shapes(conv(kernel=(1, 1, 1, 2)), jax.ShapeDtypeStruct((2, 5, 5, 5, 5, 4), jnp.float32)) == {}
     assert conv_shapes(conv(input_dilation=2, padding=1), IMAGE) == {}
-    assert conv_shapes(nnx.ConvTranspose(4, 4, (3, 3), strides=(2, 2), rngs=rngs), IMAGE) == {}
+    for options in ({"kernel_dilation": 2}, {"transpose_kernel": True}, {"padding": "CIRCULAR"}):
+        assert conv_shapes(nnx.ConvTranspose(4, 4, (3, 3), strides=(2, 2), rngs=rngs, **options), IMAGE) == {}
     assert conv_shapes(Padded(4, 4, (3, 3), padding="VALID", rngs=rngs), IMAGE) == {}
     assert conv_shapes(nnx.Sequential(nnx.relu), IMAGE) == {}
 
@@ -273,3 +274,24 @@ def test_wrong_model_and_empty_batch():
         conv_shapes(conv(), jax.ShapeDtypeStruct((0, 12, 10, 4), jnp.float32))
     with pytest.raises(ValueError, match=r"a convolution with {'n': 4294967296}, wanted at most 2\^31"):
         ConvShape(2**32, 12, 10, 4, 4, 3, 3)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_a_3d_convolution_is_one_of_images_of_each_depth(batch):
+    layer = conv(4, 8, (3, 1, 2), strides=(2, 1, 1), feature_group_count=2)
+    x = jax.ShapeDtypeStruct((*batch, 7, 5, 6, 4), jnp.float32)
+    wanted = ConvShape(4 * math.prod(batch), 5, 6, 12, 8, 1, 2, padding=((0, 0), (0, 1)), groups=2)
+    assert conv_shapes(layer, x) == {"": wanted} and wanted.weights == layer.kernel[...].size
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (0, 2)), ((-1, 0), (3, 3))])
+@pytest.mark.parametrize("size, strides", [((2, 2), 2), ((4, 4), 2), ((3, 3), 2), ((3, 2), (1, 3)), ((1, 1), 2)])
+def test_a_transposed_convolution_makes_blocks(size, strides, padding):
+    """Its weights are counted, and no place more; its blocks hold all outputs, and less than a block more."""
+    layer = nnx.ConvTranspose(4, 5, size, strides=strides, padding=padding, rngs=nnx.Rngs(0))
+    (shape,) = conv_shapes(layer, IMAGE).values()
+    sh, sw = (strides, strides) if isinstance(strides, int) else strides
+    n, oh, ow, oc = jax.eval_shape(lambda x: layer(x), IMAGE).shape
+    assert (shape.n, shape.oc, shape.weights) == (n, sh * sw * oc, layer.kernel[...].size)
+    assert 0 <= sh * shape.oh - oh < sh and 0 <= sw * shape.ow - ow < sw
+    assert shape.flops == 2 * n * shape.oh * shape.ow * math.prod(size) * 4 * oc

@@ -62,9 +62,9 @@ def _positive(name: str, value) -> tuple[int, int]:
     return high, wide
 
 
-def explicit_padding(padding, image: tuple[int, int], kernel: tuple[int, int], strides: tuple[int, int],
-                     dilation: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)) for any `padding` of Flax: a name, an int, or two of (int or (low, high)).
+def explicit_padding(padding: Any, image: Sequence[int], kernel: Sequence[int], strides: Sequence[int],
+                     dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """((low, high), ...) of each dimension for any `padding` of Flax: a name, an int, or for each (int or (low, high)).
 
     What fills the border, zeros or a wrapped or reflected image, makes no difference to the sizes.
     """
@@ -74,15 +74,13 @@ def explicit_padding(padding, image: tuple[int, int], kernel: tuple[int, int], s
     elif isinstance(padding, str):
         pads = jax.lax.padtype_to_pads(image, reach, strides, padding)
     else:
-        pads = [(p, p) if isinstance(p, int) else p for p in pair(padding)]
-    (top, bottom), (left, right) = pads
-    return (int(top), int(bottom)), (int(left), int(right))
+        pads = [(p, p) if isinstance(p, int) else p for p in each(padding, len(reach))]
+    return tuple((int(low), int(high)) for low, high in pads)
 
 
-def pair(value: Any) -> tuple[Any, Any]:
+def each(value: Any, rank: int) -> tuple[Any, ...]:
     """Flax's "one for all dimensions, or one each"; None is its old word for 1."""
-    first, second = (1, 1) if value is None else (value, value) if isinstance(value, int) else value
-    return first, second
+    return (1 if value is None else value,) * rank if value is None or isinstance(value, int) else tuple(value)
 
 
 def addressable(pattern: Pattern, window: Window) -> bool:

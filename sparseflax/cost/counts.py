@@ -118,7 +118,9 @@ def dense_counts(shape: ConvShape, machine: Machine) -> DenseCounts:
     if machine.fitted is None:
         return FREE_DENSE._replace(flop=float(shape.flops), kernel_bytes=float(shape.weight_bytes), call=1.0,
                                    activation_bytes=float(shape.input_bytes + shape.output_bytes))
-    rows, taps, icg = shape.n * shape.oh * shape.ow, shape.kh * shape.kw, shape.ic // shape.groups
+    rows, icg = shape.n * shape.oh * shape.ow, shape.ic // shape.groups
+    # Each pixel of a transposed convolution's blocks is computed by itself, with the taps that it has.
+    taps = shape.kh * shape.kw * shape.weights / (shape.weights + shape.void)
     depthwise, moved = shape.groups > 1 and icg == 1, float(_read_bytes(shape) + shape.output_bytes)
     kernel = float(shape.weight_bytes * (not depthwise) * (shape.n if shape.oh * shape.ow > 1 else 1))
     product, shared = float(not depthwise), machine.threads > 1 and shape.flops >= 2 * ALONE

@@ -28,6 +28,7 @@ class ConvShape:
       kernel_dilation: (rows, columns).
       groups: feature groups; each sees ic / groups channels.
       layers: how many equal ones run one after the other, each with weights of its own, as in a stack that is scanned.
+      void: places of the kernel that never hold a weight, as a transposed convolution has when it is written as this one.
 
     Raises:
       ValueError: a size below 1 or beyond 2^31, groups that do not divide the channels, or a kernel larger than the padded
@@ -46,6 +47,7 @@ class ConvShape:
     kernel_dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     layers: int = 1
+    void: int = 0
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in ("n", "ih", "iw", "ic", "oc", "kh", "kw", "groups", "layers")}
@@ -60,6 +62,8 @@ class ConvShape:
             raise ValueError(f"a convolution with {str(large)[:200]}, wanted at most 2^31")
         if self.ic % self.groups or self.oc % self.groups:
             raise ValueError(f"groups={self.groups} has to divide both ic={self.ic} and oc={self.oc}")
+        if not 0 <= self.void < (places := self.layers * math.prod(self.kernel_shape)):
+            raise ValueError(f"void={self.void}, wanted fewer than the {places} places of its kernels")
         if min(self.oh, self.ow) < 1:
             raise ValueError(f"a {self.kh}x{self.kw} kernel with dilation {self.kernel_dilation} does not fit into a "
                              f"{self.ih}x{self.iw} image padded by {self.padding}: use a larger image or more padding")
@@ -74,7 +78,7 @@ class ConvShape:
 
     @property
     def kernel_shape(self) -> tuple[int, int, int, int]:
-        """(kh, kw, ic / groups, oc): what a dense kernel of this layer reshapes to, a fully connected one too."""
+        """(kh, kw, ic / groups, oc) of one layer: what a fully connected one reshapes to, too."""
         return self.kh, self.kw, self.ic // self.groups, self.oc
 
     @property
@@ -100,7 +104,7 @@ class ConvShape:
     @property
     def weights(self) -> int:
         """Number of weights of all layers, kept or not."""
-        return self.layers * math.prod(self.kernel_shape)
+        return self.layers * math.prod(self.kernel_shape) - self.void
 
     @property
     def flops(self) -> int:

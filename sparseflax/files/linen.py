@@ -119,10 +119,12 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
         packed: Any = QuantizedKernel.from_arrays({**parts, **rounding})
     else:
         packed = from_arrays(parts)
-    stack = isinstance(packed, PackedStack)
-    if packed.shape != (*row.kernel_shape[:stack], *(1, 1, *row.kernel_shape[stack:])[-4:]):
-        raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
-    if row.shape is not None and packed.groups != row.shape.groups:
+    if row.shape is None:
+        raise ValueError("it is planned sparse without the sizes of what it computes")
+    wanted = (*[row.shape.layers] * isinstance(packed, PackedStack), *row.shape.kernel_shape)
+    if packed.shape != wanted:
+        raise ValueError(f"its kernel is {packed.shape}, the model's {wanted}")
+    if packed.groups != row.shape.groups:
         raise ValueError(f"its kernel has {packed.groups} groups, the layer {row.shape.groups}")
     return packed
 

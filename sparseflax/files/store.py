@@ -25,7 +25,7 @@ from sparseflax.files import linen as linen_store
 from sparseflax.files.linen import PATTERN
 from sparseflax.files.safetensors import mismatches, seal, unseal
 from sparseflax.layers.int8 import Int8Conv, Sums
-from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
+from sparseflax.layers.nnx import SparseConv, SparseConvTranspose, SparseDense, SparseStack
 from sparseflax.layers.stack import from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.pack import pack_nnx
@@ -34,7 +34,7 @@ from sparseflax.network.planned import Plan
 
 Model = TypeVar("Model", bound=nnx.Module)
 Linen = tuple[nn.Module, Any]
-Sparse = SparseConv | SparseDense | SparseStack | Int8Conv
+Sparse = SparseConv | SparseConvTranspose | SparseDense | SparseStack | Int8Conv
 
 
 def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, Any], plan: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import seal, unseal
 from sparseflax.prune.guide import Guidance, constant
 from sparseflax.prune.mask import kernels
-from sparseflax.prune.obs import hessians, prune_kernel
+from sparseflax.prune.obs import hessians, prune_layer
 from sparseflax.prune.one_shot import one_shot
 
 ROUNDS = 4, 3, 2, 1  # of optimal brain surgery: the first that is affordable
@@ -63,6 +64,7 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, fo
         return
     folder.mkdir(parents=True, exist_ok=True)
     found = kernels(nnx.state(model, nnx.Param))
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     counts = {key: rounds(shape, key[1]) for key, shape in wanted.items()}
     with progress("pruning layers", len(wanted)) as advance:
         done = 0
@@ -76,7 +78,7 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, fo
         for some in grams.some({key[0]: shape for key, shape in wanted.items() if counts[key]}):
             for (name, density), count in counts.items():
                 if count and name in some:
-                    write_layer(name, density, prune_kernel(found[name], some[name], density, rounds=count))
+                    write_layer(name, density, prune_layer(modules[name], found[name], some[name], density, count))
         for (name, density), count in counts.items():
             if not count:
                 state = one_shot(nnx.state(model, nnx.Param), constant({name: density}))
@@ -120,8 +122,8 @@ def surgery_flops(shape: ConvShape, density: float, count: int) -> float:
 
 
 def inputs(shape: ConvShape) -> int:
-    """Weights of one output."""
-    return shape.weights // shape.oc
+    """Of one output of all layers."""
+    return shape.layers * math.prod(shape.kernel_shape[:3])
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:

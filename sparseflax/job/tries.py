@@ -230,7 +230,7 @@ def _corrected(job: Job, model: Any, guide: Guidance) -> Any:
 def _correctable(model: nnx.Module) -> dict[str, Any]:
     modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     return {name: module for name, module in modules.items()
-            if isinstance(module, (nnx.Conv, nnx.Linear, nnx.BatchNorm)) and module.bias is not None}
+            if isinstance(module, (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.BatchNorm)) and module.bias is not None}
 
 
 def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:

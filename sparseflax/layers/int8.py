@@ -65,7 +65,7 @@ class Int8Conv(nnx.Module):
             value = getattr(layer, name, 1 if name != "kernel_size" else ())
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.dtype, self.activation = layer.dtype, activation
-        kernel = rules.plane(np.asarray(rules.masked(layer, layer.kernel[...])))
+        kernel = rules.plane(layer, np.asarray(rules.masked(layer, layer.kernel[...])))
         whole = integers(layer)
         own = whole is not None and np.abs(whole).max(initial=0) <= 127
         packed = pack_int8(kernel, inputs, self.feature_group_count, scale=layer.kernel_scale[...] if own else None)

@@ -17,7 +17,7 @@ Initializer = Callable[..., Any]
 
 
 class SparseConv(nn.Module):
-    """A 1-D or 2-D convolution with packed sparse weights: `linen.Conv` with a static pattern and a fused epilogue.
+    """A 1-D, 2-D or 3-D convolution with packed sparse weights: `linen.Conv` with a static pattern and a fused epilogue.
 
     y = act(conv(inputs, kernel) + bias + residual)
 
@@ -29,10 +29,11 @@ class SparseConv(nn.Module):
         weights are taken.
       activation: None, "relu" or "relu6", applied last.
       pattern: the weights to keep, `sparseflax.pack(mask, feature_group_count).pattern` with a float32 mask
-        (kh, kw, ic / groups, oc) of zeros and ones, of a 1-D convolution (1, k, ic / groups, oc); None keeps all.
+        (kh, kw, ic / groups, oc) of zeros and ones, of a 1-D convolution (1, k, ic / groups, oc), of a 3-D one
+        (kh, kw, kd * ic / groups, oc); None keeps all.
 
     Raises:
-      TypeError, ValueError: when called, for what only `linen.Conv` can do (3-D, input dilation, other dtypes), or
+      TypeError, ValueError: when called, for what only `linen.Conv` can do (4-D, input dilation, other dtypes), or
         a pattern or an activation that does not fit.
     """
 
@@ -80,7 +81,8 @@ class SparseConv(nn.Module):
     @nn.compact
     def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
         """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), with any number of batch dimensions as in Flax; those
-        of a 1-D convolution (*batch, iw, ic) to (*batch, ow, oc).
+        of a 1-D convolution (*batch, iw, ic) to (*batch, ow, oc), of a 3-D one (*batch, id, ih, iw, ic) to
+        (*batch, od, oh, ow, oc).
 
         Args:
           inputs: what `linen.Conv` takes, computed in float32.
@@ -88,8 +90,7 @@ class SparseConv(nn.Module):
         """
         sparse.check(self)
         groups = self.feature_group_count
-        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
-        packed = _packed(self, (*size, jnp.shape(inputs)[-1] // groups, self.features), groups)
+        packed = _packed(self, (*sparse.size_of(self), jnp.shape(inputs)[-1] // groups, self.features), groups)
         return sparse.convolve(self, packed, _bias(self), inputs, residual)
 
 
@@ -158,10 +159,10 @@ class SparseDense(nn.Module):
 
 def _packed(module: SparseConv | SparseDense, shape: tuple[int, ...], groups: int) -> PackedKernel:
     """The module's kernel of that dense shape; declares the param `values`."""
-    pattern = sparse.pattern_for((1, *shape) if len(shape) == 3 else shape, groups, module.pattern)
+    pattern = sparse.pattern_for(jax.eval_shape(lambda: sparse.plane(module, jnp.zeros(shape))).shape, groups, module.pattern)
 
     def init(key):
-        return sparse.gather(module.kernel_init(key, shape, module.param_dtype), pattern)
+        return sparse.gather(sparse.plane(module, module.kernel_init(key, shape, module.param_dtype)), pattern)
 
     return PackedKernel(module.param("values", init), pattern)
 

@@ -20,7 +20,7 @@ KERNEL_INIT, BIAS_INIT = fnnx.initializers.lecun_normal(), fnnx.initializers.zer
 
 
 class SparseConv(fnnx.Module):
-    """A 1-D or 2-D convolution with packed sparse weights: `nnx.Conv` with a static pattern and a fused epilogue.
+    """A 1-D, 2-D or 3-D convolution with packed sparse weights: `nnx.Conv` with a static pattern and a fused epilogue.
 
     y = act(conv(inputs, kernel) + bias + residual)
 
@@ -33,10 +33,11 @@ class SparseConv(fnnx.Module):
         kernel, of which the kept weights are taken.
       activation: None, "relu" or "relu6", applied last.
       pattern: the weights to keep, `sparseflax.pack(mask, feature_group_count).pattern` with a float32 mask
-        (kh, kw, ic / groups, oc) of zeros and ones, of a 1-D convolution (1, k, ic / groups, oc); None keeps all.
+        (kh, kw, ic / groups, oc) of zeros and ones, of a 1-D convolution (1, k, ic / groups, oc), of a 3-D one
+        (kh, kw, kd * ic / groups, oc); None keeps all.
 
     Raises:
-      TypeError, ValueError: what only `nnx.Conv` can do (3-D, input dilation, other dtypes), or a pattern or an
+      TypeError, ValueError: what only `nnx.Conv` can do (4-D, input dilation, other dtypes), or a pattern or an
         activation that does not fit.
     """
 
@@ -73,10 +74,10 @@ class SparseConv(fnnx.Module):
         self.param_dtype = param_dtype
         self.activation: Activation = activation
         sparse.check(self)
-        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else self.kernel_size
-        shape = *size, in_features // feature_group_count, out_features
-        self.pattern = sparse.pattern_for((1, *shape)[-4:], feature_group_count, pattern)
-        self.values = fnnx.Param(sparse.gather(kernel_init(rngs.params(), shape, param_dtype), self.pattern))
+        shape = *sparse.size_of(self), in_features // feature_group_count, out_features
+        kernel = sparse.plane(self, kernel_init(rngs.params(), shape, param_dtype))
+        self.pattern = sparse.pattern_for(kernel.shape, feature_group_count, pattern)
+        self.values = fnnx.Param(sparse.gather(kernel, self.pattern))
         self.bias = fnnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else fnnx.data(None)
 
     @classmethod
@@ -99,18 +100,61 @@ class SparseConv(fnnx.Module):
 
     @property
     def kernel(self) -> PackedKernel:
-        """The packed kernel (kh, kw, ic / groups, oc), of a 1-D convolution (1, k, ic / groups, oc)."""
+        """The packed kernel (kh, kw, ic / groups, oc), of a 1-D convolution (1, k, ic / groups, oc), of a 3-D one
+        (kh, kw, kd * ic / groups, oc)."""
         return PackedKernel(self.values[...], self.pattern)
 
     def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
         """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), with any number of batch dimensions as in Flax; those
-        of a 1-D convolution (*batch, iw, ic) to (*batch, ow, oc).
+        of a 1-D convolution (*batch, iw, ic) to (*batch, ow, oc), of a 3-D one (*batch, id, ih, iw, ic) to
+        (*batch, od, oh, ow, oc).
 
         Args:
           inputs: what `nnx.Conv` takes, computed in float32.
           residual: of the outputs' shape, added before the activation, or None.
         """
         return sparse.convolve(self, self.kernel, None if self.bias is None else self.bias[...], inputs, residual)
+
+
+class SparseConvTranspose(fnnx.Module):
+    """A 1-D or 2-D transposed convolution with packed sparse weights, as an ordinary one that makes blocks of pixels.
+
+    y[n, sh i + a, sw j + b, o] = sum_{t,u,c} x[n, i + first_a + t, j + first_b + u, c]
+                                              kernel[sh t + rest_a, sw u + rest_b, c, o] + bias[o]
+
+    `values` (nnz,) and `bias` (oc,) are `nnx.Param`s, as those of `SparseConv`; the pattern is that of the ordinary
+    convolution's kernel (taps, across, ic, sh * sw * oc).
+
+    Args:
+      layer: an `nnx.ConvTranspose`; it stays as it is. Of its kernel, times its mask, the weights that are not zero are kept.
+
+    Raises:
+      TypeError: `layer` is no `nnx.ConvTranspose`, or its kernel is traced or not float32.
+      ValueError: the layer has no sparse form, or its kernel is not finite.
+    """
+
+    def __init__(self, layer: fnnx.ConvTranspose):
+        if not isinstance(layer, fnnx.ConvTranspose):
+            raise TypeError(f"layer is a {type(layer).__name__}, wanted an nnx.ConvTranspose (SparseConv takes an nnx.Conv)")
+        packed = sparse.pack_dense(layer, layer.kernel[...], 1)
+        for name in ("kernel_size", "strides", "padding", "kernel_dilation", "transpose_kernel", "dtype"):
+            setattr(self, name, _static(getattr(layer, name)))
+        self.pattern, self.values = packed.pattern, fnnx.Param(packed.values)
+        self.bias = fnnx.data(None) if layer.bias is None else fnnx.Param(layer.bias[...])
+
+    @property
+    def kernel(self) -> PackedKernel:
+        """The packed kernel (taps, across, ic, sh * sw * oc) of the ordinary convolution."""
+        return PackedKernel(self.values[...], self.pattern)
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        """Maps inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), with any number of batch dimensions as in Flax; those of a
+        1-D convolution (*batch, iw, ic) to (*batch, ow, oc).
+
+        Args:
+          inputs: what `nnx.ConvTranspose` takes, computed in float32.
+        """
+        return sparse.convolve(self, self.kernel, None if self.bias is None else self.bias[...], inputs, None)
 
 
 class SparseDense(fnnx.Module):

@@ -15,10 +15,10 @@ from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern, pack
 from sparseflax.conv.primitive import ACTIVATIONS, sparse_conv
 from sparseflax.conv.window import explicit_padding, make_window
+from sparseflax.layers.planes import BORDERS, images, in_plane, is_transposed, not_planar, outputs, plane, rank, size_of
 from sparseflax.layers.stack import PackedStack
 
-BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}  # Flax's paddings that do not fill with zeros, in NumPy's words
-STOCK = (nnx.Conv, nnx.Linear, linen.Conv, linen.Dense)
+STOCK = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, linen.Conv, linen.ConvTranspose, linen.Dense)
 
 
 def unsupported(layer: Any) -> str | None:
@@ -30,11 +30,9 @@ def unsupported(layer: Any) -> str | None:
     kind = type(layer)
     if issubclass(kind, STOCK) and not any(kind.__call__ is stock.__call__ for stock in STOCK):
         return f"{kind.__name__} has a __call__ of its own"
-    if hasattr(layer, "kernel_size"):
-        if rank(layer) not in (1, 2):
-            return f"{rank(layer)}-D convolution: only 1-D and 2-D are supported"
-        if layer.input_dilation not in (None, 1, (1, 1), [1, 1], (1,), [1]):
-            return f"input_dilation={layer.input_dilation}: only 1 is supported"
+    if hasattr(layer, "kernel_size") and (reason := not_planar(layer)):
+        return reason
+    if hasattr(layer, "kernel_size") and not is_transposed(layer):
         if not isinstance(layer.padding, str):
             try:
                 make_window((1, 1), (1, 1), 1, in_plane(layer)[1], 1)
@@ -52,34 +50,9 @@ def unsupported(layer: Any) -> str | None:
     return None
 
 
-def rank(layer: Any) -> int:
-    """Dimensions of a convolution's images; 0 of a fully connected layer."""
-    size = getattr(layer, "kernel_size", ())
-    return 1 if isinstance(size, int) else len(size)
-
-
 def is_stack(layer: Any, dimensions: int) -> bool:
     """Whether a layer whose kernel has so many dimensions is a stack of its kind, as `nnx.vmap` and `nn.scan` make them."""
     return dimensions == rank(layer) + 3
-
-
-def in_plane(layer: Any) -> tuple[Any, Any, Any]:
-    """Strides, padding and dilation of a convolution as a 2-D one's, in Flax's words: a 1-D one has images of one row."""
-    strides, padding, dilation = layer.strides or 1, layer.padding, layer.kernel_dilation or 1  # None is Flax's old word for 1
-    if rank(layer) != 1:
-        return strides, padding, dilation
-    (size,), (stride,), (step,) = ((value,) if isinstance(value, int) else tuple(value)
-                                   for value in (layer.kernel_size, strides, dilation))
-    if padding == "CAUSAL":
-        padding = ((size - 1) * step, 0),
-    if not isinstance(padding, str):
-        padding = (0, 0), *((padding,) if isinstance(padding, int) else padding)
-    return (1, stride), padding, (1, step)
-
-
-def plane(kernel: Any) -> Any:
-    """The kernel (k, ic / groups, oc) of a 1-D convolution as a 2-D one's; any other as it is."""
-    return kernel[None] if np.ndim(kernel) == 3 else kernel
 
 
 def check(layer: Any) -> None:
@@ -94,7 +67,7 @@ def pack_dense(layer: Any, kernel: Any, groups: int) -> PackedKernel:
     """Packs the kernel of a dense Flax layer, times its mask."""
     if reason := unsupported(layer):
         raise ValueError(f"{type(layer).__name__} has no sparse form: {reason}; keep it dense")
-    return pack(plane(masked(layer, kernel)), groups)
+    return pack(plane(layer, masked(layer, kernel)), groups)
 
 
 def pack_stack(layer: Any, kernels: Any, groups: int) -> PackedStack:
@@ -136,37 +109,43 @@ def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
     """A sparse convolution layer's output.
 
     Args:
-      layer: gives kernel_size, strides, padding, kernel_dilation, feature_group_count, activation and dtype.
-      packed: the weights (kh, kw, ic / groups, oc).
+      layer: gives kernel_size, strides, padding, kernel_dilation, feature_group_count, activation and dtype; of a transposed
+        one transpose_kernel, and no dilation or groups.
+      packed: the weights (kh, kw, ic / groups, oc) of the 2-D convolution that it is, see `plane`.
       bias: (oc,) or None.
-      inputs: (*batch, ih, iw, ic) with any number of batch dimensions, none included; (*batch, iw, ic) of a 1-D convolution.
-      residual: (*batch, oh, ow, oc), (*batch, ow, oc) of a 1-D convolution, or None.
+      inputs: (*batch, ih, iw, ic) with any number of batch dimensions, none included; (*batch, iw, ic) of a 1-D convolution,
+        (*batch, id, ih, iw, ic) of a 3-D one.
+      residual: of the outputs' shape, or None; a transposed convolution takes none.
 
     Returns:
-      float32, of the residual's shape.
+      float32 (*batch, oh, ow, oc), (*batch, ow, oc) or (*batch, od, oh, ow, oc).
     """
     x, residual = _as_float32(layer, inputs), _as_float32(layer, residual)
-    kh, kw, icg, _ = packed.shape
-    row = rank(layer) == 1
-    if x.ndim < 3 - row:
-        raise ValueError(f"inputs have shape {x.shape}, wanted (..., {'' if row else 'ih, '}iw, {icg * packed.groups})")
-    if row:
-        x = x[..., None, :, :]
-        residual = residual if residual is None or residual.ndim < 2 else residual[..., None, :, :]
-    batch, image = x.shape[:-3], x.shape[-3:-1]
-    x = x.reshape(math.prod(batch), *x.shape[-3:])
-    strides, padding, dilation = in_plane(layer)
-    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
-        window = make_window(image, (kh, kw), strides, "VALID", dilation)
-        sides = explicit_padding(padding, image, (kh, kw), window.strides, window.dilation)
-        if padding in BORDERS:
-            x, sides = jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=BORDERS[padding]), 0
-        padding = sides
-    if residual is not None and residual.ndim > 2:
-        residual = residual.reshape(math.prod(residual.shape[:-3]), *residual.shape[-3:])
-    y = sparse_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=dilation,
-                    feature_group_count=layer.feature_group_count, activation=layer.activation, residual=residual)
-    return y.reshape(*batch, *y.shape[1 + row:])
+    (kh, kw, icg, _), dims = packed.shape, rank(layer)
+    if x.ndim <= dims:
+        sizes = "".join(("id, ", "ih, ", "iw, ")[3 - dims:])
+        ic = icg * packed.groups // (size_of(layer)[0] if dims == 3 else 1)
+        raise ValueError(f"inputs have shape {x.shape}, wanted (..., {sizes}{ic})")
+    batch, size = x.shape[:-1 - dims], x.shape[-1 - dims:-1]
+    x = images(layer, x.reshape(math.prod(batch), *x.shape[-1 - dims:]))
+    if is_transposed(layer):
+        tiled = bias if bias is None else jnp.tile(bias, packed.shape[3] // len(bias))
+        y = sparse_conv(x, packed, tiled, padding="VALID")
+    else:
+        strides, padding, dilation = in_plane(layer)
+        if isinstance(padding, str) and padding not in ("SAME", "VALID"):
+            window = make_window(x.shape[1:3], (kh, kw), strides, "VALID", dilation)
+            sides = explicit_padding(padding, x.shape[1:3], (kh, kw), window.strides, window.dilation)
+            if padding in BORDERS:
+                x, sides = jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=BORDERS[padding]), 0
+            padding = sides
+        if residual is not None and residual.ndim > dims:
+            image = (1, *residual.shape[-1 - dims:])[-3:]
+            residual = residual.reshape(math.prod(residual.shape[:-2 if dims == 1 else -3]), *image)
+        y = sparse_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=dilation,
+                        feature_group_count=layer.feature_group_count, activation=layer.activation, residual=residual)
+    y = outputs(layer, y, size)
+    return y.reshape(*batch, *y.shape[1:])
 
 
 def multiply(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inputs: Any, residual: Any) -> jax.Array:

@@ -47,9 +47,14 @@ class PackedStack(NamedTuple):
         return self.patterns[0].groups
 
     @property
+    def nnz(self) -> int:
+        """Number of kept weights."""
+        return sum(pattern.nnz for pattern in self.patterns)
+
+    @property
     def density(self) -> float:
         """Kept weights / all weights."""
-        return sum(pattern.nnz for pattern in self.patterns) / max(1, int(np.prod(self.shape)))
+        return self.nnz / max(1, int(np.prod(self.shape)))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays, as `PackedKernel.to_arrays`: a row of the layout for each layer, with the number of its gaps behind."""

@@ -16,6 +16,7 @@ from sparseflax.conv.primitive import dense_conv, sparse_conv
 from sparseflax.conv.window import Window
 from sparseflax.cost.shape import ConvShape
 from sparseflax.cost.timing import medians
+from sparseflax.layers.planes import blocks, image_kernel, is_transposed, plane
 from sparseflax.network.fuse import fuse
 
 QUIET = 2.0  # seconds before progress is shown
@@ -28,41 +29,41 @@ class Measured(NamedTuple):
     sparse: float
 
 
-def time_layers(layers: Mapping[str, tuple[ConvShape, np.ndarray]], seconds: float) -> dict[str, Measured]:
+def time_layers(layers: Mapping[str, tuple[ConvShape, np.ndarray, Any]], seconds: float) -> dict[str, Measured]:
     """Times each layer dense and sparse, without bias; where it takes long, a terminal is shown how far it has come.
 
     Args:
-      layers: {path: (shape, kernel)}, float32 kernels (kh, kw, ic / groups, oc), (k, ic / groups, oc) or (ic, oc), those of a
-        stack with a leading axis of its layers, pruned weights zero.
+      layers: {path: (shape, kernel, module)}, float32 kernels of Flax's shape, those of a stack with a leading axis of its
+        layers, pruned weights zero; the module's attributes say how they are used.
       seconds: for each layer, compiling apart; three rounds at least.
     """
     times, start = {}, time.monotonic()
     shown = False
-    for done, (path, (shape, kernel)) in enumerate(layers.items()):
+    for done, (path, layer) in enumerate(layers.items()):
         elapsed = time.monotonic() - start
         if elapsed > QUIET and sys.stderr.isatty():
             left, shown = elapsed / done * (len(layers) - done), True
             line = f"measuring layer {done + 1} of {len(layers)}, about {left:.0f} s left: {path}"
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
-        times[path] = time_layer(shape, kernel, seconds)
+        times[path] = time_layer(*layer, seconds)
     if shown:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return times
 
 
-def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured:
+def time_layer(shape: ConvShape, kernel: np.ndarray, module: Any, seconds: float) -> Measured:
     """Times one layer as `time_layers` does; a stack by its first layer."""
     if shape.layers > 1:
-        first = time_layer(shape.one, kernel[0], seconds)
+        first = time_layer(shape.one, kernel[0], module, seconds)
         return Measured(shape.layers * first.dense, shape.layers * first.sparse)
     window = Window(shape.strides, shape.padding, shape.kernel_dilation)
-    kernel = kernel.reshape(shape.kernel_shape)
-    packed = shape.pack(kernel)
+    ordinary = plane(module, kernel).reshape(shape.kernel_shape)
+    packed = shape.pack(ordinary)
 
     @jax.jit
     @fuse  # as in a packed network
     def dense(x, kernel):
-        return dense_conv(x, kernel, window, shape.groups)
+        return blocks(module).dense(x, kernel) if is_transposed(module) else dense_conv(x, kernel, window, shape.groups)
 
     @jax.jit
     def sparse(x, packed):
@@ -70,7 +71,8 @@ def time_layer(shape: ConvShape, kernel: np.ndarray, seconds: float) -> Measured
                            feature_group_count=shape.groups)
 
     with jax.default_device(jax.devices("cpu")[0]):
-        x, weights = jnp.ones((shape.n, shape.ih, shape.iw, shape.ic), jnp.float32), jnp.asarray(kernel, jnp.float32)
+        x = jnp.ones((shape.n, shape.ih, shape.iw, shape.ic), jnp.float32)
+        weights = jnp.asarray(image_kernel(kernel) if is_transposed(module) else ordinary, jnp.float32)
         return Measured(*medians([lambda: dense(x, weights), lambda: sparse(x, packed)], seconds))
 
 

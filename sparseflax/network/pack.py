@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax.layers.int8 import Int8Conv, Int8Dense
-from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
+from sparseflax.layers.nnx import SparseConv, SparseConvTranspose, SparseDense, SparseStack
 from sparseflax.layers.rules import is_stack
 from sparseflax.network.call import fuse_call
 from sparseflax.network.fold import Folded, with_norm
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 
 def pack_model(model: Model, plan: Plan | None = None, x: Any = None, *, fuse: bool = True, chunk: int | None = None,
                **call: Any) -> Model:
-    """The model as planned, for inference: batch norms folded, the chosen layers replaced by SparseConv and SparseDense.
+    """The model as planned, for inference: batch norms folded, the chosen layers replaced by their sparse forms.
 
     Its outputs are those of `model` in evaluation mode up to rounding; running statistics are what is folded, and
     batch norms that could not be folded use them too. A plan for another machine gives the same outputs here, but layers
@@ -90,7 +90,7 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
         row = rows.get(name) if isinstance(node, nnx.Module) else None
         if isinstance(node, nnx.BatchNorm) and name in folded:
             return Folded()
-        if row is None or isinstance(node, (SparseConv, SparseDense, SparseStack)):
+        if row is None or isinstance(node, (SparseConv, SparseConvTranspose, SparseDense, SparseStack)):
             return node
         layer: Any = node if row.norm is None else with_norm(node, modules[row.norm])
         if row.choice == "dense":
@@ -101,6 +101,8 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
                 return int8(layer, row.inputs, row.correction or None, outputs=row.outputs)
             if is_stack(layer, layer.kernel.ndim):
                 return SparseStack(layer)
+            if isinstance(node, nnx.ConvTranspose):
+                return SparseConvTranspose(layer)
             return (SparseConv if isinstance(node, nnx.Conv) else SparseDense).from_dense(layer)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error

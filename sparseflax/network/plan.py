@@ -71,7 +71,7 @@ def plan(model: nnx.Module | tuple[nn.Module, Any], x: Any, machine: Machine | N
     machine = machine or detect_machine()
     rows = [_choose(layer, machine, native) for layer in layers.values()]
     if measure and ffi.available:
-        open_rows = {row.path: (row.shape, layers[row.path].kernel) for row in rows
+        open_rows = {row.path: (row.shape, layers[row.path].kernel, layers[row.path].module) for row in rows
                      if row.open and row.shape and row.sparse_seconds}
         times = time_layers(open_rows, seconds)
         # Other programs may have disturbed what nobody expected: that is timed again, and longer.
@@ -104,6 +104,7 @@ def in_eight_bits(plan: Plan, model: Any, x: Any, examples: Any, faster: bool = 
     else:
         reason = "float32: the model does not round its inputs and weights to eight bits, give examples"
         layers |= {path: Rounded(None, None, (), reason) for path in others}
+    layers |= {path: Rounded(None, None, (), "float32: it has no form in eight bits") for path in norms if path not in layers}
     rows = [_in_int8(row, layers[row.path], plan.machine, faster) if row.path in layers else row for row in plan.layers]
     return replace(plan, layers=tuple(rows))
 
@@ -119,7 +120,8 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
     """The row of a layer."""
     kernel, shape = layer.kernel, layer.shape
     packed = isinstance(kernel, PackedKernel | PackedStack)
-    density = kernel.density if packed else np.count_nonzero(kernel) / max(1, kernel.size)
+    kept = kernel.nnz if packed else np.count_nonzero(kernel)
+    density = kept / max(1, shape.weights if shape is not None else math.prod(kernel.shape))
     dense = sparse = None
     reason = "this call does not run it as a 1-D or 2-D convolution or a fully connected layer"
     if shape is not None:

@@ -158,18 +158,21 @@ def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any]
 
 
 def replaced(model: Any, norms: Mapping[str, str | None], make: Callable[[str, Any], Any]) -> Any:
-    """A copy of a model, as at inference, with batch norms folded and its layers as `make` makes them of path and layer."""
+    """A copy of a model, as at inference, with batch norms folded and its layers as `make` makes them of path and layer; those
+    that have no form in eight bits stay."""
     copy = nnx.clone(model)
     copy.eval()
     modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
-    folded = set(norms.values())
+    layers = {join(path) for path, module in nnx.iter_modules(copy) if isinstance(module, (nnx.Conv, nnx.Linear))}
+    mine = {path: norm for path, norm in norms.items() if path in layers}
+    folded = set(mine.values())
 
     def replace(path, node: Any) -> Any:
         name = join(path)
         if isinstance(node, nnx.BatchNorm) and name in folded:
             return Folded()
-        if isinstance(node, (nnx.Conv, nnx.Linear)) and name in norms:
-            norm = norms[name]
+        if isinstance(node, (nnx.Conv, nnx.Linear)) and name in mine:
+            norm = mine[name]
             layer = node if norm is None else with_norm(node, modules[norm])
             return make(name, layer)
         return node

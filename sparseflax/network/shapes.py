@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,25 +18,27 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel
-from sparseflax.conv.window import explicit_padding, pair
+from sparseflax.conv.window import each
 from sparseflax.cost.shape import ConvShape
-from sparseflax.layers.rules import in_plane, positions, rank
+from sparseflax.layers.planes import is_transposed, not_planar, output_size, rank, shape_of, size_of
+from sparseflax.layers.rules import positions
 from sparseflax.layers.stack import PackedStack
 from sparseflax.network.marks import CALL, calls
 
 _TRACES = itertools.count()
 # The attributes by which a layer is known as a convolution, Flax's own or sparse.
-WINDOW = ("kernel_size", "strides", "padding", "kernel_dilation", "feature_group_count")
+WINDOW = ("kernel_size", "strides", "padding", "kernel_dilation")
+KIND = "feature_group_count", "transpose_kernel"  # a convolution has the one, a transposed one the other
 
 
 def conv_shapes(model: nnx.Module | tuple[nn.Module, Any], x: Any, **call: Any) -> dict[str, ConvShape]:
     """The sizes of every convolution and fully connected layer that `model(x)` runs, in call order.
 
     The call is traced, not run: no arithmetic, and the model keeps its statistics and random state. Layers are known
-    by Flax's attributes (`kernel`, `strides`, `padding`, ...): `nnx.Conv`, `nnx.Linear`, `linen.Conv`, `linen.Dense`,
-    their subclasses and their sparse forms. A 1-D convolution is one of images of a row. Not listed, because no single 2-D
-    convolution describes them: 3-D convolutions, input dilation, layers stacked by vmap, and subclasses that return another
-    shape.
+    by Flax's attributes (`kernel`, `strides`, `padding`, ...): `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear`, Linen's,
+    their subclasses and their sparse forms. A 1-D convolution is one of images of a row, a 3-D one of an image for each depth
+    of its outputs, and a transposed one makes blocks of pixels. Not listed, because no single 2-D convolution describes them:
+    convolutions of more dimensions, input dilation, layers stacked by vmap, and subclasses that return another shape.
 
     A layer called several times is listed once and its calls add up: `n` counts the images of all calls. Where they
     have different sizes the largest stands for all, and `n` is the (rounded) number of such images with the same flops.
@@ -139,27 +142,22 @@ def _observe(noted: list[_Noted], path: str, kernel: tuple[int, ...], layer: Any
     """Notes one call of a layer x -> y, if it is what its attributes say; returns y, marked."""
     if not (hasattr(x, "shape") and hasattr(y, "shape")):
         return y
-    dimensions = rank(layer) if all(hasattr(layer, name) for name in WINDOW) else 0
+    known = all(hasattr(layer, name) for name in WINDOW) and any(hasattr(layer, name) for name in KIND)
+    dimensions = rank(layer) if known else 0
     layers, single = (kernel[0], kernel[1:]) if len(kernel) == dimensions + 3 else (1, kernel)
-    if len(single) != dimensions + 2 or dimensions > 2:
+    if len(single) != dimensions + 2 or dimensions > 3 or x.ndim <= dimensions:
+        return y
+    *size, icg, oc = single
+    batch, image, ic = x.shape[:-1 - dimensions], x.shape[-1 - dimensions:-1], x.shape[-1]
+    if dimensions and (size_of(layer) != tuple(size) or not_planar(layer)):
         return y
     if dimensions:
-        size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
-        if size != single[:-2] or getattr(layer, "input_dilation", 1) not in (None, 1, (1,), [1], (1, 1), [1, 1]):
-            return y
-        (kh, kw, icg, oc), (ih, iw, ic) = (1, *single)[-4:], (1, *x.shape[-1 - dimensions:])[-3:]
-        strides, padding, dilation = in_plane(layer)
-        strides, dilation = pair(strides), pair(dilation)
-        shape = ConvShape(math.prod(x.shape[:-1 - dimensions]), ih, iw, ic, oc, kh, kw, strides,
-                          explicit_padding(padding, (ih, iw), (kh, kw), strides, dilation), dilation,
-                          layer.feature_group_count, layers)
-        output = (*x.shape[:-1 - dimensions], *(shape.oh, shape.ow)[-dimensions:], oc)
+        shape = replace(shape_of(layer, (math.prod(batch), *image, ic), oc), layers=layers)
+        output = (*batch, *output_size(layer, image), oc)
     else:
-        icg, oc = single
-        ic = x.shape[-1]
         shape = ConvShape(*positions(x.shape[:-1]), ic, oc, 1, 1, layers=layers)
         output = (*x.shape[:-1], oc)
-    if y.shape != output or shape.ic // shape.groups != icg:
+    if y.shape != output or ic != icg * getattr(layer, "feature_group_count", 1):
         return y
     noted.append(_Noted(path, shape, y.size))
     return checkpoint_name(y, f"{CALL}{len(noted) - 1}")
@@ -173,7 +171,9 @@ def _together(calls: list[ConvShape]) -> ConvShape:
 def _dense_shape(layer: Any) -> tuple[int, ...] | None:
     """Of a layer's kernel, a packed one's included; None if it has none."""
     kernel = getattr(layer, "kernel", None)
-    shape = getattr(kernel, "shape", None)
     if not isinstance(kernel, PackedKernel | PackedStack | QuantizedKernel):
-        return shape
-    return *kernel.shape[:-4], *kernel.shape[-4:][2 - rank(layer):]
+        return getattr(kernel, "shape", None)
+    size, (*_, channels, oc) = size_of(layer), kernel.shape
+    if is_transposed(layer):
+        return *size, channels, oc // math.prod(each(layer.strides, len(size)))
+    return *kernel.shape[:-4], *size, channels // (size[0] if len(size) == 3 else 1), oc

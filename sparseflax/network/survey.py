@@ -18,8 +18,9 @@ from jax.core import Tracer
 
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.cost.shape import ConvShape
-from sparseflax.layers.nnx import SparseConv, SparseDense, SparseStack
-from sparseflax.layers.rules import is_stack, masked, rank, unsupported
+from sparseflax.layers.nnx import SparseConv, SparseConvTranspose, SparseDense, SparseStack
+from sparseflax.layers.planes import rank
+from sparseflax.layers.rules import is_stack, masked, unsupported
 from sparseflax.layers.stack import PackedStack
 from sparseflax.network.fold import is_float32
 from sparseflax.network.linen import trace as linen_trace
@@ -39,6 +40,7 @@ class Layer(NamedTuple):
       shape: what it computes in the call; None if no single 2-D convolution describes that.
       norm: path of the batch norm that can be folded into it, or None.
       note: why the norm that follows it cannot, or "".
+      module: what it is, nnx or Linen, whose attributes say how it is computed; None where it is not known.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Layer(NamedTuple):
     shape: ConvShape | None = None
     norm: str | None = None
     note: str = ""
+    module: Any = None
 
 
 def survey(model: nnx.Module | tuple[nn.Module, Any], x: Any, **call: Any) -> list[Layer]:
@@ -158,15 +161,17 @@ def _called(layer: Layer, shape: ConvShape | None, norm: str | None, alone: dict
 def _nnx_layers(model: nnx.Module, tuples: set[str]) -> Iterator[Layer]:
     for path, module in nnx.iter_modules(model):
         name, kind, weight = join(path), type(module).__name__, weight_of(module)
-        convolution = isinstance(module, (nnx.Conv, nnx.ConvTranspose, SparseConv)) or (
+        convolution = isinstance(module, (nnx.Conv, nnx.ConvTranspose, SparseConv, SparseConvTranspose)) or (
             isinstance(module, SparseStack) and rank(module) > 0)
-        if isinstance(module, (SparseConv, SparseDense, SparseStack)):
+        if isinstance(module, (SparseConv, SparseConvTranspose, SparseDense, SparseStack)):
             yield Layer(name, kind, convolution, weight, None)
         elif weight is not None:
-            refusal = unsupported(module) if isinstance(module, (nnx.Conv, nnx.Linear)) else f"{kind} has no sparse form"
+            known = isinstance(module, (nnx.Conv, nnx.ConvTranspose, nnx.Linear))
+            refusal = unsupported(module) if known else f"{kind} has no sparse form"
             if refusal is None and parent(name) in tuples:
                 refusal = "it stands in a tuple, which cannot be changed: use an nnx.List"
-            yield Layer(name, kind, convolution, np.asarray(masked(module, _concrete(name, value(weight)))), refusal)
+            kernel = np.asarray(masked(module, _concrete(name, value(weight))))
+            yield Layer(name, kind, convolution, kernel, refusal, module=module)
 
 
 def _linen_layers(modules: Mapping[str, nn.Module], variables: Any) -> Iterator[Layer]:
@@ -179,7 +184,7 @@ def _linen_layers(modules: Mapping[str, nn.Module], variables: Any) -> Iterator[
         kind = type(module).__name__ if module is not None else "what is not called"
         refusal = unsupported(module) if isinstance(module, linen_trace.LAYERS) else f"{kind} has no sparse form"
         convolution = np.ndim(weight) == 4 or isinstance(module, (nn.Conv, nn.ConvTranspose))
-        yield Layer(name, kind, convolution, np.asarray(masked(module, _concrete(name, weight))), refusal)
+        yield Layer(name, kind, convolution, np.asarray(masked(module, _concrete(name, weight))), refusal, module=module)
 
 
 def _concrete(path: str, weight: Any) -> np.ndarray:

@@ -94,7 +94,7 @@ def guided(
     names, here = list(shapes), machine
     work, machine = work_in(precision, shapes.values(), machine)
     # Of a stack each layer does its damage.
-    inputs = np.array([math.prod(shape.kernel_shape[:3]) / shape.layers for shape in shapes.values()])
+    inputs = np.array([shape.weights / shape.oc / shape.layers**2 for shape in shapes.values()])
     predicted = np.asarray(dense_seconds(work, machine), float)
     whole = whole or Whole(float(predicted.sum()), dense_scale=1.0)
     scale, total = whole.scale, whole.dense_seconds

@@ -204,7 +204,8 @@ class _Network(NamedTuple):
         ceiling = np.array([layer.upper for layer in layers], np.float32)
         floor = np.minimum(np.array([max(layer.lower, min_density) for layer in layers], np.float32), ceiling)
         rest = guide.seconds - sum(layer.seconds for layer in layers)
-        number = np.array([shape.layers * math.prod(blocks.grid(shape.kernel_shape, block)) for shape in shapes], np.float32)
+        number = np.array([shape.weights / math.prod(shape.kernel_shape) * math.prod(blocks.grid(shape.kernel_shape, block))
+                           for shape in shapes], np.float32)
         scale = guide.whole.scale if guide.whole else 1.0
         return cls(*work_in(guide.precision, shapes, machine), number, floor, ceiling, scale, rest)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import jax
@@ -35,12 +36,16 @@ from jax.core import Tracer
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
+from sparseflax.conv.window import each
 from sparseflax.cost.cpu import client_threads
+from sparseflax.layers.planes import blocks, images, is_transposed, plane, unplane
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.watch import watched
 
 Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 CHUNK = 16  # images whose im2col is held at a time
+# What a transposed convolution is once its images have their border.
+ORDINARY = SimpleNamespace(strides=1, padding="VALID", kernel_dilation=1, input_dilation=1, feature_group_count=1)
 
 
 def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 4, damping: float = 0.01,
@@ -55,7 +60,7 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
     Args:
       model: an nnx module, or a pair (Linen module, its variables); stays as it is.
       batches: inputs of the model, a few hundred examples; for convolutions each gives as many rows as outputs it has.
-      guide: which layers (Conv, and Linear or Dense), to which density.
+      guide: which layers (Conv, ConvTranspose, and Linear or Dense), to which density.
       rounds: in which the density falls geometrically.
       damping: added to the diagonal of H, relative to its mean, so that it can be inverted.
       block: prune blocks of so many neighbouring input channels: 4 for int8. What losing one costs is taken to be the sum of
@@ -83,21 +88,22 @@ def obs(model: Model, batches: Iterable[Any], guide: Guidance, *, rounds: int = 
     layers: dict[str, Any] = {"/".join(map(str, path)): layer for path, layer in nnx.iter_modules(copy)}
     for name, density in guide.densities.items():
         kernel = layers[name].kernel
-        kernel[...] = prune_kernel(kernel[...], found[name], density, rounds, damping, block)
+        kernel[...] = prune_layer(layers[name], kernel[...], found[name], density, rounds, damping, block)
     return copy
 
 
 def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Guidance, rounds: int, damping: float,
            block: int, call: Any) -> tuple[nn.Module, Any]:
     wanted = guide.densities
-    found: dict[str, np.ndarray] = {}
+    found, layers = dict[str, np.ndarray](), dict[str, Any]()
     leaves: dict[str, Any] = flatten_dict(unfreeze(variables), sep="/")
 
     def observe(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer: Any = context.module
         name = "/".join(layer.path)
-        if name in wanted and context.method_name == "__call__" and isinstance(layer, (nn.Conv, nn.Dense)):
+        if name in wanted and context.method_name == "__call__" and isinstance(layer, (nn.Conv, nn.ConvTranspose, nn.Dense)):
             kernel: Any = layer.get_variable("params", "kernel")
+            layers[name] = layer
             _note(found, name, layer, kernel.shape, args[0] if args else kwargs["inputs"])
         return run(*args, **kwargs)
 
@@ -105,12 +111,24 @@ def _linen(module: nn.Module, variables: Any, batches: Iterable[Any], guide: Gui
         with nn.intercept_methods(observe):
             module.apply(variables, batch, **call)
     if unseen := sorted(wanted.keys() - found.keys()):
-        raise ValueError(f"no linen.Conv or linen.Dense of the model ran at {unseen}, wanted the paths of the guide's layers: "
-                         "is there no batch, or does the model not call them?")
+        raise ValueError(f"no linen.Conv, ConvTranspose or Dense of the model ran at {unseen}, wanted the paths of the guide's "
+                         "layers: is there no batch, or does the model not call them?")
     for name, density in wanted.items():
         key = f"params/{name}/kernel"
-        leaves[key] = prune_kernel(leaves[key], found[name], density, rounds, damping, block)
+        leaves[key] = prune_layer(layers[name], leaves[key], found[name], density, rounds, damping, block)
     return module, unflatten_dict(leaves, sep="/")
+
+
+def prune_layer(layer: Any, kernel: Any, hessian: np.ndarray, density: float, rounds: int = 4, damping: float = 0.01,
+                block: int = 1) -> jax.Array:
+    """A layer's kernel with round(density * n) of its weights, hessian (groups, m, m); as `obs` does."""
+    if not is_transposed(layer):
+        return prune_kernel(kernel, hessian, density, rounds, damping, block)
+    # Where the ordinary convolution has no weight it has zeros, which are lost first.
+    ordinary = plane(layer, np.asarray(kernel))
+    share = round(density * kernel.size) / ordinary.size
+    pruned = prune_kernel(ordinary, hessian, share, rounds, damping, block)
+    return jnp.asarray(unplane(layer, np.asarray(pruned), kernel.shape))
 
 
 def prune_kernel(kernel: Any, hessian: np.ndarray, density: float, rounds: int = 4, damping: float = 0.01,
@@ -212,8 +230,8 @@ def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any],
     """
     found, names = dict[str, np.ndarray](), list(names)
     modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    if wrong := sorted(name for name in names if not isinstance(modules.get(name), (nnx.Conv, nnx.Linear))):
-        raise ValueError(f"no nnx.Conv or nnx.Linear in the model at {wrong}, wanted the paths of the guide's layers")
+    if wrong := sorted(name for name in names if not isinstance(modules.get(name), (nnx.Conv, nnx.ConvTranspose, nnx.Linear))):
+        raise ValueError(f"no nnx.Conv, ConvTranspose or Linear in the model at {wrong}, wanted the guide's layers")
     layers = {name: modules[name] for name in names}
 
     def observe(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -243,8 +261,10 @@ def _gram(layer: Any, kernel: tuple[int, ...], x: np.ndarray, positions: int | N
     """X^T X (groups, m, m) of images (n, ..., ic), the rows of X in the order of the kernel's first axes."""
     if len(kernel) == 2:
         return (x.T @ x)[None]
+    if is_transposed(layer):
+        return _gram(ORDINARY, (*blocks(layer).window, *kernel[-2:]), np.asarray(images(layer, x)), positions)
     rank, groups = x.ndim - 2, layer.feature_group_count
-    strides, dilation, spread = (_window(value, rank) for value in (
+    strides, dilation, spread = (each(value, rank) for value in (
         layer.strides, layer.kernel_dilation, layer.input_dilation))
     if any(step > 1 for step in spread):
         sparse = np.zeros((len(x), *((size - 1) * step + 1 for size, step in zip(x.shape[1:-1], spread, strict=True)),
@@ -260,7 +280,7 @@ def _gram(layer: Any, kernel: tuple[int, ...], x: np.ndarray, positions: int | N
     elif isinstance(padding, str):
         pads = jax.lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
     else:
-        pads = [(p, p) if isinstance(p, int) else tuple(p) for p in _window(padding, rank)]
+        pads = [(p, p) if isinstance(p, int) else tuple(p) for p in each(padding, rank)]
     x = np.pad(x, [(0, 0), *pads, (0, 0)], mode=mode)  # type: ignore[call-overload]
     sizes = [(size - r) // step + 1 for size, r, step in zip(x.shape[1:-1], reach, strides, strict=True)]
     count = int(np.prod(sizes))
@@ -275,7 +295,3 @@ def _gram(layer: Any, kernel: tuple[int, ...], x: np.ndarray, positions: int | N
     rows = rows.transpose(2, 0, 1, 3).reshape(groups, len(rows), -1)
     return rows.transpose(0, 2, 1) @ rows
 
-
-def _window(value: Any, rank: int) -> tuple[Any, ...]:
-    """Flax's "one for all dimensions, or one each"; None is its old word for 1."""
-    return (1 if value is None else value,) * rank if value is None or isinstance(value, int) else tuple(value)

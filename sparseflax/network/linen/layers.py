@@ -15,7 +15,7 @@ from sparseflax.layers.rules import masked
 from sparseflax.network.fold import fold
 from sparseflax.network.linen.trace import at, given, trace
 
-SETTINGS = ("strides", "padding", "input_dilation", "kernel_dilation")
+SETTINGS = "strides", "padding", "kernel_dilation"
 
 
 class Norm(NamedTuple):
@@ -35,19 +35,21 @@ def norm_of(module: Any, variables: Any, path: str) -> Norm:
 
 
 def as_nnx(layer: Any, params: Mapping[str, Any], norm: Norm | None = None) -> Any:
-    """An nnx.Conv or nnx.Linear that computes what a linen.Conv or linen.Dense does, and the batch norm after it."""
+    """An nnx layer that computes what a linen.Conv, ConvTranspose or Dense does, and the batch norm after it."""
     kernel, bias = np.asarray(masked(layer, params["kernel"])), params.get("bias")
     if norm is not None:
         kernel, bias = fold(kernel, bias, norm)
     *size, inputs, outputs = kernel.shape
     common = {"use_bias": bias is not None, "dtype": layer.dtype, "precision": layer.precision}
-    if not isinstance(layer, nn.Conv):
+    if isinstance(layer, nn.Dense):
         made: Any = nnx.eval_shape(lambda: nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0), **common))
     else:
-        groups = layer.feature_group_count
         common |= {name: 1 if (value := getattr(layer, name)) is None else value for name in SETTINGS}
-        made = nnx.eval_shape(lambda: nnx.Conv(groups * inputs, outputs, size, feature_group_count=groups, rngs=nnx.Rngs(0),
-                                               **common))
+        kind: Any = nnx.ConvTranspose
+        if isinstance(layer, nn.Conv):
+            kind, inputs = nnx.Conv, layer.feature_group_count * inputs
+            common |= {"feature_group_count": layer.feature_group_count, "input_dilation": layer.input_dilation or 1}
+        made = nnx.eval_shape(lambda: kind(inputs, outputs, size, rngs=nnx.Rngs(0), **common))
     made.kernel = nnx.Param(jnp.asarray(kernel))
     if bias is not None:
         made.bias = nnx.Param(jnp.asarray(bias))

@@ -25,7 +25,7 @@ from sparseflax.network.fuse import fuse
 from sparseflax.network.linen.layers import as_nnx, norm_of
 from sparseflax.network.linen.trace import at, given, trace, weight_of
 from sparseflax.network.planned import LayerPlan, Plan
-from sparseflax.network.shapes import WINDOW
+from sparseflax.network.shapes import KIND, WINDOW
 
 
 class Words(NamedTuple):
@@ -94,7 +94,7 @@ class PackedModel:
         bias = param("bias") if module.has_variable("params", "bias") else None
         x = next(iter((*args, *kwargs.values())))
         layer = SimpleNamespace(activation=None, dtype=module.dtype, **{
-            name: getattr(module, name) for name in WINDOW if hasattr(module, name)})
+            name: getattr(module, name) for name in (*WINDOW, *KIND) if hasattr(module, name)})
         compute = sparse.convolve if sparse.rank(module) else sparse.multiply
         if isinstance(pattern, Words):
             return compute(layer, QuantizedKernel(param("words"), param("scale"), param("sums"), *pattern), bias, x, None)

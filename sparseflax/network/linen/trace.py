@@ -18,7 +18,7 @@ from sparseflax.network.fold import is_float32
 from sparseflax.network.marks import FOLDABLE, OTHER, OUTPUT, WEIGHT, Shown, shown
 from sparseflax.network.shapes import all_collections
 
-LAYERS = nn.Conv, nn.Dense
+LAYERS = nn.Conv, nn.ConvTranspose, nn.Dense
 COLLECTIONS = "params", "batch_stats"  # where weights of layers and norms are
 
 
