@@ -28,7 +28,7 @@ CHANNELS, CLASSES, SIDE, COUNT = (3, 32, 48), 5, 12, 64
 
 
 def write_network(path, *, shape=(1, 3, SIDE, SIDE), convolutions=True):
-    """Two convolutions, the first with its batch norm, and a classifier; or the classifier alone."""
+    """Two convolutions, the first with its batch norm, a transposed one, and a classifier; or the classifier alone."""
     draw = np.random.default_rng(0)
     weights, nodes, at = {}, [], "x"
     for i, (ic, oc) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False)) if convolutions else ():
@@ -41,6 +41,10 @@ def write_network(path, *, shape=(1, 3, SIDE, SIDE), convolutions=True):
         nodes += [helper.make_node("Relu", ["n0" if i == 0 else f"c{i}"], [f"r{i}"])]
         at = f"r{i}"
     last = CHANNELS[-1] if convolutions else 3
+    if convolutions:
+        weights |= {"w2": draw.standard_normal((last, last, 2, 4)) * last**-0.5, "b2": draw.standard_normal(last) / 9}
+        nodes += [helper.make_node("ConvTranspose", [at, "w2", "b2"], ["up"], strides=[2, 2], pads=[0, 1, 0, 1], name="up")]
+        at = "up"
     weights |= {"w": draw.standard_normal((CLASSES, last)), "b": draw.standard_normal(CLASSES)}
     nodes += [helper.make_node("GlobalAveragePool", [at], ["pooled"]), helper.make_node("Flatten", ["pooled"], ["flat"]),
               helper.make_node("Gemm", ["flat", "w", "b"], ["y"], transB=1, name="head")]
