@@ -20,6 +20,7 @@ from experiments import docs
 from sparseflax.calibration.calibrate import describe
 from sparseflax.conv import ffi
 from sparseflax.cost import profile
+from tests import pages
 
 pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = Path(__file__).parent.parent
@@ -64,9 +65,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, calibrated):
     for package in ("torch", "qwix"):
         if importlib.util.find_spec(package) is None:
             code = [block for block in code if f"import {package}" not in block]
-    # A RuntimeWarning would mean that the kernel is missing.
-    cache = tmp_path / "empty" if page.name == "README.md" else calibrated
-    out = run("-W", "error::RuntimeWarning", "-c", "\n".join(code), cwd=tmp_path, cache=cache)
+    out = pages.run("\n".join(code), tmp_path, tmp_path / "empty" if page.name == "README.md" else calibrated)
     if page.name == "README.md":
         assert len(code[0].splitlines()) <= 15
         assert "(1, 28, 28, 128)" in out and "sparse" in out
