@@ -43,6 +43,7 @@ def _execute(code: str, folder: str, cache: str, printed: str) -> None:
     with open(printed, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # half of the time was compilation
     in_turn = timing.in_turn
     timing.in_turn = lambda calls, seconds, burst=0.0: in_turn(calls, HURRY * seconds, HURRY * burst)
     main = sys.modules["__main__"] = ModuleType("__main__")
