@@ -1,4 +1,4 @@
-"""The code of a page, run in a process of its own that is forked from one with all imported: importing takes longer than most."""
+"""The code of a page, run in a process of its own, forked from one that has imported all: importing takes longer than most."""
 
 import multiprocessing
 import os

@@ -1,5 +1,6 @@
 """Networks with transposed convolutions and volumes: planned, pruned, packed and stored as those of images are."""
 
+import pickle
 from typing import Any
 
 import jax
@@ -116,6 +117,15 @@ def test_what_was_saved_comes_back(network, tmp_path):
     again = sparseflax.plan(packed, x, HERE)
     assert [(row.choice, row.reason, row.density) for row in again.layers] == [
         ("sparse", "already packed", row.density) for row in planned.layers]
+
+
+def test_it_is_exported_pickled_and_differentiated(network):
+    model, _, packed, x, _ = network
+    run = sparseflax.load_program(sparseflax.export(packed, x, any_batch=True))
+    np.testing.assert_array_equal(run(jnp.concatenate([x, x])), jnp.concatenate([packed(x)] * 2))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(packed))(x), packed(x))
+    mine, wanted = jax.jit(jax.grad(lambda x: packed(x).sum()))(x), jax.jit(jax.grad(lambda x: model(x).sum()))(x)
+    assert_near(mine, wanted)
 
 
 def test_linen_too(tmp_path):

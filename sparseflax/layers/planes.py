@@ -108,14 +108,14 @@ def images(layer: Any, x: Any) -> Any:
     return blocks(layer).bordered(x) if is_transposed(layer) else x
 
 
-def outputs(layer: Any, y: Any, size: tuple[int, ...]) -> Any:
+def outputs(layer: Any, y: Any, inputs: tuple[Any, ...]) -> Any:
     """What the 2-D convolution makes of `images` of inputs (n, *size, ic) as the layer's outputs (n, *size', oc)."""
+    n, *size, _ = inputs
     if is_transposed(layer):
         made = blocks(layer)
         y = made.pixels(y, *made.outputs(*(1, *size)[-2:]))
     if rank(layer) == 3:
-        od = _depth(layer, size[0])[1]
-        return y.reshape(len(y) // od, od, *y.shape[1:])
+        return y.reshape(n, _depth(layer, size[0])[1], *y.shape[1:])
     return y[:, 0] if rank(layer) == 1 else y
 
 

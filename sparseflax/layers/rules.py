@@ -126,8 +126,8 @@ def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
         sizes = "".join(("id, ", "ih, ", "iw, ")[3 - dims:])
         ic = icg * packed.groups // (size_of(layer)[0] if dims == 3 else 1)
         raise ValueError(f"inputs have shape {x.shape}, wanted (..., {sizes}{ic})")
-    batch, size = x.shape[:-1 - dims], x.shape[-1 - dims:-1]
-    x = images(layer, x.reshape(math.prod(batch), *x.shape[-1 - dims:]))
+    batch, seen = x.shape[:-1 - dims], (math.prod(x.shape[:-1 - dims]), *x.shape[-1 - dims:])
+    x = images(layer, x.reshape(seen))
     if is_transposed(layer):
         tiled = bias if bias is None else jnp.tile(bias, packed.shape[3] // len(bias))
         y = sparse_conv(x, packed, tiled, padding="VALID")
@@ -144,7 +144,7 @@ def convolve(layer: Any, packed: PackedKernel | QuantizedKernel, bias: Any, inpu
             residual = residual.reshape(math.prod(residual.shape[:-2 if dims == 1 else -3]), *image)
         y = sparse_conv(x, packed, bias, strides=strides, padding=padding, kernel_dilation=dilation,
                         feature_group_count=layer.feature_group_count, activation=layer.activation, residual=residual)
-    y = outputs(layer, y, size)
+    y = outputs(layer, y, seen)
     return y.reshape(*batch, *y.shape[1:])
 
 
