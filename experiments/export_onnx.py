@@ -117,11 +117,23 @@ class _Writer:
     def _conv_general_dilated(self, equation, arguments, shape):
         (x, kernel), p = arguments, equation.params
         (top, bottom), (left, right) = p["padding"]
-        if not isinstance(kernel, np.ndarray) or p["lhs_dilation"] != (1, 1) or p["dimension_numbers"].lhs_spec != (0, 3, 1, 2):
+        if not isinstance(kernel, np.ndarray) or p["dimension_numbers"].lhs_spec != (0, 3, 1, 2):
             return None
+        if p["lhs_dilation"] != (1, 1):
+            return self._transposed(x, kernel, p, shape)
         return self.emit("Conv", [x.name, self.constant(kernel.transpose(3, 2, 0, 1))], shape, kernel_shape=kernel.shape[:2],
                          strides=p["window_strides"], dilations=p["rhs_dilation"], group=p["feature_group_count"],
                          pads=[top, left, bottom, right])
+
+    def _transposed(self, x: Tensor, kernel: np.ndarray, p: dict[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+        """A convolution of a spread image: ONNX turns its kernels around, and counts what is cut from the full result."""
+        kh, kw = kernel.shape[:2]
+        (top, bottom), (left, right) = p["padding"]
+        if p["window_strides"] != (1, 1) or p["rhs_dilation"] != (1, 1) or p["feature_group_count"] != 1:
+            return None
+        return self.emit("ConvTranspose", [x.name, self.constant(kernel[::-1, ::-1].transpose(2, 3, 0, 1))], shape,
+                         kernel_shape=(kh, kw), strides=p["lhs_dilation"],
+                         pads=[kh - 1 - top, kw - 1 - left, kh - 1 - bottom, kw - 1 - right])
 
     def _dot_general(self, equation, arguments, shape):
         x, kernel = arguments
@@ -136,7 +148,8 @@ class _Writer:
         x, y = arguments if isinstance(arguments[0], Tensor) else arguments[::-1]
         last = self.nodes[-1] if self.nodes else None
         bias = isinstance(y, np.ndarray) and y.shape[:-1] == (1,) * (len(shape) - 1)
-        if bias and last is not None and last.output[0] == x.name and last.op_type in ("Conv", "Gemm") and len(last.input) == 2:
+        if bias and last is not None and last.output[0] == x.name and last.op_type in ("Conv", "ConvTranspose", "Gemm") and (
+                len(last.input) == 2):
             last.input.append(self.constant(y.reshape(-1)))
             return x
         return (self._norm(x, y, shape) if bias else None) or self._elementwise("Add", arguments, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, resnet18, resnet50
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, UNet, resnet18, resnet50
 from sparseflax import conv_shapes
 
 
@@ -65,6 +66,7 @@ NETWORKS = {spec.name: spec for spec in (
     Spec("resnet50", resnet50, 224, _tenth),
     Spec("mobilenet", MobileNetV1, 224, _pointwise),
     Spec("squeezenet", SqueezeNet, 224, _tenth),
+    Spec("unet", partial(UNet, width=0.5), 128, _tenth),
 )}
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, resnet18, resnet50
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, UNet, resnet18, resnet50
 
 NARROW = {
     "alexnet": (partial(AlexNet, 10, 1 / 8, 99), 99),
@@ -12,4 +12,5 @@ NARROW = {
     "resnet50": (partial(resnet50, 10, 1 / 16), 64),
     "mobilenet": (partial(MobileNetV1, 10, 1 / 16), 64),
     "squeezenet": (partial(SqueezeNet, 10, 1 / 8), 64),
+    "unet": (partial(UNet, 10, 1 / 8), 32),
 }

@@ -10,14 +10,15 @@ import pytest
 from flax import nnx
 
 import sparseflax
-from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, layers, resnet18, resnet50
+from experiments.models import VGG16, AlexNet, GoogLeNet, MobileNetV1, SqueezeNet, UNet, layers, resnet18, resnet50
 from experiments.networks import Spec, pruned
 from sparseflax.conv import ffi
 from tests.compilation import AS_FOR_USERS
 from tests.machines import HERE
 from tests.networks import NARROW
 
-# Parameters and multiplications as published: by Caffe's model zoo, by torchvision, or in the paper (MobileNet: 4.2 million).
+# Parameters and multiplications as published: by Caffe's model zoo, by torchvision, or in the paper (MobileNet: 4.2 million);
+# U-Net's parameters are those of Pytorch-UNet for two classes, its multiplications counted.
 PUBLISHED = {
     "alexnet": (AlexNet, 227, 60_965_224, 0.724),
     "vgg16": (VGG16, 224, 138_357_544, 15.47),
@@ -27,6 +28,7 @@ PUBLISHED = {
     "resnet50": (resnet50, 224, 25_557_032, 4.09),
     "mobilenet": (MobileNetV1, 224, 4_231_976, 0.569),
     "squeezenet": (SqueezeNet, 224, 1_235_496, 0.349),
+    "unet": (UNet, 128, 31_037_698, 12.04),
 }
 
 

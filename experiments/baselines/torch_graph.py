@@ -39,6 +39,10 @@ def _call(op: str, inputs: list[Any], attributes: dict[str, Any], constants: lis
         x, weight, *bias = inputs
         return F.conv2d, ((x, weight, bias[0] if bias else None, tuple(attributes["strides"]), _padding(attributes),
                            tuple(attributes["dilations"]), attributes["group"]), {})
+    if op == "ConvTranspose":
+        x, weight, *bias = inputs
+        return F.conv_transpose2d, ((x, weight, bias[0] if bias else None, tuple(attributes["strides"]),
+                                     _padding(attributes)), {})
     if op == "Gemm":
         x, weight, *bias = inputs
         return _linear, ((x, weight, *bias), {})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from experiments.baselines import Rival
+from experiments.baselines import Rival, nhwc
 from experiments.baselines.quantized import quantized
 from experiments.baselines.yardstick import time_network
 from experiments.benchmark.int8 import INT8
@@ -113,6 +113,8 @@ def check(contenders: Iterable[Rival], exact: np.ndarray) -> dict[str, float]:
     errors, in_float32 = dict[str, float](), dict[str, bool]()
     for contender in contenders:
         output = contender.output(contender.run())
+        if output.ndim == 4 and output.shape != exact.shape:
+            output = nhwc(output)
         if output.shape != exact.shape:
             raise RuntimeError(f"{contender.name} returned {output.shape}, wanted {exact.shape}: it computes another network")
         errors[contender.name] = float(np.abs(output - exact).max() / np.abs(exact).max())

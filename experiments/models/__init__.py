@@ -14,4 +14,5 @@ from experiments.models.mobilenet import MobileNetV1 as MobileNetV1
 from experiments.models.resnet import resnet18 as resnet18
 from experiments.models.resnet import resnet50 as resnet50
 from experiments.models.squeezenet import SqueezeNet as SqueezeNet
+from experiments.models.unet import UNet as UNet
 from experiments.models.vgg import VGG16 as VGG16

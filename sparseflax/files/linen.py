@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern
+from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import mismatches
 from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
@@ -121,12 +122,21 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
         packed = from_arrays(parts)
     if row.shape is None:
         raise ValueError("it is planned sparse without the sizes of what it computes")
-    wanted = (*[row.shape.layers] * isinstance(packed, PackedStack), *row.shape.kernel_shape)
-    if packed.shape != wanted:
-        raise ValueError(f"its kernel is {packed.shape}, the model's {wanted}")
+    stack = isinstance(packed, PackedStack)
+    if packed.shape[:stack] != row.kernel_shape[:stack] or not _holds(packed.shape[stack:], row.kernel_shape[stack:], row.shape):
+        raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
     if packed.groups != row.shape.groups:
         raise ValueError(f"its kernel has {packed.groups} groups, the layer {row.shape.groups}")
     return packed
+
+
+def _holds(plane: tuple[int, ...], kernel: tuple[int, ...], shape: ConvShape) -> bool:
+    """Whether the kernel (kh, kw, ic, oc) of a 2-D convolution can be that of a layer's own, see sparseflax/layers/planes.py."""
+    if len(kernel) == 5:
+        kd, kh, kw, ic, oc = kernel
+        return plane == (kh, kw, kd * ic, oc)
+    blocks = plane == shape.kernel_shape and plane[2] == kernel[-2] and plane[3] % kernel[-1] == 0
+    return plane == (1, 1, *kernel)[-4:] or (blocks and len(kernel) > 2)
 
 
 def _named(variables: Any) -> dict[str, Any]:
