@@ -123,7 +123,8 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
     if row.shape is None:
         raise ValueError("it is planned sparse without the sizes of what it computes")
     stack = isinstance(packed, PackedStack)
-    if packed.shape[:stack] != row.kernel_shape[:stack] or not _holds(packed.shape[stack:], row.kernel_shape[stack:], row.shape):
+    alike = packed.shape[:stack] == row.kernel_shape[:stack]
+    if not alike or not _holds(packed.shape[stack:], row.kernel_shape[stack:], row.shape):
         raise ValueError(f"its kernel is {packed.shape}, the model's {row.kernel_shape}")
     if packed.groups != row.shape.groups:
         raise ValueError(f"its kernel has {packed.groups} groups, the layer {row.shape.groups}")
@@ -131,7 +132,7 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
 
 
 def _holds(plane: tuple[int, ...], kernel: tuple[int, ...], shape: ConvShape) -> bool:
-    """Whether the kernel (kh, kw, ic, oc) of a 2-D convolution can be that of a layer's own, see sparseflax/layers/planes.py."""
+    """Whether the kernel (kh, kw, ic, oc) of a 2-D convolution can be a layer's own, see sparseflax/layers/planes.py."""
     if len(kernel) == 5:
         kd, kh, kw, ic, oc = kernel
         return plane == (kh, kw, kd * ic, oc)
