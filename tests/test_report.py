@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import pickle
 import re
 import shutil
 import sys
@@ -16,7 +15,7 @@ import pytest
 from flax import nnx
 
 from experiments import evaluate, report, run
-from experiments.benchmark import results, timing
+from experiments.benchmark import results
 from experiments.configs import digits, smoke
 from experiments.data import Dataset
 from experiments.models import VGG
@@ -28,6 +27,7 @@ from sparseflax.layers.nnx import SparseConv
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
+from tests.hasty import hurry
 
 # What is fixed here stands for any machine: that it is not this one is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
@@ -69,11 +69,9 @@ def begun(finished, tmp_path):
 
 @pytest.fixture
 def timed_here(monkeypatch):
-    """Runs that time what another process would be sent in this one, one picture, and each call once."""
-    monkeypatch.setattr(run, "afresh", lambda function, *arguments: function(*pickle.loads(pickle.dumps(arguments))))
+    """Runs that are timed in no time, for one picture."""
+    hurry(monkeypatch, run)
     monkeypatch.setattr(run, "BATCHES", (1,))
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "BURST", 0.0)
 
 
 @pytest.fixture
