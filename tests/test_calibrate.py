@@ -37,7 +37,8 @@ LAYERS = fitting()
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_module, "estimate_machine", estimated)  # no constant of it is left when a calibration ends
+    for module in (detect, run_module):
+        monkeypatch.setattr(module, "estimate_machine", estimated)
     detect._detect.cache_clear()
     yield
     detect._detect.cache_clear()
