@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -13,19 +12,8 @@ from flax import nnx
 from sparseflax import pack_model, plan
 from sparseflax.job.afresh import afresh
 from sparseflax.job.times import times
+from tests.called import die, process, refuse
 from tests.machines import HERE
-
-
-def process(of):
-    return os.getpid(), of, jax.devices()[0].platform
-
-
-def refuse(path, *, wanted):
-    raise ValueError(f"{path} is no {wanted}")
-
-
-def die():
-    os._exit(9)
 
 
 def test_another_process_answers():
@@ -44,13 +32,8 @@ def test_a_process_that_dies():
         afresh(die)
 
 
-def wait():
-    print("waiting", flush=True)
-    time.sleep(120)
-
-
 def test_it_ends_when_its_caller_is_killed():
-    script = "from sparseflax.job.afresh import afresh; from tests.test_afresh import wait; afresh(wait)"
+    script = "from sparseflax.job.afresh import afresh; from tests.called import wait; afresh(wait)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as caller:
         assert caller.stdout is not None and caller.stdout.readline() == "waiting\n"
         caller.kill()
@@ -67,8 +50,9 @@ def test_a_script_may_call_it_at_its_top(tmp_path):
 def test_networks_are_timed_there():
     draw = np.random.default_rng(0)
     rngs = nnx.Rngs(0)
-    model = nnx.Sequential(nnx.Conv(16, 16, (3, 3), rngs=rngs), nnx.BatchNorm(16, use_running_average=True, rngs=rngs))
-    model.layers[0].kernel[...] *= draw.random((3, 3, 16, 16)) < 0.1
+    kernel = draw.standard_normal((3, 3, 16, 16), np.float32) * (draw.random((3, 3, 16, 16)) < 0.1)
+    convolution = nnx.Conv(16, 16, (3, 3), kernel_init=lambda *_: jax.device_put(kernel), rngs=rngs)
+    model = nnx.Sequential(convolution, nnx.BatchNorm(16, use_running_average=True, rngs=rngs))
     x = draw.standard_normal((1, 8, 8, 16)).astype(np.float32)
     packed = pack_model(model, plan(model, x, HERE), x)
     found = afresh(times, model, x, HERE, [packed, packed], 0.05)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import sparseflax
 from experiments.baselines import Rival, inductor, network_field
 from experiments.benchmark import networks_table, results
 from experiments.benchmark.networks import XLA, check, measure
@@ -20,12 +19,12 @@ from experiments.models import AlexNet, MobileNetV1, resnet18
 from experiments.networks import GOOGLENET, NETWORKS, Spec, pruned
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
+from tests.machines import HERE, stored
 
 pytest.importorskip("onnx")
 pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = Path(__file__).parents[1]
 TINY = Spec("tiny", partial(AlexNet, 10, 1 / 4, 67), 67, lambda path, shape: 0.05)
-MACHINE = sparseflax.detect_machine()
 
 
 def kernels(spec):
@@ -65,7 +64,7 @@ def line(tmp_path_factory):
     stub = tmp_path_factory.mktemp("stub") / "stub.py"
     stub.write_text("import json, os, sys\nargs = sys.argv[2:]\n"
                     "print(json.dumps({'engine': ' '.join(args), 'seconds': os.path.getsize(sys.argv[1])}))")
-    return measure(TINY, 2, network_field()[0], MACHINE, threads=1, seconds=0.0, measured=False,
+    return measure(TINY, 2, network_field()[0], HERE, threads=1, seconds=0.0, measured=False,
                    yardstick=f"{sys.executable} {stub}")
 
 
@@ -128,7 +127,7 @@ def test_every_layer_is_found_in_the_program(make):
     spec = Spec("small", make, 64, lambda path, shape: 0.1)
     x = np.ones((1, 64, 64, 3), np.float32)
     model = pruned(spec)
-    planned = plan(model, x, MACHINE)
+    planned = plan(model, x, HERE)
     inside, rest, steps = where_time_goes(pack_model(model, planned), x)
     assert set(inside) == {layer.path for layer in planned.layers}
     assert all(seconds >= 0 for seconds in [*inside.values(), *rest.values()]) and sum(inside.values()) > 0
@@ -148,14 +147,22 @@ def test_the_yardstick_is_shown_and_not_written(tmp_path, monkeypatch):
     """The whole command, with a network as small as a test wants."""
     stub = tmp_path / "stub.py"
     stub.write_text("import json\nprint(json.dumps({'engine': 'stub', 'seconds': 1.0}))")
-    script = ("import sys; from experiments import networks; from experiments.benchmark import __main__ as benchmark; "
-              "from functools import partial; from experiments.models import AlexNet; "
-              "networks.NETWORKS['tiny'] = networks.Spec('tiny', partial(AlexNet, 10, 1 / 4, 67), 67, lambda p, s: 0.1); "
-              "benchmark.main()")
+    script = """
+from flax import nnx
+from experiments import networks
+from experiments.benchmark import __main__ as benchmark
+
+def tiny(rngs):
+    convolutions = [nnx.Conv(ic, oc, (3, 3), rngs=rngs) for ic, oc in ((3, 16), (16, 32))]
+    return nnx.Sequential(convolutions[0], nnx.relu, convolutions[1], lambda x: x.mean((1, 2)), nnx.Linear(32, 10, rngs=rngs))
+
+networks.NETWORKS["tiny"] = networks.Spec("tiny", tiny, 19, lambda path, shape: 0.1)
+benchmark.main()
+"""
     out = tmp_path / "out.jsonl"
     ran = subprocess.run([sys.executable, "-c", script, "networks", "--network", "tiny", "--batch", "1", "--seconds", "0",
                           "--rival", "onednn", "--explain", "--yardstick", f"{sys.executable} {stub}", "--out", str(out)],
-                         cwd=ROOT, capture_output=True, text=True)
+                         cwd=ROOT, env=stored(tmp_path, 1), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "tiny | 1 | 1 |" in ran.stdout and "tiny, n=1: layers" in ran.stdout
     (written,) = map(json.loads, out.read_text().splitlines())

@@ -16,6 +16,7 @@ from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.machine import ATOM_C2750, TYPICAL
 from sparseflax.cost.profile import load_machine
 from sparseflax.prune.whole import Whole
+from tests.machines import estimated
 
 native = pytest.mark.skipif(not ffi.kernels(), reason="no native kernel")
 
@@ -43,6 +44,8 @@ def nothing():
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (detect, calibration):
+        monkeypatch.setattr(module, "estimate_machine", estimated)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does with the folder it is given in
     (tmp_path / "userland.py").write_text(NETWORK)
@@ -116,14 +119,14 @@ def test_plan_for_a_speedup_is_a_guide(monkeypatch, capsys):
 
 
 def test_bench(monkeypatch, capsys):
-    out = run(monkeypatch, capsys, "bench", "userland:with_input", "--density", "0.1", "--seconds", "0.1")
+    out = run(monkeypatch, capsys, "bench", "userland:with_input", "--density", "0.1", "--seconds", "0.01")
     rows = re.findall(r"^(dense|dense, batch norms folded|packed) +[\d.]+ +[\d.]+ to [\d.]+ +[\d.]+x$", out, re.MULTILINE)
     assert rows == ["dense", "dense, batch norms folded", "packed"] and "0.100" in out
 
 
 @native
 def test_bench_step_by_step(monkeypatch, capsys, tmp_path):
-    out = run(monkeypatch, capsys, "bench", "userland:with_input", "--density", "0.1", "--seconds", "0.1", "--steps",
+    out = run(monkeypatch, capsys, "bench", "userland:with_input", "--density", "0.1", "--seconds", "0.01", "--steps",
               "--svg", "steps.svg")
     assert re.search(r"^all steps( +[\d.]+){3}$", out, re.MULTILINE) and out.endswith("written to steps.svg\n")
     texts = {text.text for text in ElementTree.parse(tmp_path / "steps.svg").iter("{http://www.w3.org/2000/svg}text")}

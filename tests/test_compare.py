@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import cache
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from test_report import MACHINE, Links
 from experiments import evaluate, train
 from experiments.benchmark import results
 from experiments.compare import __main__ as compare
-from experiments.compare import networks, page, runs, summary, training
+from experiments.compare import networks, page, runs, summary, timing, training
 from experiments.compare.published import PUBLISHED
 from experiments.compare.runs import Run
 from experiments.methods import METHODS, Speed
@@ -24,12 +25,13 @@ from sparseflax.cost.machine import to_dict
 from sparseflax.cost.model import conv_seconds, dense_seconds
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.shapes import conv_shapes
+from tests.hasty import hurry
 
 # What is fixed here stands for any machine: that it is not this one is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
 
 CONFIG = dataclasses.replace(networks.QUICK["vgg"], widths=((8,), (32,)), dense_steps=4, prune_steps=4, ramp_steps=3,
-                             prune_every=1, save_every=2, train_images=64, test_images=32, timing_seconds=0.05, warmup_steps=1)
+                             prune_every=1, save_every=2, train_images=64, test_images=32, timing_seconds=0.0, warmup_steps=1)
 CHOSEN = ("GMP, guided", "one-shot")
 SHAPES = {"a": ConvShape(1, 14, 14, 32, 64, 3, 3), "b": ConvShape(1, 14, 14, 64, 64, 3, 3),
           "c": ConvShape(1, 28, 28, 3, 8, 3, 3)}
@@ -47,6 +49,7 @@ def folder(tmp_path_factory):
         patch.setattr(compare, "use_threads", lambda threads: None)
         patch.setattr(compare, "keep_memory", lambda: True)
         patch.setattr(networks, "QUICK", {"vgg": CONFIG})
+        hurry(patch, timing)
         compare.main(flags(out))
     return out
 
@@ -88,6 +91,7 @@ def test_a_line_for_every_run(folder):
 def test_finished_runs_are_skipped_and_lost_lines_made_again(folder, monkeypatch):
     monkeypatch.setattr(networks, "QUICK", {"vgg": CONFIG})
     monkeypatch.setattr(train, "_step", None)
+    hurry(monkeypatch, timing)
     before = (folder / runs.RESULTS).read_text()
     compare.main(flags(folder))
     assert (folder / runs.RESULTS).read_text() == before
@@ -149,11 +153,18 @@ def test_predictions_of_a_network():
     assert speed.density({}) == 1
 
 
+@cache
+def dense():
+    """(data, network, its shapes); a few pictures are enough for a method to look at."""
+    data, model = training.dataset(dataclasses.replace(CONFIG, train_images=16)), training._network(CONFIG)
+    model.eval()
+    return data, model, conv_shapes(model, data.test_images[:1])
+
+
 def task(speedup, method=CONFIG.method, block=1):
     config = dataclasses.replace(CONFIG, speedup=speedup, method=method, block=block)
-    data, model = training.dataset(CONFIG), training._network(CONFIG)
-    model.eval()
-    return training.main_job.task(config, model, data, conv_shapes(model, data.test_images[:1]), MACHINE, None)
+    data, model, shapes = dense()
+    return training.main_job.task(config, nnx.clone(model), data, shapes, MACHINE, None)
 
 
 def test_unguided_densities_are_the_largest_that_are_predicted_fast_enough():

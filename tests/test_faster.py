@@ -24,7 +24,7 @@ onnx = pytest.importorskip("onnx")
 pillow = pytest.importorskip("PIL.Image")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-CHANNELS, CLASSES, SIDE, COUNT = (3, 32, 48), 5, 12, 64
+CHANNELS, CLASSES, SIDE, COUNT = (3, 32, 48), 5, 8, 64
 
 
 def write_network(path, *, shape=(1, 3, SIDE, SIDE), convolutions=True):
@@ -80,6 +80,7 @@ def known():
         for module in (job, tries):
             patch.setattr(module, "afresh", lambda function, *args, **keywords: function(*args, **keywords))
         patch.setattr(tries, "MISSED", 1e9)  # any measured speed will do
+        patch.setattr(timing, "BURST", 0.0)
         yield
 
 
@@ -93,7 +94,7 @@ def given(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(given, tmp_path_factory):
     out = tmp_path_factory.mktemp("job") / "out"
-    return out, sparseflax.faster(*given, speedup=2, out=out, seconds=0.1)
+    return out, sparseflax.faster(*given, speedup=2, out=out, seconds=0.01)
 
 
 def test_what_is_written_computes_the_same(given, finished):
@@ -113,9 +114,9 @@ def test_what_is_written_computes_the_same(given, finished):
 def test_the_job_goes_on_where_it_stopped(given, finished, monkeypatch):
     out, result = finished
     monkeypatch.setattr(layers, "hessians", None)  # nothing is pruned again
-    assert sparseflax.faster(*given, speedup=2, out=out, seconds=0.1) == json.loads(json.dumps(result))
+    assert sparseflax.faster(*given, speedup=2, out=out, seconds=0.01) == json.loads(json.dumps(result))
     (out / "result.json").unlink()
-    again = sparseflax.faster(*given, speedup=2, out=out, seconds=0.1)
+    again = sparseflax.faster(*given, speedup=2, out=out, seconds=0.01)
     assert again["fidelity"] == result["fidelity"] and again["layers"] == result["layers"]
 
 
@@ -135,7 +136,7 @@ def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path, first, a
     monkeypatch.setattr(timing, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
     monkeypatch.setattr(timing, "engines", lambda *_: ({}, {}))
     with pytest.raises(StopIteration):  # the clock has no more to say once the network is made
-        sparseflax.faster(network, pictures, speedup=2, out=tmp_path / "out", seconds=0.1)
+        sparseflax.faster(network, pictures, speedup=2, out=tmp_path / "out", seconds=0.01)
     assert json.loads((tmp_path / "out" / "aim.json").read_text()) == pytest.approx(aim)
     assert [speed for speed in asked if speed < 100][:3] == [2, pytest.approx(aim), pytest.approx(aim)]
 
@@ -149,7 +150,7 @@ def test_a_score_of_the_users_own(given, tmp_path):
         scores.append(90.0 - 10 * len(scores))
         return scores[-1]
 
-    found = sparseflax.faster(*given, points=25, score=score, out=tmp_path / "out", seconds=0.1)
+    found = sparseflax.faster(*given, points=25, score=score, out=tmp_path / "out", seconds=0.01)
     tried = {one["asked"]: one["points"] for one in found["curve"]}
     assert sorted(tried.values()) == [10.0 * i for i in range(1, len(tried) + 1)] and len(tried) == tries.CURVE + tries.FINER
     chosen = next(one for one in found["curve"] if one["chosen"])
@@ -172,7 +173,7 @@ def test_a_command_finetunes_and_keeps_to_points(given, monkeypatch, capsys, tmp
     labels.write_text("".join(f"{i:02}.png,{i % CLASSES}\n" for i in range(COUNT)))
     network, pictures = map(str, given)
     arguments = ["faster", network, "--images", pictures, "--points", "100", "--finetune", "0.001", "--labels", str(labels)]
-    monkeypatch.setattr(sys, "argv", ["sparseflax", *arguments, "--out", str(tmp_path / "out"), "--seconds", "0.1"])
+    monkeypatch.setattr(sys, "argv", ["sparseflax", *arguments, "--out", str(tmp_path / "out"), "--seconds", "0.01"])
     monkeypatch.setattr(tries, "CURVE", 2)
     commands.main()
     said = capsys.readouterr().out

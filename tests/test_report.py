@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +27,7 @@ from sparseflax.layers.nnx import SparseConv
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
+from tests.hasty import hurry
 
 # What is fixed here stands for any machine: that it is not this one is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was made for:RuntimeWarning")
@@ -54,6 +56,22 @@ def whole(config):
 @pytest.fixture
 def result(finished):
     return copy.deepcopy(finished[1])
+
+
+@pytest.fixture
+def begun(finished, tmp_path):
+    """The folder of a run that goes on where that one ended its dense training, which no speedup or method changes."""
+    for name in ("machine.json", "whole.json"):
+        shutil.copy(finished[0].out / name, tmp_path)
+    shutil.copytree(finished[0].out / "dense-training", tmp_path / "dense-training")
+    return tmp_path
+
+
+@pytest.fixture
+def timed_here(monkeypatch):
+    """Runs that are timed in no time, for one picture."""
+    hurry(monkeypatch, run)
+    monkeypatch.setattr(run, "BATCHES", (1,))
 
 
 @pytest.fixture
@@ -97,20 +115,16 @@ def test_a_learning_rate_that_would_still_rise_at_its_end():
 
 
 @pytest.mark.parametrize("method", ["GMP, guided", "GMP, uniform", "GMP, global"])
-def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(method, tmp_path, capsys):
-    config = dataclasses.replace(smoke.config, out=tmp_path, method=method, speedup=1000.0)
-    write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
-    write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
+def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(method, begun, timed_here, capsys):
+    config = dataclasses.replace(smoke.config, out=begun, method=method, speedup=1000.0, timing_seconds=0.0)
     result = run.run(config)
     assert re.match(r"asked for 1000x, this machine allows [0-9.]+x", result["shortfall"])
     assert capsys.readouterr().out.count(result["shortfall"]) >= 1 and result["times"]["1"]["packed"]["seconds"] > 0
     assert report.headline(result).startswith("Asked for 1000x, this machine allows ")
 
 
-def test_accuracy_bounds_the_speedup(tmp_path, timed_before, monkeypatch, capsys):
-    config = dataclasses.replace(smoke.config, out=tmp_path, speedup=1.6, points=2.0)
-    write_atomically(tmp_path / "machine.json", json.dumps(to_dict(MACHINE)))
-    write_atomically(tmp_path / "whole.json", json.dumps(whole(config)._asdict()))
+def test_accuracy_bounds_the_speedup(begun, timed_before, monkeypatch, capsys):
+    config = dataclasses.replace(smoke.config, out=begun, speedup=1.6, points=2.0)
     train_to, started = run.train.fit, []
 
     def losing(model, *arguments, title, **options):
