@@ -56,7 +56,8 @@ class Problem:
 
     def pack(self, kernel) -> sf.PackedKernel:
         """The kept entries of any array shaped like the kernel, with leading batch dimensions."""
-        return sf.PackedKernel(jnp.reshape(kernel, (*kernel.shape[:-4], -1))[..., self.index], self.pattern)
+        values = np.reshape(kernel, (*kernel.shape[:-4], -1))[..., self.index]
+        return sf.PackedKernel(jax.device_put(values), self.pattern)
 
     @property
     def sparse(self):
@@ -99,23 +100,26 @@ def test_other_values_do_not_recompile(problem):
     assert len(traces) == 2
 
 
+@functools.partial(jax.jit, static_argnames="activation")  # one for all tests: what is compiled is found again
+def dense_gradient(x, kernel, bias, residual, cotangent, activation):
+    return jax.grad(lambda *operands: jnp.vdot(dense_call(*operands, activation), cotangent), argnums=(0, 1, 2, 3))(
+        x, kernel, bias, residual)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["grad", "jit", "remat"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients(problem, activation, wrap):
     """To x, values, bias and residual at once."""
-    def gradient(call, operands):
-        f = wrap(functools.partial(call, activation=activation))
-        return jax.grad(lambda operands: jnp.vdot(f(*operands), problem.cotangent))(operands)
-
-    problem.assert_same(gradient(sparse_call, problem.sparse), gradient(dense_call, problem.dense))
+    f = wrap(functools.partial(sparse_call, activation=activation))
+    gradient = jax.grad(lambda operands: jnp.vdot(f(*operands), problem.cotangent))(problem.sparse)
+    problem.assert_same(gradient, dense_gradient(*problem.dense, problem.cotangent, activation))
 
 
 @pytest.mark.parametrize("argument", range(4))
 def test_gradient_to_one_operand(problem, argument):
-    def gradient(call, operands):
-        return jax.grad(lambda *a: jnp.vdot(call(*a, activation="relu"), problem.cotangent), argnums=argument)(*operands)
-
-    ours, dense = gradient(sparse_call, problem.sparse), gradient(dense_call, problem.dense)
+    ours = jax.grad(lambda *a: jnp.vdot(sparse_call(*a, activation="relu"), problem.cotangent), argnums=argument)(
+        *problem.sparse)
+    dense = dense_gradient(*problem.dense, problem.cotangent, "relu")[argument]
     assert np.array_equal(ours.values if argument == 1 else ours, problem.pack(dense).values if argument == 1 else dense)
 
 
@@ -185,6 +189,12 @@ AXES = {"x": (0, None, None, None), "values": (None, 0, None, None), "bias": (No
         "all": (0, 0, 0, 0)}
 
 
+@functools.partial(jax.jit, static_argnums=0)  # one for all tests: what is compiled is found again
+def row(call, cotangent, *operands):
+    f = functools.partial(call, activation="relu")
+    return f(*operands), jax.grad(lambda *a: jnp.vdot(f(*a), cotangent), argnums=(0, 1, 2, 3))(*operands)
+
+
 @pytest.mark.parametrize("axes", AXES.values(), ids=list(AXES))
 def test_vmap(problem, axes):
     """Values and gradients; what is not mapped is the plain problem."""
@@ -192,14 +202,10 @@ def test_vmap(problem, axes):
     sparse = tuple(b if axis is None else a for a, b, axis in zip(many.sparse, problem.sparse, axes, strict=True))
     dense = tuple(b if axis is None else a for a, b, axis in zip(many.dense, problem.dense, axes, strict=True))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def row(call, *operands):
-        f = functools.partial(call, activation="relu")
-        return f(*operands), jax.grad(lambda *a: jnp.vdot(f(*a), problem.cotangent), argnums=(0, 1, 2, 3))(*operands)
-
-    y, grads = jax.vmap(functools.partial(row, sparse_call), in_axes=axes)(*sparse)
-    rows = [row(dense_call, *(o if axis is None else o[i] for o, axis in zip(dense, axes, strict=True))) for i in range(4)]
-    want, dense_grads = jax.tree.map(lambda *a: jnp.stack(a), *rows)
+    y, grads = jax.vmap(functools.partial(row, sparse_call, problem.cotangent), in_axes=axes)(*sparse)
+    rows = [row(dense_call, problem.cotangent, *(o if axis is None else o[i] for o, axis in zip(dense, axes, strict=True)))
+            for i in range(4)]
+    want, dense_grads = jax.tree.map(lambda *a: np.stack(a), *rows)
     assert np.array_equal(y, want)
     problem.assert_same(grads, dense_grads)
 
@@ -215,6 +221,7 @@ def test_vmap_axes_and_nesting(problem):
     values = np.moveaxis(many.packed.values, (0, 1), (1, 2))
     over_values = jax.vmap(jax.vmap(lambda x, v: f(x, sf.PackedKernel(v, many.pattern)), in_axes=(None, 1)), in_axes=(None, 1))
     y = over_values(problem.x, values)
+    y = np.asarray(y)
     for i, j in np.ndindex(2, 3):
         assert np.array_equal(y[i, j], jax.lax.conv_general_dilated(problem.x, many.kernel[i, j], **XLA))
     empty = jax.vmap(f, in_axes=(0, None))(many.x[0, :0], problem.packed)
@@ -259,8 +266,8 @@ def test_shard_map(activation):
 
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(split, whole, whole, split, split), out_specs=whole)
     value, grads = jax.jit(jax.value_and_grad(sharded, argnums=(0, 1, 2, 3)))(*problem.sparse, problem.cotangent)
-    want, dense = jax.value_and_grad(
-        lambda *a: jnp.vdot(dense_call(*a, activation), problem.cotangent), argnums=(0, 1, 2, 3))(*problem.dense)
+    want, dense = jax.jit(jax.value_and_grad(
+        lambda *a: jnp.vdot(dense_call(*a, activation), problem.cotangent), argnums=(0, 1, 2, 3)))(*problem.dense)
     assert value == want
     problem.assert_same(grads, dense)
 
@@ -282,7 +289,7 @@ def test_shard_map_with_the_same_images(problem, split_operand):
     axes = tuple(0 if i == split_operand else None for i in range(4))
     want = jax.vmap(lambda *a: jnp.vdot(dense_call(*a, activation="relu"), problem.cotangent), in_axes=axes)
     value, grads = jax.jit(jax.value_and_grad(sharded, argnums=(0, 1, 2, 3)))(*sparse)
-    exact, dense_grads = jax.value_and_grad(lambda *a: jnp.sum(want(*a)), argnums=(0, 1, 2, 3))(*dense)
+    exact, dense_grads = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(want(*a)), argnums=(0, 1, 2, 3)))(*dense)
     assert value == exact
     problem.assert_same(grads, dense_grads)
 
@@ -298,7 +305,7 @@ def test_gradients_inside_shard_map(problem):
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec("d"), PartitionSpec()), out_specs=PartitionSpec())
     want = jax.grad(lambda k: jnp.sum(jax.lax.conv_general_dilated(x, k, **XLA)))(problem.kernel)
-    assert np.array_equal(sharded(x, problem.packed), problem.pack(want).values)
+    assert np.array_equal(jax.jit(sharded)(x, problem.packed), problem.pack(want).values)
 
 
 def test_sharded_batch_under_jit():
@@ -330,7 +337,8 @@ import sys
 import jax, numpy as np
 from sparseflax.conv import ffi  # registers the target
 folder = sys.argv[1]
-exported = jax.export.deserialize(bytearray(open(folder + "/program", "rb").read()))
+with open(folder + "/program", "rb") as file:
+    exported = jax.export.deserialize(bytearray(file.read()))
 data = np.load(folder + "/data.npz")
 y = exported.call(data["x"], data["values"])
 gradient = exported.vjp().call(data["x"], data["values"], data["cotangent"]) if exported.has_vjp() else ()

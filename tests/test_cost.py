@@ -91,12 +91,18 @@ def test_smooth_maximum_is_bounded(shape, density, machine):
     assert hard * (1 - ROUNDING) <= float(dense_seconds(shape, machine)) <= 2 ** (1 / SHARPNESS) * hard * (1 + ROUNDING)
 
 
+seconds_and_slope = jax.jit(jax.value_and_grad(conv_seconds, argnums=1), static_argnums=2)
+
+
 @settings(max_examples=100, deadline=None)
 @given(layers, densities, machines)
 @example(ConvShape(16, 56, 56, 64, 8, 1, 1), 2.0**-13, ATOM_C2750)  # a sixteenth of a weight, 3e7 times less than activations
 def test_value_and_gradient(shape, density, machine):
-    value, gradient = jax.value_and_grad(conv_seconds, argnums=1)(shape, density, machine)
+    value = float(conv_seconds(shape, density, machine))
     np.testing.assert_allclose(value, smooth_seconds(shape, density, machine), rtol=ROUNDING)
+    work = jax.tree.map(np.float32, Work.of(shape, machine))  # an operand: compiled for a machine, not a shape
+    traced, gradient = seconds_and_slope(work, density, machine)
+    np.testing.assert_allclose(traced, value, rtol=ROUNDING)
     step = 1e-5 * density  # truncation below (P * 1e-5)^2 = 6e-9, rounding of float64 below 1e-16 / 1e-5
     difference = smooth_seconds(shape, density + step, machine) - smooth_seconds(shape, density - step, machine)
     np.testing.assert_allclose(gradient, difference / (2 * step), rtol=3 * ROUNDING, atol=1e-11 * value / density)

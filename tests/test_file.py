@@ -1,5 +1,6 @@
 """A packed network as a file: what comes back, what it costs, and that no damage or edit gets through or does harm."""
 
+import functools
 import json
 import warnings
 from dataclasses import replace
@@ -38,6 +39,7 @@ class Net(nnx.Module):
         return self.head(self.small_norm(self.small(x)).mean((1, 2)))
 
 
+@functools.cache
 def abstract(**sizes):
     return nnx.eval_shape(lambda: Net(**sizes, rngs=nnx.Rngs(1)))
 
@@ -48,12 +50,12 @@ def network():
     model, draw = Net(rngs=nnx.Rngs(0)), np.random.default_rng(0)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
-            module.mean[...] = jnp.asarray(draw.standard_normal(module.mean.shape), jnp.float32)
-            module.var[...] = jnp.asarray(draw.random(module.var.shape), jnp.float32)
+            module.mean[...] = jnp.asarray(draw.standard_normal(module.mean.shape).astype(np.float32))
+            module.var[...] = jnp.asarray(draw.random(module.var.shape).astype(np.float32))
     for layer in (model.conv, model.block, model.head):
         layer.kernel[...] = layer.kernel[...] * (draw.random(layer.kernel.shape) < 0.2).astype(np.float32)
     model.scale = jnp.full((), 3.0)
-    x = jnp.asarray(draw.standard_normal((2, 6, 6, 8)), jnp.float32)
+    x = jnp.asarray(draw.standard_normal((2, 6, 6, 8)).astype(np.float32))
     planned = sparseflax.plan(model, x, HERE)
     packed = sparseflax.pack_model(model, planned)
     packed.conv.values[0] = 0.0

@@ -1,5 +1,6 @@
 """A network in eight bits as a file: what comes back, what it costs, what is refused, and that no edit does harm."""
 
+import functools
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.random(x)).mean((1, 2)))
 
 
+@functools.cache
 def abstract():
     return nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(1)))
 
@@ -103,7 +105,8 @@ import sys
 import numpy as np
 import sparseflax
 folder = sys.argv[1]
-program = sparseflax.load_program(open(folder + "/program", "rb").read())
+with open(folder + "/program", "rb") as file:
+    program = sparseflax.load_program(file.read())
 np.save(folder + "/y.npy", program(np.load(folder + "/x.npy")))
 assert not {"flax", "optax"} & set(sys.modules), "the runtime part is to need jax alone"
 """

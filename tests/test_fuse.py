@@ -84,9 +84,17 @@ def epilogues(f, *args):
     return found
 
 
+def both(f, *args):
+    """What the fused form of a function returns, and what it itself does: one compilation."""
+    return jax.jit(lambda *args: (fuse(f)(*args), f(*args)))(*args)
+
+
 def agrees(f, *args):
     """That a function and its fused form return the same values."""
-    result, wanted = jax.jit(lambda *args: (fuse(f)(*args), f(*args)))(*args)
+    same(*both(f, *args))
+
+
+def same(result, wanted):
     assert jax.tree.structure(result) == jax.tree.structure(wanted)
     for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
         assert got.dtype == want.dtype
@@ -342,14 +350,14 @@ def test_smooth_functions_are_steps(f, wanted):
     for step, (_, *numbers) in zip(made, wanted, strict=True):
         if numbers:
             np.testing.assert_allclose(step.numbers, numbers, rtol=4 * 2.0**-24)
-    got, want = (jax.jit(run)(X / 8) for run in (fuse(lambda x: f(conv(x))), lambda x: f(conv(x))))
+    got, want = both(lambda x: f(conv(x)), X / 8)
     # As in tests/test_program.py; XLA's is off by as much, and by its own size where a sum with 1 cancels.
     np.testing.assert_allclose(got, want, rtol=80 * 2.0**-24, atol=64 * 2.0**-24 * float(jnp.abs(want).max()))
 
 
 @pytest.mark.parametrize("f", [nnx.silu, lambda y: jax.nn.sigmoid(y) * y, lambda y: (lambda g: y * g + g)(jax.nn.sigmoid(y))])
 def test_silu_as_xla_has_it(f):
-    got, want = (jax.jit(run)(X) for run in (fuse(lambda x: f(conv(x))), lambda x: f(conv(x))))
+    got, want = both(lambda x: f(conv(x)), X)
     # As in tests/test_program.py; XLA's is off by as much, and what it makes of a large negative number may be 0.
     np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24, atol=2.0**-126)
 
@@ -416,7 +424,7 @@ def test_norms_of_what_a_network_computes_are_steps(norm):
     with jax.numpy_dtype_promotion("standard"):  # Flax divides by an integer
         outside = [equation.primitive.name for equation in equations(fuse(lambda x: norm(conv(x))), X)]
         assert outside.count("sparse_program") == 1 and not {"reduce_sum", "rsqrt", "sub", "add", "mul"} & set(outside)
-        got, want = (jax.jit(run)(X) for run in (fuse(lambda x: norm(conv(x))), lambda x: norm(conv(x))))
+        got, want = both(lambda x: norm(conv(x)), X)
     # Means of up to 144 numbers: their squares' and the square of their mean may cancel, to an eighth at most here.
     np.testing.assert_allclose(got, want, atol=8 * 144 * 2.0**-24 * float(jnp.abs(want).max()))
 
@@ -432,17 +440,18 @@ def test_a_number_that_is_traced():
 
 
 def test_nan_and_inf_propagate_alike():
-    x = X.at[0, 0, 0, 0].set(jnp.nan).at[0, 3, 3, 1].set(jnp.inf).at[1, 2, 2, 2].set(-jnp.inf).at[1, 5, 5, 3].set(jnp.inf)
+    x = np.array(X)
+    x[0, 0, 0, 0], x[0, 3, 3, 1], x[1, 2, 2, 2], x[1, 5, 5, 3] = np.nan, np.inf, -np.inf, np.inf
     depthwise = jnp.asarray(reference.integers(DRAW, 3, 3, 1, 8))
-    for f in (lambda x: nnx.relu(conv(x) + x), lambda x: jnp.clip(conv(x), 0, 6), lambda x: nnx.relu6(conv(x)),
-              lambda x: jax.lax.clamp(0.0, conv(x), 6.0), lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"),
-              lambda x: nnx.max_pool(x, (2, 2), (2, 2)), lambda x: avg_pool(x, (3, 3), (1, 1), padding="SAME"),
-              lambda x: jax.lax.conv_general_dilated(
-                  x, depthwise, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=8),
-              lambda x: jax.lax.conv_general_dilated(
-                  x, depthwise, (2, 2), "SAME", dimension_numbers=NHWC, feature_group_count=8)):
-        assert np.isnan(f(x)).any()
-        agrees(f, x)
+    functions = (
+        lambda x: nnx.relu(conv(x) + x), lambda x: jnp.clip(conv(x), 0, 6), lambda x: nnx.relu6(conv(x)),
+        lambda x: jax.lax.clamp(0.0, conv(x), 6.0), lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"),
+        lambda x: nnx.max_pool(x, (2, 2), (2, 2)), lambda x: avg_pool(x, (3, 3), (1, 1), padding="SAME"),
+        lambda x: jax.lax.conv_general_dilated(x, depthwise, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=8),
+        lambda x: jax.lax.conv_general_dilated(x, depthwise, (2, 2), "SAME", dimension_numbers=NHWC, feature_group_count=8))
+    for got, want in jax.jit(lambda x: [(fuse(f)(x), f(x)) for f in functions])(x):
+        assert np.isnan(want).any()
+        same(got, want)
 
 
 def test_any_numbers():
@@ -485,7 +494,7 @@ def test_derivatives_are_those_of_the_function():
 
     for transform in (lambda f: jax.grad(loss(f), (0, 1)), lambda f: jax.jit(jax.grad(loss(jax.jit(f)), (0, 1))),
                       lambda f: jax.grad(lambda x, bias: jax.grad(loss(f))(x, bias).sum(), 1)):
-        got, wanted = transform(fuse(f))(X, BIAS), transform(f)(X, BIAS)
+        got, wanted = transform(fuse(f))(X, BIAS), jax.jit(transform(f))(X, BIAS)
         # The means over 9 are not integers: a few roundings, relative to the largest value.
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=64 * 2**-23 * float(jnp.abs(b).max()))
@@ -577,9 +586,9 @@ def test_pooling_of_any_numbers():
             def f(x, padding=padding, include=include):
                 return avg_pool(x, (3, 3), (2, 2), padding=padding, count_include_pad=include)
 
+            (got, want), magnitude = jax.jit(lambda x, f=f: ((fuse(f)(x), f(x)), f(jnp.abs(x))))(x)
             # Two sums of 9 terms, in different orders, and a division.
-            tolerance = 2 * 10 * 2.0**-24 * jax.jit(f)(np.abs(x))
-            assert np.all(np.abs(jax.jit(fuse(f))(x) - jax.jit(f)(x)) <= tolerance)
+            assert np.all(np.abs(got - want) <= 2 * 10 * 2.0**-24 * magnitude)
 
 
 def test_pooling_changes_form():
@@ -691,21 +700,24 @@ def test_grouped_convolutions_change_form_without_a_kernel(no_kernel):
         return [e.params["feature_group_count"] for e in equations(fuse(f), X, kernel)
                 if e.primitive.name == "conv_general_dilated"]
 
-    assert convolutions(jnp.ones((3, 3, 8, 4)), 1) == [1]
-    assert convolutions(jnp.ones((1, 1, 8, 4)), 1) == []
-    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, window_strides=(2, 3)) == [1]
-    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, padding=((0, 1), (0, 0))) == [1]
-    assert convolutions(jnp.ones((1, 1, 8, 4)), 1, lhs_dilation=(2, 1), padding=((0, 0), (0, 0))) == [1]
-    assert convolutions(jnp.ones((4, 6, 1, 1)), 1, ("NCHW", "OIHW", "NCHW")) == [1], "pixels: NHWC only"
-    assert convolutions(jnp.ones((3, 3, 4, 4)), 2) == [1, 1]
-    assert convolutions(jnp.ones((3, 3, 1, 8)), 8) == []
-    assert convolutions(jnp.ones((3, 3, 1, 8)), 8, window_strides=(2, 2)) == []
-    assert convolutions(jnp.ones((3, 3, 1, 16)), 8) == [1] * 8, "two outputs per channel"
-    assert convolutions(jnp.ones((6, 2, 3, 3)), 3, ("NCHW", "OIHW", "NHWC")) == [1] * 3, "any layout"
-    assert convolutions(jnp.ones((6, 1, 3, 3)), 6, ("NCHW", "OIHW", "NCHW")) == [6], "depthwise: NHWC only"
-    assert convolutions(jnp.ones((3, 3, 1, 8)), 8, lhs_dilation=(2, 2), padding=((0, 0), (0, 0))) == [8]
-    assert convolutions(jnp.ones((3, 3, 1, 8)), 8, padding=((-1, 1), (0, 0))) == [8]
-    assert convolutions(jnp.ones((9, 9, 1, 8)), 8) == [8], "too many taps"
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+
+    assert convolutions(ones(3, 3, 8, 4), 1) == [1]
+    assert convolutions(ones(1, 1, 8, 4), 1) == []
+    assert convolutions(ones(1, 1, 8, 4), 1, window_strides=(2, 3)) == [1]
+    assert convolutions(ones(1, 1, 8, 4), 1, padding=((0, 1), (0, 0))) == [1]
+    assert convolutions(ones(1, 1, 8, 4), 1, lhs_dilation=(2, 1), padding=((0, 0), (0, 0))) == [1]
+    assert convolutions(ones(4, 6, 1, 1), 1, ("NCHW", "OIHW", "NCHW")) == [1], "pixels: NHWC only"
+    assert convolutions(ones(3, 3, 4, 4), 2) == [1, 1]
+    assert convolutions(ones(3, 3, 1, 8), 8) == []
+    assert convolutions(ones(3, 3, 1, 8), 8, window_strides=(2, 2)) == []
+    assert convolutions(ones(3, 3, 1, 16), 8) == [1] * 8, "two outputs per channel"
+    assert convolutions(ones(6, 2, 3, 3), 3, ("NCHW", "OIHW", "NHWC")) == [1] * 3, "any layout"
+    assert convolutions(ones(6, 1, 3, 3), 6, ("NCHW", "OIHW", "NCHW")) == [6], "depthwise: NHWC only"
+    assert convolutions(ones(3, 3, 1, 8), 8, lhs_dilation=(2, 2), padding=((0, 0), (0, 0))) == [8]
+    assert convolutions(ones(3, 3, 1, 8), 8, padding=((-1, 1), (0, 0))) == [8]
+    assert convolutions(ones(9, 9, 1, 8), 8) == [8], "too many taps"
 
 
 @pytest.mark.parametrize("exponent", [0.25, 0.5, 0.75, -0.25, -0.5, -0.75])
@@ -739,15 +751,20 @@ def test_a_number_behind_a_barrier_stays_a_number():
     np.testing.assert_allclose(fuse(f)(X), f(X), rtol=1e-6)
 
 
+def normal(_, shape, dtype):
+    return (np.random.default_rng(1).standard_normal(shape) / math.prod(shape[:-1]) ** 0.5).astype(dtype)
+
+
 class Bottleneck(nnx.Module):
     def __init__(self, rngs):
         def layer(ic, oc, size, strides=1):
-            return nnx.Conv(ic, oc, (size, size), strides, use_bias=False, rngs=rngs), nnx.BatchNorm(oc, rngs=rngs)
+            return nnx.Conv(ic, oc, (size, size), strides, use_bias=False, kernel_init=normal, rngs=rngs), nnx.BatchNorm(
+                oc, rngs=rngs)
 
         (self.conv1, self.norm1), (self.conv2, self.norm2) = layer(16, 16, 1), layer(16, 16, 3)
         (self.conv3, self.norm3), (self.shortcut, self.shortcut_norm) = layer(16, 32, 1), layer(16, 32, 1)
         self.calls = nnx.BatchStat(jnp.int32(0))
-        self.head = nnx.Linear(32, 4, rngs=rngs)
+        self.head = nnx.Linear(32, 4, kernel_init=normal, rngs=rngs)
 
     def __call__(self, x, count=False):
         if count:
@@ -760,10 +777,10 @@ class Bottleneck(nnx.Module):
 
 @pytest.fixture(scope="module")
 def packed():
-    model, x = Bottleneck(nnx.Rngs(0)), jnp.asarray(DRAW.standard_normal((2, 8, 8, 16)), jnp.float32)
+    model, x = Bottleneck(nnx.Rngs(0)), jnp.asarray(DRAW.standard_normal((2, 8, 8, 16)).astype(np.float32))
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, nnx.Conv):
-            layer.kernel[...] = layer.kernel[...] * jnp.asarray(DRAW.random(layer.kernel.shape) < 0.08, jnp.float32)
+            layer.kernel[...] = np.asarray(layer.kernel[...]) * (DRAW.random(layer.kernel.shape) < 0.08).astype(np.float32)
     planned = plan(model, x, HERE)
     assert sum(row.choice == "sparse" for row in planned.layers) == 4
     return pack_model(model, planned), pack_model(model, planned, fuse=False), x
@@ -775,7 +792,7 @@ def test_a_packed_model_is_fused_and_an_ordinary_module(packed):
     assert epilogues(lambda m, x: m(x), fused, x) == wanted
     assert epilogues(lambda m, x: m(x), plain, x) == [(True, False, None)] * 4
     assert type(plain) is Bottleneck and isinstance(fused, Bottleneck) and type(fused).__name__ == "Bottleneck"
-    y = plain(x)
+    y = jax.jit(lambda m, x: m(x))(plain, x)
     graphdef, state = nnx.split(fused)
     for result in (fused(x), jax.jit(lambda m, x: m(x))(fused, x), nnx.jit(lambda m, x: m(x))(fused, x),
                    jax.jit(lambda x: fused(x))(x), jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x),

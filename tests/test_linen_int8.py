@@ -16,6 +16,7 @@ from sparseflax.cost.atomic import write_atomically
 from sparseflax.files.safetensors import seal, unseal
 from sparseflax.network.linen.packed import Words
 from tests.machines import HERE
+from tests.test_plan import zeros
 
 X = np.random.default_rng(0).standard_normal((40, 9, 9, 8)).astype(np.float32)
 CONVS = {"stem": (8, 16, (3, 3), {"strides": 2, "padding": 1}), "left": (16, 16, (3, 3), {"use_bias": False}),
@@ -45,13 +46,13 @@ class Same(nnx.Module):
     def __init__(self, variables):
         params, rngs = variables["params"], nnx.Rngs(0)
         for name, (ic, oc, size, settings) in CONVS.items():
-            setattr(self, name, nnx.Conv(ic, oc, size, rngs=rngs, **settings))
-        self.norm, self.head = nnx.BatchNorm(16, rngs=rngs), nnx.Linear(16, 5, rngs=rngs)
+            setattr(self, name, nnx.Conv(ic, oc, size, kernel_init=zeros, rngs=rngs, **settings))
+        self.norm, self.head = nnx.BatchNorm(16, rngs=rngs), nnx.Linear(16, 5, kernel_init=zeros, rngs=rngs)
         for name, leaves in params.items():
             for leaf, array in leaves.items():
-                getattr(getattr(self, name), leaf).set_value(array)
+                getattr(getattr(self, name), leaf).set_value(jnp.asarray(array))
         for leaf, array in variables["batch_stats"]["norm"].items():
-            getattr(self.norm, leaf).set_value(array)
+            getattr(self.norm, leaf).set_value(jnp.asarray(array))
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))
@@ -65,9 +66,9 @@ def linen():
     """(module, variables), pruned, plan, packed pair"""
     draw = np.random.default_rng(1)
     module: Any = Net()
-    drawn = jax.tree.map(lambda leaf: jnp.asarray(0.1 + 0.2 * np.abs(draw.standard_normal(leaf.shape)), jnp.float32),
-                         module.init(jax.random.key(0), X[:1]))
-    signs = {name: leaves | {"kernel": leaves["kernel"] * draw.choice([-1, 1], leaves["kernel"].shape)}
+    drawn = jax.tree.map(lambda leaf: (0.1 + 0.2 * np.abs(draw.standard_normal(leaf.shape))).astype(np.float32),
+                         jax.eval_shape(module.init, jax.random.key(0), X[:1]))
+    signs = {name: leaves | {"kernel": leaves["kernel"] * draw.choice(np.float32([-1, 1]), leaves["kernel"].shape)}
              for name, leaves in drawn["params"].items() if "kernel" in leaves}
     params = {**drawn["params"], **signs}
     params = sparseflax.prune.one_shot(params, sparseflax.prune.constant(
@@ -97,7 +98,7 @@ def test_plan_and_outputs_are_those_of_the_same_nnx_model(linen):
         ours, theirs = (sparseflax.pack_model(*arguments, fuse=fuse, **call) for arguments, call in (
             ((linen[0], plan, X[:2]), {"train": False}), ((same, wanted), {})))
         np.testing.assert_array_equal(run(ours, X[:2]), jax.jit(lambda m, x: m(x))(theirs, X[:2]))
-    exact = same(X[:2])
+    exact = jax.jit(lambda m, x: m(x))(same, X[:2])
     assert np.linalg.norm(run(packed, X[:2]) - exact) < 0.05 * np.linalg.norm(exact)
 
 
@@ -131,7 +132,7 @@ def test_a_stored_network_comes_back(linen, tmp_path):
 def test_a_layer_that_is_the_model():
     """Of one dimension: its words are params of the model itself."""
     conv, x = nn.Conv(16, (3,)), np.random.default_rng(2).standard_normal((20, 30, 8)).astype(np.float32)
-    variables = conv.init(jax.random.key(0), x)
+    variables = jax.jit(conv.init)(jax.random.key(0), x)
     variables = {"params": sparseflax.prune.one_shot(variables["params"], sparseflax.prune.constant({"": 0.25}), block=4)}
     plan = sparseflax.plan((conv, variables), x[:1], HERE, precision="int8", examples=x)
     module, arrays = sparseflax.pack_model((conv, variables), plan, x[:1])
@@ -146,6 +147,6 @@ def test_what_a_layer_takes_in_remat_is_not_seen():
         def __call__(self, x):
             return nn.remat(nn.Conv)(16, (3, 3), name="hidden")(nn.Conv(8, (3, 3), name="seen")(x))
 
-    variables = Remat().init(jax.random.key(0), X[:1])
+    variables = jax.jit(Remat().init)(jax.random.key(0), X[:1])
     rows = {row.path: row for row in sparseflax.plan((Remat(), variables), X[:1], HERE, precision="int8", examples=X).layers}
     assert rows["hidden"].reason.endswith("float32: a jit or remat hides its inputs") and rows["seen"].inputs is not None

@@ -57,6 +57,9 @@ def expected(path, x):
     return session.run(None, {session.get_inputs()[0].name: x})
 
 
+run = jax.jit(lambda model, x: model(x))  # one for all: what was compiled for a model is found again
+
+
 def nhwc(x):
     return x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
 
@@ -68,7 +71,7 @@ def agree(path, x, terms, scale=1.0, model=None):
     taken as a multiple of the largest output.
     """
     model = model or load_onnx(path)
-    ours = jax.jit(lambda model, x: model(x))(model, nhwc(x))
+    ours = run(model, nhwc(x))
     theirs = expected(path, x)
     for mine, right in zip(ours if isinstance(ours, tuple) else (ours,), theirs, strict=True):
         right = nhwc(right)
@@ -297,7 +300,7 @@ def test_quantized_layers(tmp_path):
         (right,) = expected(path, random(*IMAGE))
         model = load_onnx(path)
         assert any(isinstance(layer, nnx.Conv) for _, layer in nnx.iter_modules(model))
-        wrong = np.abs(model(nhwc(random(*IMAGE))) - nhwc(right))
+        wrong = np.abs(run(model, nhwc(random(*IMAGE))) - nhwc(right))
         assert wrong.max() <= step * 1.001 and np.mean(wrong > 1e-3) < 2e-3
 
 
@@ -314,7 +317,7 @@ def test_quantized_lstm(tmp_path):
     file.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(file, path)
     (right,) = expected(path, random(*IMAGE))
-    np.testing.assert_allclose(load_onnx(path)(nhwc(random(*IMAGE))), right.transpose(0, 2, 3, 1), rtol=0, atol=1e-2)
+    np.testing.assert_allclose(run(load_onnx(path), nhwc(random(*IMAGE))), right.transpose(0, 2, 3, 1), rtol=0, atol=1e-2)
 
 
 def test_external_data(tmp_path):
@@ -353,15 +356,14 @@ def test_it_is_planned_folded_and_packed(tmp_path):
     ], constants, shape=(2, 6, 28, 28))
     x = random(2, 6, 28, 28)
     model = agree(path, x, 54 * 144 * 6272, scale=1.0)
-    machine = sparseflax.detect_machine()
-    plan = sparseflax.plan(model, jnp.asarray(nhwc(x)), machine)
+    plan = sparseflax.plan(model, jnp.asarray(nhwc(x)), HERE)
     rows = {row.path: row for row in plan.layers}
     assert rows["layers/the_d"].norm == "layers/the_e"
     assert rows["layers/the_d"].choice == "sparse"
     packed = sparseflax.pack_model(model, plan)
     assert isinstance(packed.layers["the_d"], sparseflax.nnx.SparseConv)
     agree(path, x, 54 * 144 * 6272, model=packed)
-    np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(packed, nhwc(x)), packed(jnp.asarray(nhwc(x))), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(run(packed, nhwc(x)), packed(jnp.asarray(nhwc(x))), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("kwargs", [dict(pads=[1, 1]), dict(strides=[2], dilations=[2]), dict(group=2, auto_pad="SAME_UPPER")])
@@ -641,7 +643,6 @@ def test_networks_written_and_read_again(name, tmp_path):
     path.write_bytes(to_onnx(model, x))
     (theirs,) = expected(path, x.transpose(0, 3, 1, 2))
     theirs = theirs.transpose(0, 2, 3, 1) if theirs.ndim == 4 else theirs
-    run = jax.jit(lambda model, x: model(x))
     ours, again = run(model, x), run(load_onnx(path), x)
     # As in `agree`; layers stretch no error by much, and their errors are independent, so that their squares add up.
     terms = sum(shape.weights // shape.oc for shape in sparseflax.conv_shapes(model, x).values())

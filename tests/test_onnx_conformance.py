@@ -1,5 +1,6 @@
 """ONNX as others wrote it: the operator tests of the package onnx, its classic networks, trained networks of other packages."""
 
+import re
 import warnings
 
 import jax
@@ -39,12 +40,12 @@ AT_ONCE = 100
 UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
-def compiled(models, inputs):
+def compiled(models, inputs, options):
     """The outputs of many networks, from one compilation that optimizes nothing."""
     def run(models, inputs):
         return [model(x) for model, x in zip(models, inputs, strict=True)]
 
-    return jax.jit(run).lower(models, inputs).compile(UNOPTIMIZED | AS_FOR_USERS)(models, inputs)
+    return jax.jit(run).lower(models, inputs).compile(UNOPTIMIZED | options)(models, inputs)
 
 
 def as_array(given):
@@ -83,9 +84,12 @@ def test_operators_agree_with_the_tests_of_the_onnx_project(tmp_path):
             refused.add(name)
             continue
         loaded.append((name, model, x.transpose(0, 2, 3, 1) if x.ndim == 4 and model.program.images[0] else x, outputs))
-    for start in range(0, len(loaded), AT_ONCE):
-        names, models, inputs, right = zip(*loaded[start:start + AT_ONCE], strict=True)
-        for name, model, ours, theirs in zip(names, models, compiled(models, inputs), right, strict=True):
+    # XLA's first emitter of fusions, which takes a third of the time, rounds wrongly to some floats of 8 bits.
+    few_bits, others = ([test for test in loaded if bool(re.search("FLOAT[48]", test[0])) == few] for few in (True, False))
+    for tests, options in [(few_bits, AS_FOR_USERS), *(
+            (others[start:start + AT_ONCE], {}) for start in range(0, len(others), AT_ONCE))]:
+        names, models, inputs, right = zip(*tests, strict=True)
+        for name, model, ours, theirs in zip(names, models, compiled(models, inputs, options), right, strict=True):
             ours = ours if isinstance(ours, tuple) else (ours,)
             for mine, their, image in zip(ours, theirs, model.program.images[1:], strict=False):
                 mine = np.asarray(mine)

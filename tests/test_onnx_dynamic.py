@@ -11,6 +11,7 @@ import sparseflax
 from sparseflax.nnx import Int8Conv
 from sparseflax.onnx import load_onnx
 from sparseflax.onnx.integer import RoundsToRange
+from tests.machines import HERE
 from tests.test_onnx import expected, node, random, save
 from tests.test_onnx_int8 import images, nhwc, programs, residual, run
 
@@ -32,7 +33,7 @@ def test_float32_is_what_onnx_runtime_computes(tmp_path, weight_type, per_channe
     _, path = quantized(tmp_path, weight_type, per_channel)
     model, x = load_onnx(path), images(4, seed=1)
     (want,) = expected(path, x)
-    packed = sparseflax.pack_model(model, sparseflax.plan(model, nhwc(x)))
+    packed = sparseflax.pack_model(model, sparseflax.plan(model, nhwc(x), HERE))
     for ours in (run(model, nhwc(x)), run(packed, nhwc(x))):
         off = np.abs(ours - want) / np.abs(want).max()
         assert off.max() < 2.01 / 255 and np.mean(off > 1e-5) < 0.1
@@ -43,8 +44,8 @@ def test_eight_bits_take_the_weights_of_the_file_and_the_ranges_of_examples(tmp_
     source, path = quantized(tmp_path, weight_type, per_channel)
     model, x = load_onnx(path), images(64, seed=1)
     with pytest.raises(ValueError, match="wants examples=inputs"):
-        sparseflax.plan(model, nhwc(x[:4]), precision="int8")
-    plan = sparseflax.plan(model, nhwc(x[:4]), precision="int8", examples=nhwc(x))
+        sparseflax.plan(model, nhwc(x[:4]), HERE, precision="int8")
+    plan = sparseflax.plan(model, nhwc(x[:4]), HERE, precision="int8", examples=nhwc(x))
     packed = sparseflax.pack_model(model, plan)
     assert len(plan.layers) == 6 and all(row.inputs is not None for row in plan.layers)
     for name, held in packed.layers.items():
@@ -112,7 +113,7 @@ def test_layers_of_integers_agree_with_onnx_runtime(tmp_path, name):
 def test_constant_ranges_are_the_files_in_eight_bits(tmp_path, name):
     x, path = random(2, 6, 9, 8), save(tmp_path / "m.onnx", GRAPHS[name][0], WEIGHTS)
     model = load_onnx(path)
-    (row,) = (plan := sparseflax.plan(model, nhwc(x), precision="int8")).layers
+    (row,) = (plan := sparseflax.plan(model, nhwc(x), HERE, precision="int8")).layers
     assert row.reason.endswith("int8, as the model rounds it") and row.inputs.zero == 120
     (want,) = expected(path, x)
     ours = run(sparseflax.pack_model(model, plan), nhwc(x))

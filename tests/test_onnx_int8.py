@@ -13,6 +13,7 @@ import sparseflax
 from sparseflax.network.unroll import inlined
 from sparseflax.nnx import Int8Conv
 from sparseflax.onnx import load_onnx
+from tests.machines import HERE
 
 SIZE = 12
 
@@ -133,8 +134,11 @@ def programs(packed, x):
     return list(walk(jax.make_jaxpr(lambda m, x: m(x))(packed, x).jaxpr))
 
 
+call = jax.jit(lambda m, x: m(x))  # one for all: what was compiled for a model is found again
+
+
 def run(model, x):
-    return np.asarray(jax.jit(lambda m, x: m(x))(model, x))
+    return np.asarray(call(model, x))
 
 
 WAYS = [(QuantFormat.QDQ, QuantType.QUInt8, True), (QuantFormat.QDQ, QuantType.QInt8, False),
@@ -148,7 +152,7 @@ def test_a_quantized_file_runs_in_eight_bits_as_it_says(tmp_path, network, form,
     may fall to the other side of a tie, which is a step of its layer, and about as much of the last one's."""
     path = quantized(network, tmp_path, quant_format=form, activation_type=activations, per_channel=per_channel)
     model, x = load_onnx(path), images(4, seed=1, scale=1.5)  # beyond the ranges, too
-    plan = sparseflax.plan(model, nhwc(x), precision="int8")
+    plan = sparseflax.plan(model, nhwc(x), HERE, precision="int8")
     rows = {row.path: row for row in plan.layers}
     assert all("as the model rounds it" in row.reason for row in rows.values() if row.shape.groups == 1)
     packed = sparseflax.pack_model(model, plan)
@@ -156,7 +160,7 @@ def test_a_quantized_file_runs_in_eight_bits_as_it_says(tmp_path, network, form,
     made = [step.op for step in program.steps]
     assert made.count("conv_int8") == sum(row.inputs is not None for row in rows.values()) == len(rows) - (network is branches)
     assert "combine" not in made or network is branches  # sums are the convolutions' own
-    for ours in (run(packed, nhwc(x)), np.asarray(model(nhwc(x)))):
+    for ours in (run(packed, nhwc(x)), run(model, nhwc(x))):
         off = steps_off(path, ours, x)
         assert off.max() < 2.01 and np.mean(off > 0.01) < 0.1
 
@@ -164,14 +168,14 @@ def test_a_quantized_file_runs_in_eight_bits_as_it_says(tmp_path, network, form,
 def test_a_depthwise_layer_says_why_it_stays_float32(tmp_path):
     path = quantized(branches, tmp_path)
     for examples in (None, nhwc(images(16))):
-        plan = sparseflax.plan(load_onnx(path), nhwc(images(1)), precision="int8", examples=examples)
+        plan = sparseflax.plan(load_onnx(path), nhwc(images(1)), HERE, precision="int8", examples=examples)
         assert {row.path: row for row in plan.layers}["layers/e"].reason == "depthwise: 1 input channel per group"
 
 
 def test_float32_of_a_quantized_file_keeps_its_meaning(tmp_path):
     path = quantized(residual, tmp_path)
     model, x = load_onnx(path), images(4, seed=1)
-    packed = sparseflax.pack_model(model, sparseflax.plan(model, nhwc(x)))
+    packed = sparseflax.pack_model(model, sparseflax.plan(model, nhwc(x), HERE))
     off = steps_off(path, run(packed, nhwc(x)), x)
     assert off.max() < 2.01 and np.mean(off > 0.01) < 0.1
 
@@ -179,7 +183,7 @@ def test_float32_of_a_quantized_file_keeps_its_meaning(tmp_path):
 def test_zeros_stay_zeros_in_words_of_four(tmp_path):
     path = quantized(residual, tmp_path, per_channel=True)
     model, x = load_onnx(path), nhwc(images(1))
-    packed = sparseflax.pack_model(model, sparseflax.plan(model, x, precision="int8"))
+    packed = sparseflax.pack_model(model, sparseflax.plan(model, x, HERE, precision="int8"))
     layer = packed.layers["b"]
     assert isinstance(layer, Int8Conv)
     kernel = np.asarray(model.layers["b"].kernel[...])
@@ -190,7 +194,7 @@ def test_zeros_stay_zeros_in_words_of_four(tmp_path):
 
 def test_a_saved_network_comes_back(tmp_path):
     model, x = load_onnx(quantized(residual, tmp_path)), nhwc(images(2))
-    plan = sparseflax.plan(model, x, precision="int8")
+    plan = sparseflax.plan(model, x, HERE, precision="int8")
     packed = sparseflax.pack_model(model, plan)
     sparseflax.save(tmp_path / "packed.safetensors", packed, plan)
     again, _ = sparseflax.load(tmp_path / "packed.safetensors", model)
@@ -212,7 +216,7 @@ def test_weights_that_do_not_fit_stay_float32(tmp_path):
     path = edited(quantized(residual, tmp_path), lambda array: np.where(array == array.min(), -128, array).astype(np.int8)
                   if array.ndim == 4 else array)
     model, x = load_onnx(path), images(2)
-    plan = sparseflax.plan(model, nhwc(x), precision="int8")
+    plan = sparseflax.plan(model, nhwc(x), HERE, precision="int8")
     row = {row.path: row for row in plan.layers}["layers/b"]
     assert row.inputs is None
     assert row.reason.endswith("float32: its weights are up to 128 steps in the model, int8 has 127 at most")
@@ -224,7 +228,7 @@ def test_weights_that_do_not_fit_stay_float32(tmp_path):
 def test_uint8_weights_are_shifted_where_they_fit(tmp_path, zero):
     path = edited(quantized(residual, tmp_path), lambda array: (array.astype(int) + zero).clip(0, 255).astype(np.uint8))
     model, x = load_onnx(path), images(2)
-    plan = sparseflax.plan(model, nhwc(x), precision="int8")
+    plan = sparseflax.plan(model, nhwc(x), HERE, precision="int8")
     assert all(row.inputs is not None for row in plan.layers)  # 7 bits fit, wherever their zero is
     packed = sparseflax.pack_model(model, plan)
     np.testing.assert_allclose(run(packed, nhwc(x)), model(nhwc(x)), rtol=0, atol=1e-5)
@@ -234,9 +238,9 @@ def test_layers_that_were_changed_want_examples(tmp_path):
     model, x = load_onnx(quantized(residual, tmp_path)), nhwc(images(16))
     kernel = model.layers["b"].kernel
     kernel.set_value(kernel[...] * 1.01)
-    row = {row.path: row for row in sparseflax.plan(model, x, precision="int8").layers}["layers/b"]
+    row = {row.path: row for row in sparseflax.plan(model, x, HERE, precision="int8").layers}["layers/b"]
     assert row.inputs is None and row.reason.endswith("does not round its inputs and weights to eight bits, give examples")
-    plan = sparseflax.plan(model, x, precision="int8", examples=x)
+    plan = sparseflax.plan(model, x, HERE, precision="int8", examples=x)
     changed, same = ({row.path: row for row in plan.layers}[f"layers/{name}"] for name in "bc")
     assert changed.error is not None and 0 < changed.error < 0.02 and same.error is None
     assert changed.inputs == {row.path: row for row in plan.layers}["layers/b"].inputs
@@ -265,7 +269,7 @@ def test_a_model_can_say_its_ranges_itself(cut):
     """Also where what is rounded is needed by what is no step, too: it is not computed twice."""
     model = Stated(lambda x: jax.lax.sort(x) if cut else 0)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 8)).astype(np.float32)
-    plan = sparseflax.plan(model, x, precision="int8")
+    plan = sparseflax.plan(model, x, HERE, precision="int8")
     assert [row.inputs for row in plan.layers] == list(Stated.ranges)
     packed = sparseflax.pack_model(model, plan)
     made = [step.op for program in programs(packed, x) for step in program.steps]
@@ -276,4 +280,4 @@ def test_a_model_can_say_its_ranges_itself(cut):
 def test_what_says_nothing_wants_examples():
     model = nnx.Sequential(nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
     with pytest.raises(ValueError, match='precision="auto" wants examples=inputs, .* does not round its layers'):
-        sparseflax.plan(model, np.ones((1, 8, 8, 8), np.float32), precision="auto")
+        sparseflax.plan(model, np.ones((1, 8, 8, 8), np.float32), HERE, precision="auto")

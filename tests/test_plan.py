@@ -49,19 +49,19 @@ def with_integers(model, density=0.2):
     draw = np.random.default_rng(0)
 
     def integers(variable, low, high):
-        variable[...] = jnp.asarray(draw.integers(low, high + 1, variable.shape), jnp.float32)
+        variable[...] = jnp.asarray(draw.integers(low, high + 1, variable.shape).astype(np.float32))
 
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             integers(module.mean, -1, 1)
-            module.var[...] = jnp.full(module.var.shape, 0.75)
+            module.var[...] = jnp.asarray(np.full(module.var.shape, 0.75, np.float32))
             for variable in (module.scale, module.bias):
                 if variable is not None:
                     integers(variable, -1, 2)
         elif hasattr(module, "kernel"):
             integers(module.kernel, 0, 1)
             kept = draw.random(module.kernel.shape) < (density if module.kernel.shape[-2] >= 8 else 1.0)
-            module.kernel[...] = (2 * module.kernel[...] - 1) * kept.astype(np.float32)
+            module.kernel[...] = jnp.asarray((2 * np.asarray(module.kernel[...]) - 1) * kept.astype(np.float32))
             if module.bias is not None:
                 integers(module.bias, -1, 1)
     return model
@@ -183,7 +183,7 @@ class Readers(nnx.Module):
 
 class Masked(nnx.Module):
     def __init__(self):
-        mask = jnp.asarray(np.random.default_rng(1).random((3, 3, 8, 8)) < 0.5, jnp.float32)
+        mask = jnp.asarray((np.random.default_rng(1).random((3, 3, 8, 8)) < 0.5).astype(np.float32))
         self.conv, self.norm, self.dense, self.dense_norm = conv(8, 8, mask=mask), norm(8), linear(8, 8), norm(8)
 
     def __call__(self, x):
@@ -207,7 +207,7 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS)
 def test_packed_model_agrees_with_the_masked_dense_one(network, machine):
     model = with_integers(network())  # in training mode, as the pruner leaves it
-    x = jnp.asarray(np.random.default_rng(1).integers(-2, 3, (2, 8, 8, 3 if network is VGG else 8)), jnp.float32)
+    x = np.random.default_rng(1).integers(-2, 3, (2, 8, 8, 3 if network is VGG else 8)).astype(np.float32)
     before = jax.tree.map(np.asarray, nnx.state(model, nnx.Not(nnx.RngState)))
     planned = plan(model, x, machine)
     packed = pack_model(model, planned)
@@ -225,7 +225,7 @@ def test_packed_model_agrees_with_the_masked_dense_one(network, machine):
     assert not variables & {id(leaf) for _, leaf in nnx.iter_graph(packed) if isinstance(leaf, nnx.Variable)}
 
     model.eval()
-    jax.tree.map(np.testing.assert_array_equal, nnx.jit(lambda m, x: m(x))(packed, x), nnx.jit(lambda m, x: m(x))(model, x))
+    jax.tree.map(np.testing.assert_array_equal, *nnx.jit(lambda packed, model, x: (packed(x), model(x)))(packed, model, x))
 
 
 def test_a_weight_that_is_computed_is_not_the_layers():
@@ -272,11 +272,11 @@ def test_folding_any_numbers():
     draw = np.random.default_rng(0)
     layer, follower = conv(6, 5, use_bias=True), nnx.BatchNorm(5, epsilon=1e-3, rngs=RNGS)
     for variable in (layer.kernel, layer.bias, follower.mean, follower.scale, follower.bias):
-        variable[...] = jnp.asarray(draw.standard_normal(variable.shape), jnp.float32)
-    follower.var[...] = jnp.asarray(draw.random(5), jnp.float32)
+        variable[...] = jnp.asarray(draw.standard_normal(variable.shape).astype(np.float32))
+    follower.var[...] = jnp.asarray(draw.random(5).astype(np.float32))
     kernel, bias = fold(layer.kernel[...], layer.bias[...], follower)
     multiplier = np.float64(follower.scale[...]) / np.sqrt(np.float64(follower.var[...]) + follower.epsilon)
-    x = jnp.asarray(draw.standard_normal((2, 5, 5, 6)), jnp.float32)
+    x = jnp.asarray(draw.standard_normal((2, 5, 5, 6)).astype(np.float32))
     y = sparseflax.sparse_conv(x, sparseflax.pack(kernel), jnp.asarray(bias))
     follower.eval()
     # Either sum has 54 products, a bias and the norm's few operations, on numbers bounded by those of the absolute values.

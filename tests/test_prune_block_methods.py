@@ -33,7 +33,7 @@ def pruner(method, block):
 
 def weights(draw, ic):
     """A tree of a convolution and a fully connected layer."""
-    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape).astype(np.float32))  # noqa: E731
     return {"conv": {"kernel": normal(2, 2, ic, 6), "bias": normal(6)}, "head": {"kernel": normal(ic, 4)}}
 
 
@@ -48,9 +48,10 @@ def steps(tx, params, gradients):
 
 @pytest.mark.parametrize("method", ["lasso", "surgery", "soft_threshold"])
 @settings(max_examples=6, deadline=None)
-@given(st.sampled_from([3, 6, 8]), st.sampled_from([3, 4]), st.integers(0, 2**31))
-def test_masks_are_of_whole_blocks_and_reach_the_densities(method, ic, block, seed):
+@given(st.sampled_from([(3, 4), (6, 3), (8, 3)]), st.integers(0, 2**31))  # a compilation for each
+def test_masks_are_of_whole_blocks_and_reach_the_densities(method, sizes, seed):
     """Of blocks, the last of a tap smaller where `block` does not divide the channels; nothing else is left of the weights."""
+    ic, block = sizes
     draw = np.random.default_rng(seed)
     found = []
     for params, state in steps(pruner(method, block), weights(draw, ic), [weights(draw, ic) for _ in range(8)]):
@@ -118,9 +119,9 @@ def test_gradients_go_through_the_soft_threshold():
         shrink = jnp.maximum(1 - jnp.exp(s) / jnp.sqrt(square), 0)
         return jnp.sum(targets * v * jnp.repeat(shrink, 4, axis=2)[:, :, :6])
 
-    for_v, for_s = jax.grad(loss, (0, 1))(v, s)
-    gradient = jax.tree.map(jnp.zeros_like, start) | {"conv": {"kernel": targets, "bias": jnp.zeros(6)}}
-    _, after = tx.update(gradient, state, params)
+    for_v, for_s = jax.jit(jax.grad(loss, (0, 1)))(v, s)
+    gradient = jax.tree.map(np.zeros_like, start) | {"conv": {"kernel": targets, "bias": np.zeros(6, np.float32)}}
+    _, after = jax.jit(tx.update)(gradient, state, params)
     np.testing.assert_allclose(v - after.dense["conv"]["kernel"], for_v, rtol=1e-4, atol=1e-5)  # a difference of numbers near 1
     np.testing.assert_allclose(s - after.log_threshold["conv"], rate * for_s, rtol=1e-4, atol=1e-5)
 
@@ -129,7 +130,7 @@ def conv(ic, size, oc):
     return ConvShape(1, size, size, ic, oc, 3, 3, padding=((1, 1), (1, 1)))
 
 
-SHAPES = {"stem": conv(3, 28, 32), "early": conv(32, 28, 64), "middle": conv(64, 14, 96), "late": conv(96, 14, 62)}
+SHAPES = {"stem": conv(3, 28, 32), "early": conv(32, 28, 64), "late": conv(64, 14, 62)}
 
 
 def test_a_budget_of_words_takes_the_time_of_a_guide_for_int8():
@@ -138,7 +139,7 @@ def test_a_budget_of_words_takes_the_time_of_a_guide_for_int8():
     draw = np.random.default_rng(0)
 
     def tree():
-        return {name: {"kernel": jnp.asarray(draw.standard_normal(shape.kernel_shape), jnp.float32)}
+        return {name: {"kernel": jnp.asarray(draw.standard_normal(shape.kernel_shape).astype(np.float32))}
                 for name, shape in SHAPES.items()}
 
     start, gradients = tree(), [tree() for _ in range(7)]

@@ -49,6 +49,12 @@ def train(tx, steps, params=None, state=None, first=0):
         yield params, state
 
 
+@functools.cache
+def guided(method, patience):
+    """The training that several tests look at."""
+    return list(train(make(method, GUIDE, patience=patience), STEPS))
+
+
 def numbers(guide):
     return {name: {"density": layer.density, "lower": layer.lower, "upper": layer.upper,
                    "strength": guide.strengths[name], "slope": np.nan_to_num(layer.slope),
@@ -62,7 +68,7 @@ def numbers(guide):
 def test_against_a_simulation(method, guide, patience):
     reference = simulate(method, numbers(guide), STEPS, learning_rate=RATE, ramp=RAMP, patience=patience,
                          start=START[method])
-    history = train(make(method, guide, patience=patience), STEPS)
+    history = guided(method, patience) if guide is GUIDE else train(make(method, guide, patience=patience), STEPS)
     returned = 0
     before = {name: np.ones(math.prod(SHAPES[name]), bool) for name in numbers(guide)}
     for (params, state), (weights, masks, pressure, left) in zip(history, reference, strict=True):
@@ -85,7 +91,7 @@ def test_against_a_simulation(method, guide, patience):
 
 @each_method
 def test_a_layer_that_leaves_gets_its_dense_weights_and_the_others_make_up_for_it(method):
-    plain, history = (list(train(tx, STEPS)) for tx in (optax.sgd(RATE), make(method, GUIDE, patience=20)))
+    plain, history = list(train(optax.sgd(RATE), STEPS)), guided(method, 20)
     gone = next(i for i, (_, state) in enumerate(history) if state[1].loop.left.any())  # 0-based: of 4 + 20 updates the last
     assert gone == RAMP[0] + 20 - 1
     back = kernel(history[gone][0], "c")
@@ -125,7 +131,7 @@ def test_strengths_follow_the_time_saved():
               "flat": ConvShape(1, 14, 14, 256, 256, 1, 1)}  # bound by memory before it is pruned
     guide = prune.guided(shapes, XEON_E5_2697V4, speedup=2.5)
     assert set(guide.strengths) == set(guide.densities) == {"wide", "late"}
-    slopes = {name: float(jax.grad(lambda d, s=shapes[name]: conv_seconds(s, d, XEON_E5_2697V4))(density))
+    slopes = {name: float(jax.jit(jax.grad(lambda d, s=shapes[name]: conv_seconds(s, d, XEON_E5_2697V4)))(density))
               for name, density in guide.densities.items()}
     mean = sum(slopes.values()) / 2
     assert guide.strengths == pytest.approx({name: slope / mean for name, slope in slopes.items()}, rel=1e-5)
@@ -168,7 +174,7 @@ def assert_same(a, b):
 
 @each_method
 def test_resuming_is_exact(method):
-    history = list(train(make(method, GUIDE, patience=20), STEPS))
+    history = guided(method, 20)
     again = make(method, GUIDE, patience=20)
     for killed in (2, 13, 30, 47):  # before pruning, in it, after a layer left, after the ramp
         leaves, treedef = jax.tree.flatten(history[killed - 1])
@@ -194,6 +200,8 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.middle(nnx.relu(self.stem(x)))).mean((1, 2)))
 
 
+@functools.cache
+@jax.jit
 def batch(step):
     x = jax.random.normal(jax.random.key(step), (8, 6, 6, 2))
     return x, (x.mean((1, 2, 3)) > 0).astype(jnp.int32)
@@ -255,7 +263,7 @@ def test_linen_training_with_donated_buffers(method):
         updates, state = tx.update(jax.grad(lambda p: loss_of(net.apply({"params": p}, x), y))(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    params = net.init(jax.random.key(0), batch(0)[0])["params"]
+    params = jax.jit(net.init)(jax.random.key(0), batch(0)[0])["params"]
     state = tx.init(params)
     for i in range(24):
         params, state = step(params, state, *batch(i))
@@ -267,7 +275,7 @@ def test_linen_training_with_donated_buffers(method):
 @each_method
 def test_bfloat16_weights_under_float32_updates(method):
     """Zeros stay exact, and counts too."""
-    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), make_params())
+    params = jax.tree.map(lambda p: jax.device_put(p.astype(jnp.bfloat16)), make_params())
     for after, state in train(make(method, GUIDE), STEPS, params):
         for name, mask in prune.masks(state).items():
             assert after[name]["kernel"].dtype == jnp.bfloat16

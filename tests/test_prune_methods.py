@@ -1,6 +1,6 @@
 """What every method keeps, whatever it prunes by: exact zeros, exact resuming through Orbax, the same masks on all devices."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,19 @@ class Net(nn.Module):
         return nn.Dense(2, name="head")(x.mean((1, 2)))
 
 
+@cache
+@jax.jit
 def batch(step):
     x = jax.random.normal(jax.random.key(step), (8, 6, 6, 2))
     return x, (x.mean((1, 2, 3)) > 0).astype(jnp.int32)
 
 
+init = jax.jit(Net().init)
+
+
 def by_speed():
     x = batch(0)[0]
-    shapes = conv_shapes((Net(), Net().init(jax.random.key(0), x)), x)
+    shapes = conv_shapes((Net(), init(jax.random.key(0), x)), x)
     return prune.budget(SGD, prune.guided(shapes, ATOM_C2750, speedup=1.3), ATOM_C2750, RAMP, every=3)
 
 
@@ -61,7 +66,7 @@ def gradients(params, x, y):
 
 
 def start(tx, seed=0):
-    params = Net().init(jax.random.key(seed), batch(0)[0])["params"]
+    params = init(jax.random.key(seed), batch(0)[0])["params"]
     return params, tx.init(params)
 
 
@@ -110,10 +115,11 @@ def test_two_devices_have_the_same_masks(method):
         updates, state = tx.update(mean, state, params)
         return jax.tree.map(lambda leaf: leaf[None], (optax.apply_updates(params, updates), state))
 
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start(tx))
+    both = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), start(tx))
     both = jax.device_put(both, jax.NamedSharding(mesh, split))  # as they come back, or all compiles again
     for i in range(STEPS):
         both = advance(both, *batch(i))
+    both = jax.tree.map(np.asarray, both)
     for leaf in jax.tree.leaves(both):
         np.testing.assert_array_equal(leaf[0], leaf[1])
     assert advance._cache_size() == 1
