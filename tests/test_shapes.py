@@ -87,6 +87,8 @@ def test_str():
     ({"n": 0}, "'n': 0}, wanted at least 1"),
     ({"strides": (1, 0)}, "'strides': 0}, wanted at least 1"),
     ({"groups": 3}, "groups=3 has to divide both ic=4 and oc=6"),
+    ({"void": -1}, "void=-1, wanted fewer than the 216 places"),
+    ({"void": 216}, "void=216, wanted fewer than the 216 places"),
     ({"kh": 9}, "9x3 kernel with dilation (1, 1) does not fit into a 8x8 image"),
 ])
 def test_impossible_sizes(change, message):

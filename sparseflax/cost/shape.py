@@ -62,7 +62,8 @@ class ConvShape:
             raise ValueError(f"a convolution with {str(large)[:200]}, wanted at most 2^31")
         if self.ic % self.groups or self.oc % self.groups:
             raise ValueError(f"groups={self.groups} has to divide both ic={self.ic} and oc={self.oc}")
-        if not 0 <= self.void < (places := self.layers * math.prod(self.kernel_shape)):
+        places = self.layers * math.prod(self.kernel_shape)
+        if not 0 <= self.void < places:
             raise ValueError(f"void={self.void}, wanted fewer than the {places} places of its kernels")
         if min(self.oh, self.ow) < 1:
             raise ValueError(f"a {self.kh}x{self.kw} kernel with dilation {self.kernel_dilation} does not fit into a "
