@@ -4,11 +4,9 @@ import contextlib
 import functools
 import importlib.util
 import io
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -33,13 +31,6 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def each(pages: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def run(*command: str, cwd: Path = ROOT, cache: Path | None = None) -> str:
-    env = os.environ | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
-    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

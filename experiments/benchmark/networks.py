@@ -113,7 +113,7 @@ def check(contenders: Iterable[Rival], exact: np.ndarray) -> dict[str, float]:
     errors, in_float32 = dict[str, float](), dict[str, bool]()
     for contender in contenders:
         output = contender.output(contender.run())
-        if output.ndim == 4 and output.shape != exact.shape:
+        if output.ndim == 4 and output.shape != exact.shape:  # an engine's images
             output = nhwc(output)
         if output.shape != exact.shape:
             raise RuntimeError(f"{contender.name} returned {output.shape}, wanted {exact.shape}: it computes another network")

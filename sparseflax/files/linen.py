@@ -15,6 +15,7 @@ from sparseflax.conv.int8 import QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import mismatches
+from sparseflax.layers.planes import plane_shape
 from sparseflax.layers.stack import PackedStack, from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.linen.trace import COLLECTIONS
@@ -133,11 +134,8 @@ def _kernel(row: LayerPlan, parts: Mapping[str, np.ndarray]) -> PackedKernel | P
 
 def _holds(plane: tuple[int, ...], kernel: tuple[int, ...], shape: ConvShape) -> bool:
     """Whether the kernel (kh, kw, ic, oc) of a 2-D convolution can be a layer's own, see sparseflax/layers/planes.py."""
-    if len(kernel) == 5:
-        kd, kh, kw, ic, oc = kernel
-        return plane == (kh, kw, kd * ic, oc)
     blocks = plane == shape.kernel_shape and plane[2] == kernel[-2] and plane[3] % kernel[-1] == 0
-    return plane == (1, 1, *kernel)[-4:] or (blocks and len(kernel) > 2)
+    return plane == plane_shape(kernel) or (blocks and len(kernel) in (3, 4))
 
 
 def _named(variables: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sparseflax.files import linen as linen_store
 from sparseflax.files.linen import PATTERN
 from sparseflax.files.safetensors import mismatches, seal, unseal
 from sparseflax.layers.int8 import Int8Conv, Sums
-from sparseflax.layers.nnx import SparseConv, SparseConvTranspose, SparseDense, SparseStack
+from sparseflax.layers.nnx import Sparse, SparseStack
 from sparseflax.layers.stack import from_arrays
 from sparseflax.network.linen.packed import PackedModel, Words
 from sparseflax.network.pack import pack_nnx
@@ -34,7 +34,7 @@ from sparseflax.network.planned import Plan
 
 Model = TypeVar("Model", bound=nnx.Module)
 Linen = tuple[nn.Module, Any]
-Sparse = SparseConv | SparseConvTranspose | SparseDense | SparseStack | Int8Conv
+Packed = Sparse | Int8Conv
 
 
 def save(path: str | os.PathLike[str], packed: nnx.Module | tuple[PackedModel, Any], plan: Plan) -> None:
@@ -132,9 +132,9 @@ def _arrays_of(packed: nnx.Module) -> dict[str, Any]:
     return arrays
 
 
-def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, Sparse]]:
+def _sparse_layers(model: nnx.Module) -> Iterator[tuple[str, Packed]]:
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Sparse):
+        if isinstance(module, Packed):
             yield "/".join(map(str, path)), module
 
 
@@ -188,7 +188,7 @@ def _fill(packed: nnx.Module, tensors: dict[str, np.ndarray]) -> list[str]:
     return wrong
 
 
-def _refill(layer: Sparse, stored: dict[str, np.ndarray]) -> None:
+def _refill(layer: Packed, stored: dict[str, np.ndarray]) -> None:
     """Gives a packed layer another kernel of its size.
 
     Raises:

@@ -12,6 +12,7 @@ from flax import linen as nn
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.conv.primitive import Activation
 from sparseflax.layers import rules as sparse
+from sparseflax.layers.planes import plane_shape
 
 Initializer = Callable[..., Any]
 
@@ -159,7 +160,7 @@ class SparseDense(nn.Module):
 
 def _packed(module: SparseConv | SparseDense, shape: tuple[int, ...], groups: int) -> PackedKernel:
     """The module's kernel of that dense shape; declares the param `values`."""
-    pattern = sparse.pattern_for(jax.eval_shape(lambda: sparse.plane(module, jnp.zeros(shape))).shape, groups, module.pattern)
+    pattern = sparse.pattern_for(plane_shape(shape) if len(shape) > 2 else shape, groups, module.pattern)
 
     def init(key):
         return sparse.gather(sparse.plane(module, module.kernel_init(key, shape, module.param_dtype)), pattern)

@@ -264,6 +264,9 @@ class SparseStack(fnnx.Module):
                        lambda kernel: run(self, kernel, bias, inputs, residual))
 
 
+Sparse = SparseConv | SparseConvTranspose | SparseDense | SparseStack
+
+
 def _zeros(_, shape, dtype) -> np.ndarray:
     return np.zeros(shape, dtype)
 

@@ -86,6 +86,12 @@ def plane(layer: Any, kernel: Any) -> Any:
     return blocks(layer).merged(kernel) if is_transposed(layer) else kernel
 
 
+def plane_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of `plane` for a kernel (*size, ic / groups, oc) that is not transposed, and (1, 1, ic, oc) for (ic, oc)."""
+    *size, channels, oc = kernel
+    return *(1, 1, *size)[-2:], channels * (size[0] if len(size) == 3 else 1), oc
+
+
 def image_kernel(kernel: Any) -> Any:
     """The kernel (k, ic / groups, oc) of rows as one of images; any other as it is."""
     return kernel[None] if np.ndim(kernel) == 3 else kernel

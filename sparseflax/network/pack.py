@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import nnx
 
 from sparseflax.layers.int8 import Int8Conv, Int8Dense
-from sparseflax.layers.nnx import SparseConv, SparseConvTranspose, SparseDense, SparseStack
+from sparseflax.layers.nnx import Sparse, SparseConv, SparseConvTranspose, SparseDense, SparseStack
 from sparseflax.layers.rules import is_stack
 from sparseflax.network.call import fuse_call
 from sparseflax.network.fold import Folded, with_norm
@@ -90,7 +90,7 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
         row = rows.get(name) if isinstance(node, nnx.Module) else None
         if isinstance(node, nnx.BatchNorm) and name in folded:
             return Folded()
-        if row is None or isinstance(node, (SparseConv, SparseConvTranspose, SparseDense, SparseStack)):
+        if row is None or isinstance(node, Sparse):
             return node
         layer: Any = node if row.norm is None else with_norm(node, modules[row.norm])
         if row.choice == "dense":

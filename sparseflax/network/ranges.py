@@ -163,16 +163,14 @@ def replaced(model: Any, norms: Mapping[str, str | None], make: Callable[[str, A
     copy = nnx.clone(model)
     copy.eval()
     modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
-    layers = {join(path) for path, module in nnx.iter_modules(copy) if isinstance(module, (nnx.Conv, nnx.Linear))}
-    mine = {path: norm for path, norm in norms.items() if path in layers}
-    folded = set(mine.values())
+    folded = {norms.get(join(path)) for path, node in nnx.iter_modules(copy) if isinstance(node, (nnx.Conv, nnx.Linear))}
 
     def replace(path, node: Any) -> Any:
         name = join(path)
         if isinstance(node, nnx.BatchNorm) and name in folded:
             return Folded()
-        if isinstance(node, (nnx.Conv, nnx.Linear)) and name in mine:
-            norm = mine[name]
+        if isinstance(node, (nnx.Conv, nnx.Linear)) and name in norms:
+            norm = norms[name]
             layer = node if norm is None else with_norm(node, modules[norm])
             return make(name, layer)
         return node

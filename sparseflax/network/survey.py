@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from sparseflax.conv.packing import PackedKernel
 from sparseflax.cost.shape import ConvShape
-from sparseflax.layers.nnx import SparseConv, SparseConvTranspose, SparseDense, SparseStack
+from sparseflax.layers.nnx import Sparse, SparseConv, SparseConvTranspose, SparseStack
 from sparseflax.layers.planes import rank
 from sparseflax.layers.rules import is_stack, masked, unsupported
 from sparseflax.layers.stack import PackedStack
@@ -163,7 +163,7 @@ def _nnx_layers(model: nnx.Module, tuples: set[str]) -> Iterator[Layer]:
         name, kind, weight = join(path), type(module).__name__, weight_of(module)
         convolution = isinstance(module, (nnx.Conv, nnx.ConvTranspose, SparseConv, SparseConvTranspose)) or (
             isinstance(module, SparseStack) and rank(module) > 0)
-        if isinstance(module, (SparseConv, SparseConvTranspose, SparseDense, SparseStack)):
+        if isinstance(module, Sparse):
             yield Layer(name, kind, convolution, weight, None)
         elif weight is not None:
             known = isinstance(module, (nnx.Conv, nnx.ConvTranspose, nnx.Linear))
