@@ -103,7 +103,7 @@ struct V {
   using Value = int32_t;
   typedef int32_t Reg __attribute__((vector_size(16), may_alias));
   using Quad = const Value*;
-  static constexpr int kLanes = 4, kRegisters = 16;
+  static constexpr int kLanes = 4, kRegisters = 10;  // the others hold the factors of products
   static SF_INLINE Reg Load(const Value* p) { return *reinterpret_cast<const Reg*>(p); }
   static SF_INLINE Reg LoadU(const Value* p) { return LoadPart(p, 4); }
   static SF_INLINE Reg LoadPart(const Value* p, int m) {
