@@ -27,7 +27,7 @@ def run(code: str, folder: Path, cache: Path) -> str:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     printed = folder / "printed"
-    process = context.Process(target=_execute, args=(code, str(folder), str(cache), str(printed)))
+    process = context.Process(target=_execute, args=(code, str(folder), str(cache), str(printed), jax.config.jax_compilation_cache_dir))
     process.start()
     process.join(240)
     if process.is_alive():
@@ -37,13 +37,15 @@ def run(code: str, folder: Path, cache: Path) -> str:
     return printed.read_text()
 
 
-def _execute(code: str, folder: str, cache: str, printed: str) -> None:
+def _execute(code: str, folder: str, cache: str, printed: str, compiled: str) -> None:
     os.chdir(folder)
     os.environ["XDG_CACHE_HOME"] = cache
     with open(printed, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     jax.config.update("jax_disable_most_optimizations", True)  # half of the time was compilation
+    jax.config.update("jax_compilation_cache_dir", compiled)  # much of a page is in others too
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     in_turn = timing.in_turn
     timing.in_turn = lambda calls, seconds, burst=0.0: in_turn(calls, HURRY * seconds, HURRY * burst)
     main = sys.modules["__main__"] = ModuleType("__main__")
