@@ -27,7 +27,8 @@ def run(code: str, folder: Path, cache: Path) -> str:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     printed = folder / "printed"
-    process = context.Process(target=_execute, args=(code, str(folder), str(cache), str(printed), jax.config.jax_compilation_cache_dir))
+    args = code, str(folder), str(cache), str(printed), jax.config.jax_compilation_cache_dir
+    process = context.Process(target=_execute, args=args)
     process.start()
     process.join(240)
     if process.is_alive():

@@ -31,8 +31,8 @@ AVAILABLE = {*ffi.kernels(), *ffi.kernels("int8")}
 # Whose instructions can be replaced, see cpp/emulated, and have to be here.
 EMULATED = [p for p in SOURCES if "SF_EMULATED" in p.read_text() and p.stem not in AVAILABLE]
 RELEASE = ["-O3", "-DNDEBUG", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]  # as CMakeLists.txt builds the module
-# Under a sanitizer: the loops, which all instruction sets share, with the vectors of any machine and with the best of this one. Its
-# other sets run as they are released, between the same guard pages.
+# Under a sanitizer: the loops, which all instruction sets share, with the vectors of any machine and with the best of this one.
+# Its other sets run as they are released, between the same guard pages.
 BEST = {*ffi.kernels()[:1], *ffi.kernels("int8")[:1]}
 WATCHED = [p for p in SOURCES if p not in TILES or p.stem in BEST or not AVAILABLE]
 
