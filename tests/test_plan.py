@@ -376,7 +376,7 @@ def test_what_cannot_be_packed_stays_and_says_why():
         "half": "dtype=bfloat16: only float32 is supported",
         "turned": "transpose_kernel=True: only False is supported",
         "general": "LinearGeneral has no sparse form",
-        "idle": "this call does not run it as a 1-D or 2-D convolution or a fully connected layer",
+        "idle": "this call does not run it as a 1-D, 2-D or 3-D convolution or a fully connected layer",
         "pair/0": "it stands in a tuple, which cannot be changed: use an nnx.List",
         "position": "Position has no sparse form",
     }

@@ -333,7 +333,7 @@ def decayed(x, blocks):
 
 
 @pytest.mark.parametrize("way, name, reason", [
-    (beside, "image", "this call does not run it as a 1-D or 2-D convolution"),
+    (beside, "image", "this call does not run it as a 1-D, 2-D or 3-D convolution"),
     (decayed, "image", "the call uses its kernel elsewhere, too")])
 def test_what_no_scan_runs_stays(way, name, reason):
     model = net(way)

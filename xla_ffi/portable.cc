@@ -132,11 +132,11 @@ struct V {
   }
   template <typename From>
   static SF_INLINE void LoadSquare(Reg (&w)[4], From from) {
+    int32_t words[4][4] = {};
     for (int l = 0; l < 4; ++l) {
-      int32_t words[4] = {};
-      if (const uint8_t* const p = from(l)) std::memcpy(words, p, 16);
-      for (int i = 0; i < 4; ++i) w[i][l] = words[i];
+      if (const uint8_t* const p = from(l)) std::memcpy(words[l], p, 16);
     }
+    for (int i = 0; i < 4; ++i) w[i] = Reg{words[0][i], words[1][i], words[2][i], words[3][i]};
   }
   static SF_INLINE Quad LoadQuad(const Value* p) { return p; }
   template <int i>

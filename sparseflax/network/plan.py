@@ -123,7 +123,7 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
     kept = kernel.nnz if packed else np.count_nonzero(kernel)
     density = kept / max(1, shape.weights if shape is not None else math.prod(kernel.shape))
     dense = sparse = None
-    reason = "this call does not run it as a 1-D or 2-D convolution or a fully connected layer"
+    reason = "this call does not run it as a 1-D, 2-D or 3-D convolution or a fully connected layer"
     if shape is not None:
         dense = float(dense_seconds(shape, machine))
         try:
