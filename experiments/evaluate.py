@@ -45,6 +45,16 @@ def fold_only(model: nnx.Module, plan: Plan) -> nnx.Module:
     return pack_model(model, plan.all_dense, fuse=False)
 
 
+def forms(model: nnx.Module, plan: Plan) -> dict[str, nnx.Module]:
+    """The networks that are timed beside each other, by name: as trained, with batch norms folded, and packed."""
+    return {DENSE: model, FOLDED: fold_only(model, plan), PACKED: pack_model(model, plan)}
+
+
+def speedup(times: Mapping[str, Mapping[str, float]]) -> float:
+    """Seconds of the faster dense form over those of the packed one, of what `time_networks` returns."""
+    return min(times[DENSE]["seconds"], times[FOLDED]["seconds"]) / times[PACKED]["seconds"]
+
+
 def planned(model: nnx.Module, data: Data, machine: Machine, precision: Precision) -> Plan:
     """The plan of a pruned network for one image; in eight bits by the ranges of pictures of its training."""
     examples = data.train_images[:EXAMPLES] if precision == "int8" else None
@@ -56,7 +66,7 @@ def measured(networks: Mapping[str, nnx.Module], plan: Plan, images: np.ndarray,
     """{"times": {str(n): `time_networks`}, "layers": {str(n): `time_layers`}} of the first n images, for n of the batches.
 
     Args:
-      networks: DENSE, FOLDED and PACKED.
+      networks: `forms`.
       plan: of the packed one.
       images: (n, ih, iw, ic).
       batches: numbers of images.

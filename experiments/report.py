@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import plots
+from experiments import evaluate, plots
 from experiments.benchmark.results import versions
 from experiments.benchmark.table import markdown
 from experiments.evaluate import DENSE, FOLDED, PACKED
@@ -84,8 +84,7 @@ def headline(result: Result) -> str:
 
 def speedup(result: Result, n: str) -> float:
     """Time of the fastest dense network over that of the packed one, at batch n."""
-    times = result["times"][n]
-    return min(times[DENSE]["seconds"], times[FOLDED]["seconds"]) / times[PACKED]["seconds"]
+    return evaluate.speedup(result["times"][n])
 
 
 def losses(result: Result) -> list[str]:

@@ -36,8 +36,8 @@ from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
 from sparseflax.job.afresh import afresh
+from sparseflax.job.aim import aimed
 from sparseflax.job.folder import claim, machine_of, whole_of
-from sparseflax.network.pack import pack_model
 from sparseflax.network.shapes import conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
@@ -80,13 +80,13 @@ def run(config: Config) -> dict[str, Any]:
     if config.processes > 1:
         parallel.together(functools.partial(member, config, out), config.processes)
         begun = prepare(config, out)
-    data, machine, model, whole = begun
+    data, machine, model, _ = begun
     asked, guide, dense, pruned, shortfall = learn(config, out, begun)
+    assert asked.whole is not None
 
     chosen = evaluate.planned(model, data, machine, METHODS[config.method].precision)
     print(chosen, flush=True)
-    packed = pack_model(model, chosen)
-    networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen), evaluate.PACKED: packed}
+    networks = evaluate.forms(model, chosen)
     sizes = {name: evaluate.save_weights(networks[name], out / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
     kept, weights = evaluate.count_weights(model)
     result = {
@@ -94,10 +94,10 @@ def run(config: Config) -> dict[str, Any]:
         "accuracy": {
             "dense": dense.accuracies[-1][1],
             "pruned": pruned.accuracies[-1][1],
-            "packed": train.accuracy(packed, data.test_images, data.test_labels),
+            "packed": train.accuracy(networks[evaluate.PACKED], data.test_images, data.test_labels),
         },
         "test_images": len(data.test_labels), "kept": kept, "weights": weights, "bytes": sizes,
-        "requested": config.speedup, "shortfall": shortfall or guide.shortfall, "whole": whole._asdict(),
+        "requested": config.speedup, "shortfall": shortfall or guide.shortfall, "whole": asked.whole._asdict(),
         "predicted": asked.speed.speedup({layer.path: layer.density for layer in chosen.layers}),
         **afresh(evaluate.measured, networks, chosen, data.test_images[:max(BATCHES)], BATCHES, config.timing_seconds),
         "curves": {"dense": dense._asdict(), "pruning": pruned._asdict()},
@@ -135,8 +135,24 @@ def learn(config: Config, out: Path, begun: tuple[Data, Machine, nnx.Module, pru
     say(f"machine: {machine}\n{METHODS[config.method].guide(asked)}")
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps), mesh)
+    if mesh is None:  # processes that train together leave no core for timing
+        asked = dataclasses.replace(asked, whole=whole_of(out / "aimed.json", lambda: steered(config, asked, data)))
     asked, guide, pruned, shortfall = prune_within(config, asked, data, out, dense.accuracies[-1][1], mesh)
     return asked, guide, dense, pruned, shortfall
+
+
+def steered(config: Config, asked: Task, data: Data) -> prune.Whole:
+    """The network's measurement put right for the speedup: some minutes ago the machine may have been busy."""
+    method = METHODS[config.method]
+
+    def measured(guide: prune.Guidance) -> float:
+        network = nnx.clone(asked.model)
+        nnx.update(network, prune.one_shot(nnx.state(network, nnx.Param), guide, block=asked.block))
+        networks = evaluate.forms(network, evaluate.planned(network, data, asked.machine, asked.precision))
+        return evaluate.speedup(afresh(evaluate.time_networks, networks, data.test_images[:1], config.timing_seconds / 2))
+
+    assert asked.whole is not None
+    return aimed(asked.whole, asked.speedup, lambda whole: method.guide(dataclasses.replace(asked, whole=whole)), measured)
 
 
 def member(config: Config, out: Path, mesh: Mesh) -> None:

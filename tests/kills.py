@@ -79,7 +79,8 @@ def experiment(folder: Path) -> Job:
                     np.testing.assert_array_equal(a[array], b[array], f"{name}, {array}")
         alike(one, other, ("accuracy", "curves", "kept", "weights", "bytes", "settings"))
 
-    return Job((sys.executable, "-m", "experiments.run", "smoke", "--out"), {}, ("machine.json", "whole.json"), same)
+    command = (sys.executable, "-m", "experiments.run", "smoke", "--out")
+    return Job(command, {}, ("machine.json", "whole.json", "aimed.json"), same)
 
 
 def faster(folder: Path) -> Job:
@@ -100,7 +101,7 @@ def faster(folder: Path) -> Job:
 
     command = (sys.executable, "-m", "sparseflax", "faster", str(network), "--images", str(pictures), "--speedup", "1.5",
                "--seconds", "0.2", "--out")
-    return Job(command, cache, ("config.json", "machine.json", "whole.json", "aim.json"), same)
+    return Job(command, cache, ("config.json", "machine.json", "whole.json", "aimed.json"), same)
 
 
 def kill_runs(job: Job, folder: Path, times: int, draw: random.Random) -> int:

@@ -10,8 +10,8 @@ import pytest
 
 import sparseflax
 from sparseflax import __main__ as commands
+from sparseflax.job import aim, layers, tries
 from sparseflax.job import faster as job
-from sparseflax.job import layers, tries
 from sparseflax.job import times as timing
 from sparseflax.job.fidelity import Outputs, compare
 from sparseflax.job.pictures import read_labels, read_pictures
@@ -79,7 +79,7 @@ def known():
         patch.setattr(job, "measure", predicted)
         for module in (job, tries):
             patch.setattr(module, "afresh", lambda function, *args, **keywords: function(*args, **keywords))
-        patch.setattr(tries, "MISSED", 1e9)  # any measured speed will do
+        patch.setattr(aim, "MISSED", 1e9)  # any measured speed will do
         patch.setattr(timing, "BURST", 0.0)
         yield
 
@@ -120,25 +120,28 @@ def test_the_job_goes_on_where_it_stopped(given, finished, monkeypatch):
     assert again["fidelity"] == result["fidelity"] and again["layers"] == result["layers"]
 
 
-@pytest.mark.parametrize("first, aim", [(4 / 3, 8 / 3), (3 / 4, 3 / 2)], ids=["too slow", "too fast"])
-def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path, first, aim):
-    """Measured off, then as asked; the aim is kept."""
+@pytest.mark.parametrize("first", [4 / 3, 3 / 4], ids=["too slow", "too fast"])
+def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path, first):
+    """Measured off, then as asked; the network's measurement that led there is kept."""
     network, pictures = given
-    asked, seconds = [], iter((first, 1.0))
+    guides, seconds = [], iter((first, 1.0))
 
     def guide(job_, speedup):
-        asked.append(speedup)
-        return original(job_, speedup)
+        guides.append((speedup, original(job_, speedup)))
+        return guides[-1][1]
 
     original = tries.guide_for
-    monkeypatch.setattr(tries, "MISSED", 0.1)
+    monkeypatch.setattr(aim, "MISSED", 0.05)
     monkeypatch.setattr(tries, "guide_for", guide)
     monkeypatch.setattr(timing, "medians", lambda calls, *_: [2.0, 2.5, next(seconds), *[1.0] * (len(calls) - 3)])
     monkeypatch.setattr(timing, "engines", lambda *_: ({}, {}))
     with pytest.raises(StopIteration):  # the clock has no more to say once the network is made
         sparseflax.faster(network, pictures, speedup=2, out=tmp_path / "out", seconds=0.01)
-    assert json.loads((tmp_path / "out" / "aim.json").read_text()) == pytest.approx(aim)
-    assert [speed for speed in asked if speed < 100][:3] == [2, pytest.approx(aim), pytest.approx(aim)]
+    first_whole, kept = (json.loads((tmp_path / "out" / name).read_text()) for name in ("whole.json", "aimed.json"))
+    dense = first_whole["dense_seconds"] * (2.0 / first) / guides[0][1].speedup
+    assert kept == first_whole | {"dense_seconds": pytest.approx(dense)}
+    (speed, missed), (_, met), (_, taken) = [(speed, guide) for speed, guide in guides if speed < 100][:3]
+    assert speed == 2 and (met.seconds < missed.seconds) == (first > 1) and taken.densities == met.densities
 
 
 def test_a_score_of_the_users_own(given, tmp_path):

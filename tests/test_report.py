@@ -18,6 +18,7 @@ from experiments import evaluate, report, run
 from experiments.benchmark import results
 from experiments.configs import digits, smoke
 from experiments.data import Dataset
+from experiments.methods import Speed
 from experiments.models import VGG
 from sparseflax import prune
 from sparseflax.conv.packing import PackedKernel
@@ -43,14 +44,16 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("smoke")
     config = dataclasses.replace(smoke.config, out=out, results=out / "all.jsonl")
     write_atomically(out / "machine.json", json.dumps(to_dict(MACHINE)))
-    write_atomically(out / "whole.json", json.dumps(whole(config)._asdict()))
+    for name in ("whole.json", "aimed.json"):
+        write_atomically(out / name, json.dumps(whole(config)._asdict()))
     return config, run.run(config)
 
 
 def whole(config):
     """The network as it is predicted: nothing but its layers."""
     model = config.network(config.widths, 1, config.classes, rngs=nnx.Rngs(0))
-    return prune.Whole(prune.guided(conv_shapes(model, config.data().test_images[:1]), MACHINE, speedup=1).dense_seconds)
+    dense = prune.guided(conv_shapes(model, config.data().test_images[:1]), MACHINE, speedup=1).dense_seconds
+    return prune.Whole(dense, dense_scale=1.0)
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def result(finished):
 @pytest.fixture
 def begun(finished, tmp_path):
     """The folder of a run that goes on where that one ended its dense training, which no speedup or method changes."""
-    for name in ("machine.json", "whole.json"):
+    for name in ("machine.json", "whole.json", "aimed.json"):
         shutil.copy(finished[0].out / name, tmp_path)
     shutil.copytree(finished[0].out / "dense-training", tmp_path / "dense-training")
     return tmp_path
@@ -121,6 +124,32 @@ def test_a_run_ends_whatever_it_was_asked_for_and_its_first_sentence_says_so(met
     assert re.match(r"asked for 1000x, this machine allows [0-9.]+x", result["shortfall"])
     assert capsys.readouterr().out.count(result["shortfall"]) >= 1 and result["times"]["1"]["packed"]["seconds"] > 0
     assert report.headline(result).startswith("Asked for 1000x, this machine allows ")
+
+
+@pytest.mark.parametrize("busy", [2.0, 0.5])
+def test_a_run_aims_by_what_it_measures_before_it_prunes(busy, begun, timed_here, monkeypatch, capsys):
+    """The machine was busy when the dense network was first timed, or is now; the packed one takes what is predicted."""
+    config = dataclasses.replace(smoke.config, out=begun, speedup=1.6, timing_seconds=0.0)
+    (begun / "aimed.json").unlink()
+    true = whole(config)
+    write_atomically(begun / "whole.json", json.dumps(true._replace(dense_seconds=busy * true.dense_seconds)._asdict()))
+    model = config.network(config.widths, 1, config.classes, rngs=nnx.Rngs(0))
+    speed = Speed(conv_shapes(model, config.data().test_images[:1]), MACHINE, true)
+    speedups = []
+
+    def timed(function, networks, *rest):
+        if function is not evaluate.time_networks:
+            return function(networks, *rest)
+        kept = {layer.path: layer.density for layer in plan(networks[evaluate.DENSE], rest[0], MACHINE).layers}
+        speedups.append(speed.speedup(kept))
+        return {name: {"seconds": 1 / (speedups[-1] if name == evaluate.PACKED else 1)} for name in networks}
+
+    monkeypatch.setattr(run, "afresh", timed)
+    result = run.run(config)
+    assert len(speedups) > 1 and abs(speedups[0] / 1.6 - 1) > 0.05 and speedups[-1] == pytest.approx(1.6, rel=0.05)
+    assert result["predicted"] == pytest.approx(1.6, rel=0.02)
+    assert result["whole"]["dense_seconds"] == pytest.approx(true.dense_seconds, rel=0.05)
+    assert re.search(rf"asked for 1.6x, predicted [0-9.]+x: measured {speedups[0]:.3g}x\n", capsys.readouterr().out)
 
 
 def test_accuracy_bounds_the_speedup(begun, timed_before, monkeypatch, capsys):

@@ -16,7 +16,6 @@ from experiments.configs import Config
 from experiments.methods import METHODS, Speed
 from sparseflax.cost.cpu import client_threads
 from sparseflax.job.afresh import afresh
-from sparseflax.network.pack import pack_model
 
 BATCHES = 1, 16
 
@@ -43,17 +42,17 @@ def _time(config: Config, run: Run, out: Path) -> Line:
     model = training.pruned_network(config, folder)
     precision = METHODS[run.method].precision
     chosen = evaluate.planned(model, data, machine, precision)
-    packed = pack_model(model, chosen)
-    networks = {evaluate.DENSE: model, evaluate.FOLDED: evaluate.fold_only(model, chosen), evaluate.PACKED: packed}
+    networks = evaluate.forms(model, chosen)
     sizes = {name: evaluate.save_weights(networks[name], folder / f"{name}.npz") for name in (evaluate.DENSE, evaluate.PACKED)}
     kept, weights = evaluate.count_weights(model)
     layers = [layer for layer in chosen.layers if layer.shape is not None]
     shapes = {layer.path: layer.shape for layer in layers if layer.shape is not None}
     speed = Speed(shapes, machine, whole, precision)
+    accuracy = train.accuracy(networks[evaluate.PACKED], data.test_images, data.test_labels)
     with Others() as others:
         times = afresh(evaluate.time_batches, networks, data.test_images[:max(BATCHES)], BATCHES, config.timing_seconds)
     return {
-        "packed_accuracy": train.accuracy(packed, data.test_images, data.test_labels), "test_images": config.test_images,
+        "packed_accuracy": accuracy, "test_images": config.test_images,
         "kept": kept, "weights": weights, "bytes": sizes, "times": times, "threads": client_threads(),
         "predicted": speed.speedup({layer.path: layer.density for layer in layers}),
         "load_of_others": others.load,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import seal, unseal
 from sparseflax.job.afresh import afresh
+from sparseflax.job.aim import aimed
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
-from sparseflax.job.folder import write_json
+from sparseflax.job.folder import whole_of
 from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
 from sparseflax.job.pictures import Pictures
 from sparseflax.job.times import times
@@ -43,8 +43,6 @@ POINTS = 1.0  # lost, above which it is said what less speed would cost, where n
 CURVE = 5  # speeds on it
 SLOWEST = 1.1  # of them
 FINER = 2  # speeds more, each between the fastest network that keeps to the points and the next one
-MISSED = 0.1  # a measured speedup this far from the one asked for, relatively, is aimed at again
-AIMS = 3  # times in all
 
 Score = Callable[[Callable[[Any], Any]], float]
 
@@ -121,7 +119,7 @@ def tries(job: Job, asked: float | None, points: float | None) -> list[Tried]:
     """The networks that were pruned: as asked, and where that costs too much or only points are asked for, at other speeds."""
     highest, tried = guide_for(job, math.inf), []
     if asked is not None:
-        tried = _pruned(job, {asked: guide_for(job, _aim(job, asked))})
+        tried = _pruned(job, {asked: guide_for(job, asked)})
         if tried[0].fidelity.keeps_to(POINTS if points is None else points):
             return tried
     unpruned = job.whole.dense_seconds / job.whole.seconds(sum(layer.dense_seconds for layer in highest.layers.values()))
@@ -138,30 +136,18 @@ def tries(job: Job, asked: float | None, points: float | None) -> list[Tried]:
     return sorted(tried, key=lambda one: one.speedup)
 
 
-def _aim(job: Job, asked: float) -> float:
-    """The speedup to ask the guide for, so that what is measured of such a network is what is asked; kept in the folder.
-
-    Pruned by magnitude for the timing alone: how fast a network is, its densities say, and not which weights are left.
-    """
-    path = job.out / "aim.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    aim, reached = asked, dict[float, float]()
-    for _ in range(AIMS):
-        guide = guide_for(job, aim)
-        if not guide.densities:
-            break
+def aim(job: Job, asked: float) -> Job:
+    """The job, its network's measurement put right for this speedup; kept in the folder."""
+    def reached(guide: Guidance) -> float:
         network = pruned(job.model, guide.densities)
         packed = pack_model(network, plan(network, job.x, job.machine), job.x)
         taken = afresh(times, job.model, job.x, job.machine, [packed], job.seconds / 4)
-        reached[aim] = taken.faster_dense / taken.packed[0]
-        print(f"asked for {asked:.3g}x and aimed at {aim:.3g}x: measured {reached[aim]:.3g}x", flush=True)
-        if 1 - MISSED <= reached[aim] / asked <= 1 + MISSED or guide.shortfall and reached[aim] < asked:
-            break
-        aim = max(1.0, aim * asked / reached[aim])
-    aim = min(reached, key=lambda aim: abs(math.log(reached[aim] / asked)), default=asked)
-    write_json(path, aim)
-    return aim
+        return taken.faster_dense / taken.packed[0]
+
+    def guide(whole: Whole) -> Guidance:
+        return guide_for(replace(job, whole=whole), asked)
+
+    return replace(job, whole=whole_of(job.out / "aimed.json", lambda: aimed(job.whole, asked, guide, reached)))
 
 
 def delivered(tried: list[Tried], asked: float | None, points: float | None) -> Tried:
