@@ -105,7 +105,7 @@ def losses(result: Result) -> list[str]:
         packed = result["times"][n][PACKED]["seconds"]
         for layer in layers:
             gain = layer["dense"][1] / layer["sparse"][1]
-            if layer["choice"] == "sparse" and gain < 1:
+            if layer["choice"] == "sparse" and round(gain, 2) < 1:
                 lines.append(f"{layer['path']} runs sparse but is slower so at batch {n}: {gain:.2f}x.")
             if layer["choice"] == "dense" and layer["dense"][1] - layer["sparse"][1] > 0.05 * packed:
                 lines.append(f"{layer['path']} runs dense but would be {gain:.1f}x as fast sparse at batch {n}.")

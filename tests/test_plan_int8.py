@@ -295,6 +295,17 @@ def test_a_layer_that_loses_too_much_stays_float32(monkeypatch):
     assert plan.layers[0].inputs is None and "int8 would be off by" in plan.layers[0].reason
 
 
+@pytest.mark.parametrize("stride", [1, 2, 5, 8, 16, 32])
+def test_ranges_are_those_of_all_channels(stride, monkeypatch):
+    """However many of the inputs are looked at: channels lie side by side, and every second value is of half of them."""
+    examples = inputs(20)
+    examples[..., 5] *= 1000
+    monkeypatch.setattr("sparseflax.network.ranges.MOST", examples.size // stride)
+    first = sparseflax.plan(net(), inputs(2), HERE, precision="int8", examples=examples).layers[0]
+    # Of 90 values of that channel, the fewest, the outermost lie at 2.5 of their deviations, of all at 3.3.
+    assert first.inputs.scale == pytest.approx(2 * 2900 / 255, rel=0.3)
+
+
 def test_layers_are_made_of_their_own_kind():
     q = sparseflax.Quantization(0.05, 7)
     with pytest.raises(TypeError, match="Int8Dense takes an nnx.Linear"):

@@ -142,7 +142,8 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
     elif not native:
         reason = f"the native kernel is not available: {ffi.reason}"
     elif sparse >= dense:
-        reason = f"denser than the break-even {float(useful_range(shape, machine).upper):.2f}"
+        upper = float(useful_range(shape, machine).upper)
+        reason = f"denser than the break-even {upper:.2f}" if upper >= 0.01 else "at no density faster than dense"
     elif density == 1:
         reason = f"not pruned, and not measured: predicted {dense / sparse:.3g}x"
     elif dense < MARGIN * sparse:

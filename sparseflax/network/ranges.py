@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -87,8 +88,8 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
                 hidden.add(path)
                 return
             for values, found in ((inputs, ranges[path]), (results, outputs[path])):
-                values = np.asarray(values).ravel()
-                values = values[::-(-values.size // MOST)]
+                values = np.asarray(values)
+                values = values.ravel()[::_stride(values.size, values.shape[-1])]
                 if not np.isfinite(values).all():
                     which = "inputs" if found is ranges[path] else "outputs"
                     raise ValueError(f"{which} of layer {path!r} are not finite for these examples: check them, and the "
@@ -132,6 +133,14 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
             reason = f"int8, off by {error:.2g}"
             rounded[path] = Rounded(inputs, error, tuple(map(float, mean)), reason, density, _holding(outputs[path]))
     return rounded
+
+
+def _stride(size: int, channels: int) -> int:
+    """Between the values that are looked at: MOST at most, and of all channels, which lie side by side."""
+    stride = -(-size // MOST)
+    while math.gcd(stride, channels) > 1:
+        stride += 1
+    return stride
 
 
 def in_int8(layer: Any, inputs: Quantization) -> Int8Conv | Int8Dense | Rounded:
