@@ -41,6 +41,7 @@ from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.shapes import conv_shapes
 
 BATCHES = 1, 16  # at which everything is timed
+PRUNING = "pruning"
 LESS, LEAST = 0.75, 1.2  # of what a speedup saves, the next one to try where accuracy forbids it, and when to give up
 
 
@@ -135,8 +136,10 @@ def learn(config: Config, out: Path, begun: tuple[Data, Machine, nnx.Module, pru
     say(f"machine: {machine}\n{METHODS[config.method].guide(asked)}")
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps), mesh)
-    if mesh is None:  # processes that train together leave no core for timing
-        asked = dataclasses.replace(asked, whole=whole_of(out / "aimed.json", lambda: steered(config, asked, data)))
+    path, begun_to_prune = out / "aimed.json", (out / PRUNING).exists()
+    # Processes that train together leave no core for timing; by what pruning began, it goes on.
+    if path.exists() or config.processes == 1 and not begun_to_prune:
+        asked = dataclasses.replace(asked, whole=whole_of(path, lambda: steered(config, asked, data)))
     asked, guide, pruned, shortfall = prune_within(config, asked, data, out, dense.accuracies[-1][1], mesh)
     return asked, guide, dense, pruned, shortfall
 
@@ -192,7 +195,7 @@ def prune_within(config: Config, asked: Task, data: Data, out: Path, dense: floa
         guide = method.guide(asked)  # which may look at the weights
         optimizer = method.prepare(asked, guide)
         assert optimizer is not None, config.method  # it trains
-        title = "pruning" if asked.speedup == config.speedup else f"pruning for {asked.speedup:.3g}x"
+        title = PRUNING if asked.speedup == config.speedup else f"{PRUNING} for {asked.speedup:.3g}x"
         pruned = fit(config, asked.model, data, out, title, optimizer, steps, mesh)
         lost = 100 * (dense - pruned.accuracies[-1][1])
         tried.append(f"{asked.speedup:.3g}x costs {max(0, lost):.2f}")

@@ -152,6 +152,16 @@ def test_a_run_aims_by_what_it_measures_before_it_prunes(busy, begun, timed_here
     assert re.search(rf"asked for 1.6x, predicted [0-9.]+x: measured {speedups[0]:.3g}x\n", capsys.readouterr().out)
 
 
+def test_a_run_goes_on_pruning_by_what_it_began_with(begun, timed_before, monkeypatch):
+    """As one of several processes does, which measures nothing."""
+    config = dataclasses.replace(smoke.config, out=begun, speedup=1.6)
+    run.run(config)
+    (begun / "aimed.json").unlink()
+    monkeypatch.setattr(run, "steered", None)
+    run.run(config)
+    assert not (begun / "aimed.json").exists()
+
+
 def test_accuracy_bounds_the_speedup(begun, timed_before, monkeypatch, capsys):
     config = dataclasses.replace(smoke.config, out=begun, speedup=1.6, points=2.0)
     train_to, started = run.train.fit, []
