@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable
 
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.whole import Whole
 
 MISSED = 0.05  # a measured speedup this far from the one asked for, relatively, is aimed at again
-AIMS = 3  # times in all
+AIMS = 4  # times in all
 
 
 def aimed(whole: Whole, asked: float, guide: Callable[[Whole], Guidance], measured: Callable[[Guidance], float]) -> Whole:
     """The network's measurement by whose guide the speedup that is asked for is the one that is measured.
 
     Of a speedup nothing counts but the ratio of two times, so the dense one is what is put right: a machine that was busy
-    when the network was first measured runs XLA's threads slower than ours.
+    when the network was first measured runs XLA's threads slower than ours. It may be busy now as well, so no measurement is
+    believed alone: it is put right by the median of all, the first one among them.
 
     Args:
       whole: the network as it was measured.
       asked: the speedup.
       guide: for it, by such a measurement.
       measured: the speedup of a network with a guide's densities. How fast it is, these say, and not which weights are left.
-
-    Returns:
-      Of those that were tried, the one that came nearest.
     """
-    tried = list[tuple[float, Whole]]()
-    while len(tried) < AIMS:
-        chosen = guide(whole)
+    factors = [1.0]
+    for _ in range(AIMS):
+        factor = statistics.median(factors)
+        now = whole._replace(dense_seconds=factor * whole.dense_seconds)
+        chosen = guide(now)
         reached = measured(chosen)
         print(f"asked for {asked:.3g}x, predicted {chosen.speedup:.3g}x: measured {reached:.3g}x", flush=True)
-        tried.append((abs(math.log(reached / asked)), whole))
         # What is too fast unpruned, or too slow as fast as it can be, no other guide mends.
         if abs(reached / asked - 1) <= MISSED or (not chosen.densities if reached > asked else chosen.shortfall):
-            break
-        whole = whole._replace(dense_seconds=whole.dense_seconds * reached / chosen.speedup)
-    return min(tried, default=(0.0, whole))[1]
+            return now
+        factors.append(factor * reached / chosen.speedup)
+    return whole._replace(dense_seconds=statistics.median(factors) * whole.dense_seconds)
