@@ -71,7 +71,7 @@ def test_the_faster_one_is_kept_and_disagreement_is_told(monkeypatch):
     monkeypatch.setattr(measure, "time_layer", lambda shape, kernel, module, seconds: times[shape.kernel_shape])
     model = Net()
     for machine, told in [(HERE, {"conv": "", "other": " (predicted", "depthwise": " (depthwise"}),
-                          (HOPELESS, {"conv": " (denser than", "other": "", "depthwise": " (depthwise"})]:
+                          (HOPELESS, {"conv": " (at no density", "other": "", "depthwise": " (depthwise"})]:
         before, planned = rows(plan(model, X, machine)), plan(model, X, machine, measure=True)
         found = rows(planned)
         assert {path: row.choice for path, row in found.items()} == {
