@@ -136,9 +136,9 @@ def learn(config: Config, out: Path, begun: tuple[Data, Machine, nnx.Module, pru
     say(f"machine: {machine}\n{METHODS[config.method].guide(asked)}")
     prune.ramp(0, config.ramp_steps, total=config.prune_steps)
     dense = fit(config, model, data, out, "dense training", dense_optimizer(config), range(config.dense_steps), mesh)
-    path, begun_to_prune = out / "aimed.json", (out / PRUNING).exists()
-    # Processes that train together leave no core for timing; by what pruning began, it goes on.
-    if path.exists() or config.processes == 1 and not begun_to_prune:
+    path = out / "aimed.json"
+    # Processes that train together leave no core for timing; and pruning goes on by what it began with.
+    if path.exists() or config.processes == 1 and not (out / PRUNING).exists():
         asked = dataclasses.replace(asked, whole=whole_of(path, lambda: steered(config, asked, data)))
     asked, guide, pruned, shortfall = prune_within(config, asked, data, out, dense.accuracies[-1][1], mesh)
     return asked, guide, dense, pruned, shortfall

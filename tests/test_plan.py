@@ -312,7 +312,7 @@ def test_sparse_only_where_it_is_predicted_to_be_faster():
     upper = sparseflax.useful_range(rows["unpruned"].shape, HERE).upper
     assert rows["unpruned"].reason == f"denser than the break-even {float(upper):.2f}"
     assert rows["head"].reason == "predicted 1.02x, less than the margin of 1.1x"
-    assert plan(model, x, HOPELESS).layers[0].reason == "at no density faster than dense"
+    assert plan(model, x, HOPELESS).layers[0].reason == "at no density of 0.01 or more faster"
     seconds = [row.sparse_seconds if row.choice == "sparse" else row.dense_seconds for row in rows.values()]
     assert table.seconds == sum(seconds) < table.dense_seconds
     assert json.loads(json.dumps(table.to_dict()))["layers"][0]["shape"]["oc"] == 16

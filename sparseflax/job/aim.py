@@ -8,12 +8,12 @@ from collections.abc import Callable
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.whole import Whole
 
-MISSED = 0.05  # a measured speedup this far from the one asked for, relatively, is aimed at again
+MISSED = 0.05  # a measured speedup this far from the predicted one, relatively, is aimed at again
 AIMS = 4  # times in all
 
 
 def aimed(whole: Whole, asked: float, guide: Callable[[Whole], Guidance], measured: Callable[[Guidance], float]) -> Whole:
-    """The network's measurement by whose guide the speedup that is asked for is the one that is measured.
+    """The network's measurement by whose guide the speedup that is predicted is the one that is measured.
 
     Of a speedup nothing counts but the ratio of two times, so the dense one is what is put right: a machine that was busy
     when the network was first measured runs XLA's threads slower than ours. It may be busy now as well, so no measurement is
@@ -21,8 +21,8 @@ def aimed(whole: Whole, asked: float, guide: Callable[[Whole], Guidance], measur
 
     Args:
       whole: the network as it was measured.
-      asked: the speedup.
-      guide: for it, by such a measurement.
+      asked: the speedup, for the line that tells.
+      guide: for it, or what can be had of it, by such a measurement.
       measured: the speedup of a network with a guide's densities. How fast it is, these say, and not which weights are left.
     """
     factors = [1.0]
@@ -32,8 +32,7 @@ def aimed(whole: Whole, asked: float, guide: Callable[[Whole], Guidance], measur
         chosen = guide(now)
         reached = measured(chosen)
         print(f"asked for {asked:.3g}x, predicted {chosen.speedup:.3g}x: measured {reached:.3g}x", flush=True)
-        # What is too fast unpruned, or too slow as fast as it can be, no other guide mends.
-        if abs(reached / asked - 1) <= MISSED or (not chosen.densities if reached > asked else chosen.shortfall):
+        if abs(reached / chosen.speedup - 1) <= MISSED:
             return now
         factors.append(factor * reached / chosen.speedup)
     return whole._replace(dense_seconds=statistics.median(factors) * whole.dense_seconds)

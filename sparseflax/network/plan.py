@@ -143,7 +143,7 @@ def _choose(layer: Layer, machine: Machine, native: bool) -> LayerPlan:
         reason = f"the native kernel is not available: {ffi.reason}"
     elif sparse >= dense:
         upper = float(useful_range(shape, machine).upper)
-        reason = f"denser than the break-even {upper:.2f}" if upper >= 0.01 else "at no density faster than dense"
+        reason = f"denser than the break-even {upper:.2f}" if upper >= 0.01 else "at no density of 0.01 or more faster"
     elif density == 1:
         reason = f"not pruned, and not measured: predicted {dense / sparse:.3g}x"
     elif dense < MARGIN * sparse:
