@@ -14,6 +14,7 @@ from sparseflax.conv import ffi
 from sparseflax.cost.cpu import LANES
 from sparseflax.cost.machine import TYPICAL, Machine
 from sparseflax.cost.model import dense_seconds
+from sparseflax.job.aim import aimed
 from sparseflax.network.shapes import conv_shapes
 
 pytestmark = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
@@ -76,3 +77,22 @@ def test_every_config_on_every_machine(name, machine, other):
 @given(st.floats(0.1, 10), st.floats(0.1, 10), st.integers(1, 64), st.floats(1, 20), st.floats(0, 0.95), st.floats(0.3, 3))
 def test_on_any_machine(dense, sparse, threads, speedup, other, scale):
     check("digits", replace(USUAL, threads=threads, cores=threads, fitted=scaled(dense, sparse)), speedup, other, scale)
+
+
+@pytest.mark.parametrize("busy", [0.5, 2.0])
+@pytest.mark.parametrize("speedup", [1.0, 2.0, 100.0])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_an_aim_predicts_what_is_measured(machine, speedup, busy):
+    """Of a dense network that was timed on a busy machine, or is now: as asked, or the most there is."""
+    dense = sum(float(dense_seconds(shape, MACHINES[machine])) for shape in shapes("digits").values())
+    true = prune.Whole(dense, dense_scale=1.0)
+
+    def guide(whole):
+        return prune.guided(shapes("digits"), MACHINES[machine], speedup=speedup, whole=whole, best_effort=True)
+
+    def measured(guide):
+        return true.dense_seconds / guide.seconds
+
+    found = guide(aimed(true._replace(dense_seconds=busy * dense), speedup, guide, measured))
+    assert found.speedup == pytest.approx(measured(found), rel=0.05)
+    assert measured(found) >= 0.95 * speedup or found.shortfall
