@@ -36,9 +36,9 @@ from sparseflax.cost.cpu import client_threads
 from sparseflax.cost.machine import Machine, to_dict
 from sparseflax.cost.shape import ConvShape
 from sparseflax.job.afresh import afresh
-from sparseflax.job.aim import aimed
 from sparseflax.job.folder import claim, machine_of, whole_of
 from sparseflax.network.shapes import conv_shapes
+from sparseflax.prune.aim import aimed
 
 BATCHES = 1, 16  # at which everything is timed
 PRUNING = "pruning"

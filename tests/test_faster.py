@@ -10,12 +10,13 @@ import pytest
 
 import sparseflax
 from sparseflax import __main__ as commands
-from sparseflax.job import aim, layers, tries
 from sparseflax.job import faster as job
+from sparseflax.job import layers, tries
 from sparseflax.job import times as timing
 from sparseflax.job.fidelity import Outputs, compare
 from sparseflax.job.pictures import read_labels, read_pictures
 from sparseflax.onnx import load_onnx
+from sparseflax.prune import aim
 from sparseflax.prune.whole import Whole
 from tests.machines import HERE
 

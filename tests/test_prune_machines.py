@@ -14,8 +14,8 @@ from sparseflax.conv import ffi
 from sparseflax.cost.cpu import LANES
 from sparseflax.cost.machine import TYPICAL, Machine
 from sparseflax.cost.model import dense_seconds
-from sparseflax.job.aim import aimed
 from sparseflax.network.shapes import conv_shapes
+from sparseflax.prune.aim import aimed
 
 pytestmark = pytest.mark.skipif(not ffi.kernels(), reason="the counts are asked of the native kernel")
 

@@ -16,6 +16,7 @@ from sparseflax.conv import ffi
 from sparseflax.cost.cpu import client_threads, processor
 from sparseflax.cost.machine import ATOM_C2750
 from sparseflax.network.shapes import conv_shapes
+from sparseflax.prune.aim import AIMS
 from sparseflax.prune.mask import kernels
 from sparseflax.prune.whole import Packed, fit
 
@@ -77,8 +78,8 @@ def test_a_network_is_timed_and_stays_as_it_is(linen):
     assert guide.dense_seconds == whole.dense_seconds and guide.layers["conv"].density == 1
 
 
-def test_a_network_that_gains_most_without_pruning_is_timed_where_it_gains_by_it(monkeypatch):
-    """XLA takes 100 ms for it, the program 10 unpruned and 4 with hardly any weights: there the times are taken."""
+def clock(monkeypatch, dense):
+    """Networks take 10 ms packed, and less by up to 6 without weights; in either dense form, dense(seconds of timing)."""
     def seconds(network):
         weights = kernels(nnx.state(network, nnx.Param))["conv"]
         return 4e-3 + 6e-3 * np.count_nonzero(weights) / weights.size
@@ -86,7 +87,21 @@ def test_a_network_that_gains_most_without_pruning_is_timed_where_it_gains_by_it
     measuring = importlib.import_module("sparseflax.prune.measure")  # whose name is the function's
     monkeypatch.setattr(measuring, "program", lambda network, x: network)
     monkeypatch.setattr(measuring, "pack_model", lambda network, *_, **__: network)
-    monkeypatch.setattr(measuring, "medians", lambda networks, *_: [0.1, 0.1, *map(seconds, networks[2:])])
+    monkeypatch.setattr(measuring, "medians", lambda networks, time, _: [dense(time), dense(time), *map(seconds, networks[2:])])
+
+
+@pytest.mark.parametrize("busy", [0.6, 1.0, 1.5])
+def test_a_speedup_is_aimed_at(busy, monkeypatch):
+    """The machine was busy while the network was measured for any speedup, or is while that one is aimed at."""
+    clock(monkeypatch, lambda seconds: 12e-3 * (1.0 if seconds == 15.0 / AIMS else busy))
+    whole = prune.measure(Net(nnx.Rngs(0)), X, HERE, speedup=2.0)
+    guide = prune.guided(conv_shapes(Net(nnx.Rngs(0)), X), HERE, speedup=2.0, whole=whole)
+    assert 12e-3 / (4e-3 + 6e-3 * guide.densities["conv"]) == pytest.approx(2.0, rel=0.06)
+
+
+def test_a_network_that_gains_most_without_pruning_is_timed_where_it_gains_by_it(monkeypatch):
+    """XLA takes 100 ms for it, the program 10 unpruned and 4 with hardly any weights: there the times are taken."""
+    clock(monkeypatch, lambda *_: 0.1)
     whole = prune.measure(Net(nnx.Rngs(0)), X, HERE)
     times = [time for time, _ in whole.points]
     assert whole.dense_seconds == 0.1 and len(times) >= 4 and times[-1] == pytest.approx(10e-3, rel=1e-6)
@@ -98,5 +113,7 @@ def test_refusals():
         prune.measure(Net(nnx.Rngs(0)), X, dataclasses.replace(HERE, name="elsewhere"))
     with pytest.raises(ValueError, match="seconds must be positive and finite, got 0"):
         prune.measure(Net(nnx.Rngs(0)), X, HERE, seconds=0)
+    with pytest.raises(ValueError, match="speedup must be at least 1 .the dense network., or None, got 0.5"):
+        prune.measure(Net(nnx.Rngs(0)), X, HERE, speedup=0.5)
     with pytest.raises(ValueError, match="found no convolution in Linear"):
         prune.measure(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 3)), HERE)

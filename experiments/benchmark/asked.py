@@ -134,11 +134,11 @@ def _case(name: str, threads: int) -> Iterator[Line]:
     model, x = make(nnx.Rngs(0)), np.random.default_rng(0).standard_normal((n, side, side, 3), np.float32)
     model.eval()
     machine = sparseflax.detect_machine()
-    whole = prune.measure(model, x, machine)
     shapes = sparseflax.conv_shapes(model, x)
     folded = sparseflax.pack_model(model, sparseflax.plan(model, x, machine).all_dense, fuse=False)
     for speedup in SPEEDUPS:
         line = {"layer": name, "n": n, "threads": threads, "asked": speedup}
+        whole = prune.measure(model, x, machine, speedup=speedup)
         try:
             guide = prune.guided(shapes, machine, speedup=speedup, whole=whole)
         except ValueError as error:

@@ -18,7 +18,6 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import seal, unseal
 from sparseflax.job.afresh import afresh
-from sparseflax.job.aim import aimed
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import whole_of
 from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
@@ -28,6 +27,7 @@ from sparseflax.job.train import finetune as train
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import plan
 from sparseflax.network.planned import Plan
+from sparseflax.prune.aim import aimed
 from sparseflax.prune.allocate import guided
 from sparseflax.prune.correct import Statistics, correct, statistics
 from sparseflax.prune.guide import Guidance

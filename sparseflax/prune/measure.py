@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,11 @@ from sparseflax.cost.timing import medians
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import MARGIN, elsewhere, plan
+from sparseflax.network.planned import Plan
 from sparseflax.network.shapes import conv_shapes
+from sparseflax.prune.aim import AIMS, aimed
 from sparseflax.prune.allocate import guided
+from sparseflax.prune.guide import Guidance
 from sparseflax.prune.mask import apply_masks, kernels
 from sparseflax.prune.whole import Packed, Whole, fit
 
@@ -30,37 +33,74 @@ FIRST = 0.3  # of the time for measuring, until it is known what to measure; the
 BURST = 0.01  # seconds for which a network runs before it is another one's turn
 
 
-def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: float = 15.0, min_density: float = 0.01,
-            **call: Any) -> Whole:
+def measure(model: Any, x: Any, machine: Machine | None = None, *, speedup: float | None = None, seconds: float = 15.0,
+            min_density: float = 0.01, **call: Any) -> Whole:
     """Times the network, dense and packed, with weights removed by magnitude; let nothing else run meanwhile.
 
-        whole = prune.measure(model, x, machine)
+        whole = prune.measure(model, x, machine, speedup=2.5)
         guide = prune.guided(sparseflax.conv_shapes(model, x), machine, speedup=2.5, whole=whole)
 
     Packed it is timed unpruned, and pruned as the guide would, as far as it goes and for some speedups less: the predicted
-    times of its layers, summed, are put right where a guide will use them.
+    times of its layers, summed, are put right where a guide will use them. With a `speedup` it is then pruned as the guide for
+    that would, timed beside the dense one, and measured until what is predicted is reached within a twentieth.
 
     Args:
       model: an nnx module, or a pair (Linen module, its variables), dense; only its shapes matter, so it need not be trained.
       x: the input, of the batch size it is to be fast at: an array (n, ...), or a pytree of them.
       machine: this one; None detects it.
-      seconds: of measuring, compiling apart.
+      speedup: that the guide will be asked for; None for a measurement that serves any, less closely.
+      seconds: of measuring, compiling apart; with a `speedup` as many again at most.
       min_density: of a layer, as the guide will be told.
       **call: further keyword arguments of the call, e.g. `train=False`.
 
     Raises:
-      ValueError: for another machine than this one, a time that is not positive, or a model without convolution.
+      ValueError: for another machine than this one, a time that is not positive, a speedup below 1, or a model without
+        convolution.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
+    if speedup is not None and not speedup >= 1:
+        raise ValueError(f"speedup must be at least 1 (the dense network), or None, got {speedup}")
     if machine is not None and elsewhere(machine):
         raise ValueError(f"a network is timed on this machine, but {elsewhere(machine)}: leave `whole` out of the guide for it")
-    machine = machine or detect_machine()
-    all_dense = plan(model, x, machine, **call).all_dense
-    shapes = conv_shapes(model, x, **call)
-    forms = model, pack_model(model, all_dense, x, fuse=False, **call), pack_model(model, all_dense, x, **call)
-    programs = [program(network, x, **call) for network in forms]
-    layers, turn, networks = all_dense.seconds, FIRST * seconds / (2 + len(SPEEDUPS)), list[Packed]()
+    network = _Network(model, x, machine or detect_machine(), min_density, call)
+    whole = _explained(network, seconds)
+    if speedup is None:
+        return whole
+
+    def measured(guide: Guidance) -> float:
+        *dense, time = medians([*network.dense, network.packed(guide)[1]], seconds / AIMS, BURST)
+        return min(dense) / time
+
+    return aimed(whole, speedup, lambda whole: network.guide(whole, speedup), measured)
+
+
+class _Network:
+    """One that is measured, and its dense forms as programs: as it is, and with batch norms folded."""
+
+    def __init__(self, model: Any, x: Any, machine: Machine, min_density: float, call: Mapping[str, Any]):
+        self.model, self.x, self.machine, self.min_density, self.call = model, x, machine, min_density, call
+        self.plan = plan(model, x, machine, **call).all_dense
+        self.shapes = conv_shapes(model, x, **call)
+        self.dense = [program(form, x, **call) for form in (model, pack_model(model, self.plan, x, fuse=False, **call))]
+
+    def guide(self, whole: Whole, speedup: float) -> Guidance:
+        return guided(self.shapes, self.machine, speedup=speedup, min_density=self.min_density, whole=whole, best_effort=True)
+
+    def packed(self, guide: Guidance) -> tuple[Plan, Callable[[], Any]]:
+        """With the guide's densities: its plan, and the program."""
+        network = pruned(self.model, guide.densities)
+        chosen = plan(network, self.x, self.machine, **self.call)
+        return chosen, self.program(network, chosen)
+
+    def program(self, network: Any, chosen: Plan) -> Callable[[], Any]:
+        return program(pack_model(network, chosen, self.x, **self.call), self.x, **self.call)
+
+
+def _explained(network: _Network, seconds: float) -> Whole:
+    """Timed at every speed of SPEEDUPS that it reaches."""
+    layers, turn, networks = network.plan.seconds, FIRST * seconds / (2 + len(SPEEDUPS)), list[Packed]()
+    programs = [*network.dense, network.program(network.model, network.plan)]
     with progress("timing the network", 4 + len(SPEEDUPS)) as advance:
         # What a process does first is slower: its memory is not mapped yet, and its threads sleep.
         medians(programs, turn, BURST)
@@ -70,14 +110,12 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
         advance(1, f"dense {1e3 * dense:.3g} ms")
 
         def packed(whole: Whole, goal: float) -> Packed | None:
-            guide = guided(shapes, machine, speedup=max(1.0, dense / goal) if goal else math.inf, min_density=min_density,
-                           whole=whole, best_effort=True)
+            guide = network.guide(whole, max(1.0, dense / goal) if goal else math.inf)
             if not guide.densities:
                 return None
-            network = pruned(model, guide.densities)
-            chosen = plan(network, x, machine, **call)
-            programs.append(program(pack_model(network, chosen, x, **call), x, **call))
-            *dense_times, time = medians([*programs[:2], programs[-1]], turn, BURST)
+            chosen, one = network.packed(guide)
+            programs.append(one)
+            *dense_times, time = medians([*network.dense, one], turn, BURST)
             sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
             # Over the dense time of the same moment: a machine that others use changes its speed.
             networks.append(Packed(chosen.seconds - sparse, sparse, dense * time / min(dense_times)))
@@ -100,7 +138,7 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, seconds: floa
                     whole = whole.through([networks[0], *networks[2:], unpruned])
         times = medians(programs, (1 - FIRST) * seconds, BURST)
         advance(4 + len(SPEEDUPS), "done")
-    again = [network._replace(seconds=time) for network, time in zip((unpruned, *networks), times[2:], strict=True)]
+    again = [packed._replace(seconds=time) for packed, time in zip((unpruned, *networks), times[2:], strict=True)]
     return fit(min(times[:2]), again)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
+from sparseflax.cost.progress import progress
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.whole import Whole
 
@@ -21,18 +22,19 @@ def aimed(whole: Whole, asked: float, guide: Callable[[Whole], Guidance], measur
 
     Args:
       whole: the network as it was measured.
-      asked: the speedup, for the line that tells.
+      asked: the speedup, for the bar that is shown.
       guide: for it, or what can be had of it, by such a measurement.
       measured: the speedup of a network with a guide's densities. How fast it is, these say, and not which weights are left.
     """
     factors = [1.0]
-    for _ in range(AIMS):
-        factor = statistics.median(factors)
-        now = whole._replace(dense_seconds=factor * whole.dense_seconds)
-        chosen = guide(now)
-        reached = measured(chosen)
-        print(f"asked for {asked:.3g}x, predicted {chosen.speedup:.3g}x: measured {reached:.3g}x", flush=True)
-        if abs(reached / chosen.speedup - 1) <= MISSED:
-            return now
-        factors.append(factor * reached / chosen.speedup)
+    with progress(f"aiming at {asked:.3g}x", AIMS) as advance:
+        for tried in range(AIMS):
+            factor = statistics.median(factors)
+            now = whole._replace(dense_seconds=factor * whole.dense_seconds)
+            chosen = guide(now)
+            reached = measured(chosen)
+            advance(tried + 1, f"predicted {chosen.speedup:.3g}x, measured {reached:.3g}x")
+            if abs(reached / chosen.speedup - 1) <= MISSED:
+                return now
+            factors.append(factor * reached / chosen.speedup)
     return whole._replace(dense_seconds=statistics.median(factors) * whole.dense_seconds)
