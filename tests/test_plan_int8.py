@@ -310,6 +310,8 @@ def test_layers_are_made_of_their_own_kind():
     q = sparseflax.Quantization(0.05, 7)
     with pytest.raises(TypeError, match="Int8Dense takes an nnx.Linear"):
         sparseflax.nnx.Int8Conv(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), q)
+    with pytest.raises(TypeError, match="wanted an nnx.ConvTranspose"):
+        sparseflax.nnx.Int8ConvTranspose(nnx.Conv(4, 3, (3, 3), rngs=nnx.Rngs(0)), q)
     with pytest.raises(ValueError, match="no sparse form"):
         sparseflax.nnx.Int8Conv(nnx.Conv(4, 3, (3, 3), input_dilation=2, rngs=nnx.Rngs(0)), q)
     linear, line = nnx.Linear(6, 3, rngs=nnx.Rngs(0)), nnx.Conv(6, 3, 3, strides=2, rngs=nnx.Rngs(0))

@@ -12,6 +12,8 @@ from flax import nnx
 
 import sparseflax
 from sparseflax import prune
+from sparseflax.cost.int8 import int8_seconds
+from sparseflax.layers.int8 import Int8Conv, Int8ConvTranspose
 from sparseflax.layers.nnx import SparseConv, SparseConvTranspose
 from sparseflax.layers.planes import blocks, is_transposed, plane, unplane
 from sparseflax.network import measure
@@ -19,9 +21,11 @@ from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.obs import _gram
 from tests.machines import HERE
 from tests.test_fuse import names
+from tests.test_plan_int8 import steps
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 6, 16)), jnp.float32)
 VOLUME = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6, 6, 16)), jnp.float32)
+EXAMPLES = np.random.default_rng(3).standard_normal((16, *X.shape[1:]), np.float32)
 WEIGHTS = jax.nn.initializers.normal(0.1)
 
 
@@ -84,6 +88,20 @@ def network(request):
     return model, planned, sparseflax.pack_model(model, planned), x, model(x)
 
 
+def in_blocks(kernel, density=0.15):
+    """The kernel, changed: only some blocks of four input channels are kept."""
+    draw = np.random.default_rng(4)
+    *taps, ic, oc = kernel.shape
+    kernel[...] = draw.standard_normal(kernel.shape) * np.repeat(draw.random((*taps, ic // 4, oc)) < density, 4, -2)
+    return kernel
+
+
+def assert_close(actual, wanted):
+    """Four layers, each off by about a percent."""
+    error = np.asarray(actual) - np.asarray(wanted)
+    assert np.sqrt(np.square(error).mean()) < 0.03 * np.asarray(wanted).std()
+
+
 def assert_near(actual, wanted):
     """Sums of at most 500 terms in each of four layers, which are of about the same size."""
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=4 * 500 * 2.0**-24 * float(jnp.abs(wanted).max()))
@@ -143,27 +161,76 @@ def test_linen_too(tmp_path):
     sparseflax.save(tmp_path / "net", (packed, inner), planned)
     (loaded, arrays), _ = sparseflax.load(tmp_path / "net", (module, variables))
     np.testing.assert_array_equal(loaded.apply(arrays, X), packed.apply(inner, X))
-    examples = np.random.default_rng(3).standard_normal((16, *X.shape[1:]), np.float32)
-    rounded = sparseflax.plan((module, variables), X, HERE, precision="int8", examples=examples)
-    assert {row.path for row in rounded.layers if row.inputs is not None} <= {"volume"}
-    packed, inner = sparseflax.pack_model((module, variables), rounded, X)
-    np.testing.assert_allclose(packed.apply(inner, X), module.apply(variables, X), rtol=0, atol=0.1)
 
 
-def test_eight_bits_leave_transposed_layers_and_their_norms(network):
-    model, _, _, x, wanted = network
+def test_linen_in_eight_bits(tmp_path):
+    module: Any = LinenNet()
+    variables = jax.tree.map(np.array, module.init(jax.random.key(0), X))
+    for name in ("volume", "up", "last"):
+        in_blocks(variables["params"][name]["kernel"])
+    planned = sparseflax.plan((module, variables), X, HERE, precision="int8", examples=EXAMPLES)
+    assert all(row.inputs is not None for row in planned.layers) and planned.layers[1].norm == "norm"
+    packed, inner = sparseflax.pack_model((module, variables), planned, X)
+    assert_close(packed.apply(inner, X), module.apply(variables, X))
+    sparseflax.save(tmp_path / "net", (packed, inner), planned)
+    (loaded, arrays), _ = sparseflax.load(tmp_path / "net", (module, variables))
+    np.testing.assert_array_equal(loaded.apply(arrays, X), packed.apply(inner, X))
+
+
+@pytest.fixture(scope="module")
+def rounded(network):
+    """(model in blocks of four, its plan in eight bits, packed, input)"""
+    model, _, _, x, _ = network
     model = nnx.clone(model)
     for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, nnx.Conv):  # whole blocks
-            layer.kernel[...] = jnp.repeat(layer.kernel[..., ::4, :], 4, axis=-2)
-    wanted, examples = model(x), np.random.default_rng(3).standard_normal((16, *x.shape[1:]), np.float32)
+        if isinstance(layer, (nnx.Conv, nnx.ConvTranspose)):
+            layer.kernel[...] = in_blocks(np.array(layer.kernel[...]))
+    examples = np.random.default_rng(3).standard_normal((16, *x.shape[1:]), np.float32)
     planned = sparseflax.plan(model, x, HERE, precision="int8", examples=examples)
-    assert {row.path for row in planned.layers if row.inputs is not None} == {
-        row.path for row in planned.layers if row.kind == "Conv"}
+    return model, planned, sparseflax.pack_model(model, planned), x
+
+
+def test_eight_bits(rounded):
+    model, planned, packed, x = rounded
+    assert all(row.inputs is not None for row in planned.layers) and {row.norm for row in planned.layers} == {None, "norm"}
+    assert_close(packed(x), model(x))
+    np.testing.assert_allclose(packed(x), sparseflax.pack_model(model, planned, fuse=False)(x), rtol=0,
+                               atol=0.02 * float(jnp.abs(packed(x)).max()))
     for row in planned.layers:
-        assert row.kind == "Conv" or "float32: it has no form in eight bits" in row.reason
-    error = np.asarray(sparseflax.pack_model(model, planned)(x)) - np.asarray(wanted)
-    assert np.sqrt(np.square(error).mean()) < 0.03 * np.asarray(wanted).std()
+        layer, kernel = getattr(packed, row.path), np.asarray(getattr(model, row.path).kernel[...])
+        assert isinstance(layer, Int8ConvTranspose if row.kind == "ConvTranspose" else Int8Conv)
+        *taps, ic, oc = kernel.shape
+        assert layer.density == pytest.approx((kernel.reshape(*taps, ic // 4, 4, oc) != 0).any(-2).mean())
+        assert row.int8_seconds == pytest.approx(int8_seconds(row.shape, layer.density, HERE))
+
+
+def test_what_was_saved_in_eight_bits_comes_back(rounded, tmp_path):
+    model, planned, packed, x = rounded
+    sparseflax.save(tmp_path / "net", packed, planned)
+    loaded, plan = sparseflax.load(tmp_path / "net", model)
+    assert plan == planned
+    np.testing.assert_array_equal(loaded(x), packed(x))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(packed))(x), packed(x))
+    run = sparseflax.load_program(sparseflax.export(packed, x, any_batch=True))
+    np.testing.assert_array_equal(run(x[:1]), packed(x[:1]))
+
+
+def test_images_of_bytes_become_larger():
+    """Between two layers in eight bits, with a size that blocks have to be cut to."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Conv(16, 16, (3, 3), rngs=rngs), nnx.relu,
+                           nnx.ConvTranspose(16, 16, (3, 3), 2, padding=((1, 1), (1, 1)), rngs=rngs), nnx.relu,
+                           nnx.Conv(16, 8, (3, 3), rngs=rngs))
+    for layer in model.layers[::2]:
+        layer.kernel[...] = in_blocks(np.array(layer.kernel[...]))
+    planned = sparseflax.plan(model, X, HERE, precision="int8", examples=EXAMPLES)
+    packed, apart = sparseflax.pack_model(model, planned), sparseflax.pack_model(model, planned, fuse=False)
+    assert [(step.op, step.uint8) for step in steps(packed, X)] == [
+        ("quantize", True), ("conv_int8", True), ("window", True), ("conv_int8", True), ("upsample", True), ("window", True),
+        ("conv_int8", False)]
+    y, wanted = map(np.asarray, jax.jit(lambda one, other, x: (one(x), other(x)))(packed, apart, X))
+    # A rounded output may fall to the other side of a tie; then it is off by a step, in few places.
+    assert y.shape == (2, 11, 11, 8) and np.abs(y - wanted).max() < 0.05 * np.abs(wanted).max() and np.mean(y != wanted) < 0.1
 
 
 def test_what_is_timed_computes_the_layer(network, monkeypatch):

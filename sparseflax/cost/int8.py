@@ -69,7 +69,8 @@ def work_in(precision: str, shapes: Iterable[ConvShape], machine: Machine) -> tu
 
 def of_words(shape: ConvShape) -> ConvShape:
     """The layer with a channel for each word."""
-    return replace(shape, ic=shape.groups * -(-shape.ic // shape.groups // LANES))
+    ic = shape.groups * -(-shape.ic // shape.groups // LANES)
+    return replace(shape, ic=ic, void=shape.void * ic // shape.ic)
 
 
 @functools.lru_cache

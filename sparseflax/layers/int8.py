@@ -1,7 +1,8 @@
-"""Layers in eight bits for Flax NNX: made of `nnx.Conv` and `nnx.Linear`, for inference."""
+"""Layers in eight bits for Flax NNX: made of `nnx.Conv`, `nnx.ConvTranspose` and `nnx.Linear`, for inference."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from sparseflax.conv.int8 import Quantization, QuantizedKernel, pack_int8
 from sparseflax.conv.primitive import Activation
 from sparseflax.layers import rules
+from sparseflax.layers.planes import blocks, is_transposed
 
 
 class Sums(nnx.Variable):
@@ -19,8 +21,8 @@ class Sums(nnx.Variable):
 
 
 class Scale(nnx.Variable):
-    """What an integer weight of 1 stands for, (oc,): the attribute `kernel_scale` of an nnx.Conv or nnx.Linear whose kernel is
-    whole multiples of it."""
+    """What an integer weight of 1 stands for, (oc,): the attribute `kernel_scale` of a layer whose kernel is whole multiples of
+    it."""
 
 
 def integers(layer: Any) -> np.ndarray | None:
@@ -52,6 +54,7 @@ class Int8Conv(nnx.Module):
     """
 
     dense: Any = nnx.Conv
+    kernel_size: tuple[int, ...]
     feature_group_count: int
     wanted = "an nnx.Conv (Int8Dense takes an nnx.Linear)"
 
@@ -64,14 +67,18 @@ class Int8Conv(nnx.Module):
         for name in ("kernel_size", "strides", "padding", "kernel_dilation", "feature_group_count"):
             value = getattr(layer, name, 1 if name != "kernel_size" else ())
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        if is_transposed(layer):
+            self.transpose_kernel = layer.transpose_kernel
         self.dtype, self.activation = layer.dtype, activation
         kernel = rules.plane(layer, np.asarray(rules.masked(layer, layer.kernel[...])))
         whole = integers(layer)
         own = whole is not None and np.abs(whole).max(initial=0) <= 127
-        packed = pack_int8(kernel, inputs, self.feature_group_count, scale=layer.kernel_scale[...] if own else None)
+        oc = layer.kernel.shape[-1]
+        scale = np.tile(np.asarray(layer.kernel_scale[...]), kernel.shape[-1] // oc) if own else None
+        packed = pack_int8(kernel, inputs, self.feature_group_count, scale=scale)
         self.pattern, self.channels, self.inputs, self.outputs = packed.pattern, packed.channels, inputs, outputs
         self.words, self.scale, self.sums = nnx.Variable(packed.words), nnx.Variable(packed.scale), Sums(packed.sums)
-        bias = np.zeros(packed.shape[3], np.float32) if layer.bias is None else np.asarray(layer.bias[...])
+        bias = np.zeros(oc, np.float32) if layer.bias is None else np.asarray(layer.bias[...])
         self.bias = nnx.Variable(jnp.asarray(bias if correction is None else bias + np.asarray(correction, np.float32)))
 
     @property
@@ -80,9 +87,33 @@ class Int8Conv(nnx.Module):
         return QuantizedKernel(self.words[...], self.scale[...], self.sums[...], self.pattern, self.channels, self.inputs,
                                self.outputs)
 
+    @property
+    def density(self) -> float:
+        """Kept / all words of the layer's kernel."""
+        return self.kernel.density
+
     def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
         """Convolves inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), see `SparseConv`."""
         return rules.convolve(self, self.kernel, self.bias[...], inputs, residual)
+
+
+class Int8ConvTranspose(Int8Conv):
+    """A transposed convolution in eight bits: `Int8Conv` of an `nnx.ConvTranspose`, as an ordinary one that makes blocks of
+    pixels, see `SparseConvTranspose`."""
+
+    dense = nnx.ConvTranspose
+    wanted = "an nnx.ConvTranspose (Int8Conv takes an nnx.Conv)"
+
+    @property
+    def density(self) -> float:
+        """Kept / all words of the layer's kernel: that of the ordinary convolution has places without weights."""
+        made = blocks(self)
+        places = math.prod(made.window) * len(made.rows) * len(made.columns)
+        return self.kernel.density * places / math.prod(self.kernel_size)
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        """Maps inputs (*batch, ih, iw, ic) to (*batch, oh, ow, oc), see `SparseConvTranspose`."""
+        return rules.convolve(self, self.kernel, self.bias[...], inputs, None)
 
 
 class Int8Dense(Int8Conv):
@@ -94,3 +125,9 @@ class Int8Dense(Int8Conv):
     def __call__(self, inputs: Any, *, residual: Any = None) -> jax.Array:
         """Maps inputs (*batch, ic) to (*batch, oc), see `SparseDense`."""
         return rules.multiply(self, self.kernel, self.bias[...], inputs, residual)
+
+
+def in_int8(layer: Any, inputs: Quantization, correction: Any = None, outputs: Quantization | None = None) -> Int8Conv:
+    """The form in eight bits of an `nnx.Conv`, an `nnx.ConvTranspose` or an `nnx.Linear`, see `Int8Conv`."""
+    kind = next((kind for kind in (Int8Conv, Int8ConvTranspose) if isinstance(layer, kind.dense)), Int8Dense)
+    return kind(layer, inputs, correction, outputs=outputs)

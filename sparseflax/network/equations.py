@@ -17,6 +17,7 @@ from sparseflax.conv.primitive import Activation, conv_p
 from sparseflax.conv.window import addressable
 from sparseflax.network import images, int8
 from sparseflax.network.gates import gate, is_normal, lined
+from sparseflax.network.program import Size
 from sparseflax.network.region import CONVOLUTIONS, Node, Region, is_number, plain
 
 
@@ -98,9 +99,13 @@ def _active(region: Region, x: Any, activation: Activation, after: Activation = 
 
 def _changed(region: Region, x: Any, change: Callable[[Node], Node | None]) -> Node | None:
     """x with the convolutions that wait changed, of which it is the result, as it is, upsampled, or in blocks of pixels by
-    one each; None if there are none."""
+    one each, or what is cut out of that; None if there are none."""
     if region.is_open(x, *CONVOLUTIONS):
         return change(x)
+    if region.is_open(x, "window") and isinstance(x.args[0], Node) and _cuts(x, x.args[0].size):
+        inside = _changed(region, x.args[0], change)
+        region.is_read([inside])
+        return inside and replace(x, args=(inside,))
     if not region.is_open(x, "upsample"):
         return None
     blocks = x.args[0]
@@ -109,9 +114,17 @@ def _changed(region: Region, x: Any, change: Callable[[Node], Node | None]) -> N
     if None in changed:
         return None
     region.is_read(changed)
-    (joined,) = changed if len(parts) == 1 else [replace(blocks, args=tuple(changed))]
+    if len(parts) == 1:
+        return replace(x, args=tuple(changed))
+    joined = replace(blocks, args=tuple(changed))
     region.is_read([joined])
     return replace(x, args=(joined,))
+
+
+def _cuts(window: Node, size: Size) -> bool:
+    """Whether it takes rows and columns of an image of this size, with all channels, and nothing from outside."""
+    inside = all(0 <= at <= have - wanted for at, have, wanted in zip(window.params, size, window.size, strict=True))
+    return inside and window.size[2] == size[2]
 
 
 def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:

@@ -117,7 +117,8 @@ def quantize(region: Region, equation: Any, x: Any) -> Node | None:
 
 
 def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -> Node:
-    """A value as uint8. A convolution, a maximum or a concatenation that nobody else has read so far is computed as such."""
+    """A value as uint8. A convolution, a maximum, or what only moves values, that nobody else has read so far is
+    computed as such."""
     x = region.seen(x)
     values = _integers(region, x)
     if values is not None and x.params[0] == quantization:
@@ -132,9 +133,12 @@ def _rounded(region: Region, x: Any, quantization: Quantization, readers: int) -
         rounded = replace(x, params=(window, rescale, outputs), activation=None, uint8=True)
     elif free and x.op == "depthwise":
         rounded = replace(x, params=(*x.params[:3], quantization), uint8=True)
-    elif free and (x.op in ("concat", "shuffle") or (x.op == "pool" and x.params[0])):
+    elif free and (x.op in ("concat", "shuffle", "upsample") or (x.op == "pool" and x.params[0])):
         args = tuple(_rounded(region, arg, quantization, 1) for arg in x.args)
         rounded = replace(x, args=args, number=next(region.count), uint8=True)
+    elif free and x.op == "window" and x.numbers == (0,) and region.is_open(x.args[0]) and region.readers(x.args[0]) == 1:
+        args, zero = (_rounded(region, x.args[0], quantization, 1),), (float(quantization.zero),)
+        rounded = replace(x, args=args, numbers=zero, number=next(region.count), uint8=True)
     else:
         key = id(x), quantization
         if key not in region.quantized:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flax import linen as nn
 from flax import nnx
 
-from sparseflax.layers.int8 import Int8Conv, Int8Dense
+from sparseflax.layers.int8 import in_int8
 from sparseflax.layers.nnx import Sparse, SparseConv, SparseConvTranspose, SparseDense, SparseStack
 from sparseflax.layers.rules import is_stack
 from sparseflax.network.call import fuse_call
@@ -97,8 +97,7 @@ def pack_nnx(model: nnx.Module, plan: Plan, fuse: bool = True, chunk: int | None
             return layer
         try:
             if row.inputs is not None:
-                int8 = Int8Conv if isinstance(node, nnx.Conv) else Int8Dense
-                return int8(layer, row.inputs, row.correction or None, outputs=row.outputs)
+                return in_int8(layer, row.inputs, row.correction or None, row.outputs)
             if is_stack(layer, layer.kernel.ndim):
                 return SparseStack(layer)
             if isinstance(node, nnx.ConvTranspose):

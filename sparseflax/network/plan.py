@@ -104,7 +104,6 @@ def in_eight_bits(plan: Plan, model: Any, x: Any, examples: Any, faster: bool = 
     else:
         reason = "float32: the model does not round its inputs and weights to eight bits, give examples"
         layers |= {path: Rounded(None, None, (), reason) for path in others}
-    layers |= {path: Rounded(None, None, (), "float32: it has no form in eight bits") for path in norms if path not in layers}
     rows = [_in_int8(row, layers[row.path], plan.machine, faster) if row.path in layers else row for row in plan.layers]
     return replace(plan, layers=tuple(rows))
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from sparseflax.conv.int8 import Quantization
-from sparseflax.layers.int8 import Int8Conv, Int8Dense
+from sparseflax.layers.int8 import Int8Conv, in_int8
 from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.survey import join
 
@@ -22,6 +22,7 @@ FEW = 16  # examples below which ranges are hardly known
 BATCH = 32  # examples that run at a time
 MOST = 1 << 20  # inputs of a batch that are looked at
 ERROR = 0.1  # of a layer's outputs, relative: beyond it the layer stays float32
+LAYERS = nnx.Conv, nnx.ConvTranspose, nnx.Linear  # that have a form in eight bits
 PER_WORD = 2.0  # kept weights in a word of four, below which int8 gains nothing
 
 
@@ -109,7 +110,7 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
             why = "a jit or remat hides its inputs" if path in hidden else seen
             rounded[path] = Rounded(None, None, (), f"float32: {why}")
             return lambda *_: None
-        int8 = in_int8(layer, inputs)
+        int8 = worthwhile(layer, inputs)
         if isinstance(int8, Rounded):
             rounded[path] = int8
             return lambda *_: None
@@ -120,7 +121,7 @@ def round_layers(model: nnx.Module, norms: Mapping[str, str | None], examples: A
             axes = tuple(range(y.ndim - 1))
             sums = [np.asarray(y.size // y.shape[-1], np.float64), error.sum(axes), (error**2).sum(axes), (y**2).sum(axes)]
             before = totals[path][2] if path in totals else [np.zeros(())] * 4
-            totals[path] = inputs, int8.kernel.density, [a + b for a, b in zip(before, sums, strict=True)]
+            totals[path] = inputs, int8.density, [a + b for a, b in zip(before, sums, strict=True)]
         return see
 
     _run(model, norms, see_error, batches, call)
@@ -143,9 +144,9 @@ def _stride(size: int, channels: int) -> int:
     return stride
 
 
-def in_int8(layer: Any, inputs: Quantization) -> Int8Conv | Int8Dense | Rounded:
+def worthwhile(layer: Any, inputs: Quantization) -> Int8Conv | Rounded:
     """A layer in eight bits; or why it gains nothing by them, where its words hold too few weights."""
-    int8 = (Int8Conv if isinstance(layer, nnx.Conv) else Int8Dense)(layer, inputs)
+    int8 = in_int8(layer, inputs)
     kept = int(np.count_nonzero(np.asarray(layer.kernel[...]))) / max(1, int8.pattern.nnz)
     if kept < PER_WORD:
         return Rounded(None, None, (), f"float32: {kept:.2g} kept weights in a block of four, prune with block=4")
@@ -172,13 +173,13 @@ def replaced(model: Any, norms: Mapping[str, str | None], make: Callable[[str, A
     copy = nnx.clone(model)
     copy.eval()
     modules: dict[str, Any] = {join(path): module for path, module in nnx.iter_modules(copy)}
-    folded = {norms.get(join(path)) for path, node in nnx.iter_modules(copy) if isinstance(node, (nnx.Conv, nnx.Linear))}
+    folded = {norms.get(join(path)) for path, node in nnx.iter_modules(copy) if isinstance(node, LAYERS)}
 
     def replace(path, node: Any) -> Any:
         name = join(path)
         if isinstance(node, nnx.BatchNorm) and name in folded:
             return Folded()
-        if isinstance(node, (nnx.Conv, nnx.Linear)) and name in norms:
+        if isinstance(node, LAYERS) and name in norms:
             norm = norms[name]
             layer = node if norm is None else with_norm(node, modules[norm])
             return make(name, layer)

@@ -15,7 +15,7 @@ from jax.extend.core import Literal, primitives
 from sparseflax.conv.int8 import Quantization, dequantize_p
 from sparseflax.layers.int8 import integers
 from sparseflax.network.equations import MOVES
-from sparseflax.network.ranges import Rounded, in_int8, replaced
+from sparseflax.network.ranges import Rounded, replaced, worthwhile
 from sparseflax.network.unroll import inlined
 
 MARK = "sparseflax takes: "  # before the path of a layer, at its input
@@ -105,7 +105,7 @@ def round_stated(model: nnx.Module, norms: Mapping[str, str | None], ranges: Map
 def _rounded(layer: Any, inputs: Quantization, largest: int) -> Rounded:
     if largest > 127:
         return Rounded(None, None, (), f"float32: its weights are up to {largest} steps in the model, int8 has 127 at most")
-    int8 = in_int8(layer, inputs)
+    int8 = worthwhile(layer, inputs)
     if isinstance(int8, Rounded):
         return int8
-    return Rounded(inputs, None, (), "int8, as the model rounds it", int8.kernel.density)
+    return Rounded(inputs, None, (), "int8, as the model rounds it", int8.density)

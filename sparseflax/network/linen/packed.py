@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import nnx
 from flax.core import unfreeze
 
 from sparseflax.conv.int8 import Quantization, QuantizedKernel
 from sparseflax.conv.packing import PackedKernel, Pattern
 from sparseflax.layers import rules as sparse
-from sparseflax.layers.int8 import Int8Conv, Int8Dense
+from sparseflax.layers.int8 import in_int8
 from sparseflax.layers.stack import of_step, steps
 from sparseflax.network.fold import fold
 from sparseflax.network.fuse import fuse
@@ -146,9 +145,7 @@ def pack_linen(module: nn.Module, variables: Any, x: Any, plan: Plan, fused: boo
 def _packed(layer: Any, params: Mapping[str, Any], row: LayerPlan) -> tuple[Static, dict[str, Any]]:
     """What is static of a sparse layer, and its params that take the place of its kernel."""
     if row.inputs is not None:
-        dense = as_nnx(layer, params)
-        int8 = (Int8Conv if isinstance(dense, nnx.Conv) else Int8Dense)(dense, row.inputs, row.correction or None,
-                                                                        outputs=row.outputs)
+        int8 = in_int8(as_nnx(layer, params), row.inputs, row.correction or None, row.outputs)
         kernel = int8.kernel
         return (Words(*kernel.tree_flatten()[1]),
                 {"words": kernel.words, "scale": kernel.scale, "sums": kernel.sums, "bias": int8.bias[...]})
