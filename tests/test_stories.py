@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import results
-from experiments.stories import detection, recognition, text
+from experiments.stories import detection, digits, recognition, text
 from experiments.stories.story import write_pictures
 from experiments.stories.table import stories_table
+from sparseflax.job.times import Times
 
 pillow = pytest.importorskip("PIL.Image")
 with_fonts = pytest.mark.skipif(not any((text.FONTS / "dejavu").glob("*.ttf")), reason="needs Debian's fonts-dejavu")
@@ -101,6 +102,40 @@ def test_pictures_are_written_once(tmp_path):
     write_pictures(tmp_path / "a", 0 * pixels)
     with pillow.open(tmp_path / "a" / "0001.png") as image:
         np.testing.assert_array_equal(np.asarray(image), pixels[1])
+
+
+def test_ten_folds_are_one_line(monkeypatch, tmp_path):
+    def told(fold, folder):
+        assert folder == tmp_path / f"fold{fold}"
+        engines = {"onnxruntime": 2e-3} if fold else {"onnxruntime": 2e-3, "openvino": 1e-3}
+        return {"layer": "digits", "network": "digits.onnx", "before": {"accuracy": 97.0 + fold % 2},
+                "after": {"accuracy": 97.0}, "kept": 20 + fold, "weights": 100,
+                "seconds": {"dense": 4e-3, "folded": 3e-3, "packed": (1 + fold) * 1e-4, **engines},
+                "where": {"pruned layers": 1.0}, "highest": {"speedup": 9.0, "where": ""},
+                "pictures": {"seen": 750}, "cpu": "a CPU", "threads": 2, "isa": "avx2", "versions": {}, "date": "2026-01-01",
+                "commit": "abc"}
+
+    monkeypatch.setattr(digits, "story", lambda folder, fold, asked: fold)
+    monkeypatch.setattr(digits, "tell", told)
+    line = digits.tenfold(tmp_path)
+    assert line["before"] == {"accuracy": 97.5} and line["after"] == {"accuracy": 97.0} and line["kept"] == 24.5
+    assert line["seconds"] == pytest.approx({"dense": 4e-3, "folded": 3e-3, "packed": 5.5e-4, "onnxruntime": 2e-3})
+    text = stories_table([line])
+    assert "| 2 | 98.0 % | 97.0 % | 1.0 | 0.20 | 15.00x | 10.00x | 21 % |" in text
+    row = "| digits | 3.00 | 2.00 (ONNX Runtime) | 0.55 | 5.45x | **3.64x** | 24 % | 97.50 % (accuracy) | 97.00 % | 0.50 |"
+    assert row in text
+
+
+def test_all_folds_ask_for_the_same(monkeypatch, tmp_path):
+    taken = Times(4e-3, 3e-3, [], {"a": 1e-3, "b": 2e-3}, {})
+    monkeypatch.setattr(digits, "load_onnx", lambda path: None)
+    monkeypatch.setattr(digits, "detect_machine", lambda: None)
+    monkeypatch.setattr(digits, "afresh", lambda *_: taken)
+    (tmp_path / "digits.onnx").write_bytes(b"")
+    asked = tmp_path / "asked.json"
+    assert digits.speedup_over_engines(tmp_path / "digits.onnx", np.zeros(1), asked) == pytest.approx(6.6)
+    monkeypatch.setattr(digits, "afresh", None)
+    assert digits.speedup_over_engines(tmp_path / "digits.onnx", np.zeros(1), asked) == pytest.approx(6.6)
 
 
 def test_the_table_says_which_engine_was_the_fastest():

