@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparseflax.conv.int8 import Quantization
+from sparseflax.layers.int8 import Int8Conv
+from sparseflax.layers.nnx import SparseConv
 from sparseflax.network.call import _calls, fuse_call
+from sparseflax.network.joined import join
+from sparseflax.network.program import Part
 
 traced = []
 
@@ -85,6 +90,52 @@ def test_other_parts_are_traced_again(net):
     net.rest.append(nnx.Linear(3, 3, rngs=nnx.Rngs(3)))
     check(net)
     assert len(traced) == 4
+
+
+def test_small_weights_are_handed_over_together_and_a_program_reads_them_there():
+    """Of a network with convolutions of its own dtypes: sparse, in eight bits, depthwise and dense."""
+    rngs = nnx.Rngs(0)
+    layers = [nnx.Conv(16, 16, (3, 3), rngs=rngs), nnx.relu, nnx.Conv(16, 16, (3, 3), feature_group_count=16, rngs=rngs),
+              nnx.Conv(16, 32, (1, 1), rngs=rngs), nnx.Conv(32, 8, (3, 3), rngs=rngs)]
+    q = Quantization(0.05, 128)
+    layers[0], layers[3] = SparseConv.from_dense(layers[0]), Int8Conv(layers[3], q)
+    net = fuse_call(nnx.Sequential(*layers))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 8, 16)), jnp.float32)
+    y = net(x)
+    held = _calls[id(net)].held
+    assert [array.dtype for array in held.weights] == [jnp.float32, jnp.int32]
+    assert len(held.parts) == 10 and all(part.shape is not None for part in held.parts)
+    jaxpr = jax.make_jaxpr(held.compiled(jax.tree.structure(((x,), {})), None))(held.weights, [x])
+    found = jax.tree.leaves(equations(jaxpr.jaxpr))
+    assert [len(each.invars) for each in found if each.primitive.name == "sparse_program"] == [3]
+    apart = jax.jit(lambda net, x: net(x))(net, x)  # each an argument of its own
+    np.testing.assert_array_equal(y, apart)
+
+
+def equations(jaxpr):
+    """All of it, and of what it calls."""
+    return [[equation, *(equations(getattr(inner, "jaxpr", inner)) for key in ("jaxpr", "call_jaxpr")
+                         if (inner := equation.params.get(key)) is not None)] for equation in jaxpr.eqns]
+
+
+def test_which_weights_are_joined():
+    small, large = jnp.ones((3, 5)), jnp.ones((1 << 14) + 1)
+    there = jax.device_put(jnp.ones(4), jax.devices()[0])  # bound to a device
+    half, none, other = jnp.ones(4, jnp.bfloat16), jnp.ones((0, 3)), np.arange(7, dtype=np.float32)
+    parts, arrays = join([small, large, there, half, none, other, jnp.ones(3, jnp.int32)])
+    assert parts == (Part(0, 0, (3, 5)), Part(1), Part(2), Part(3), Part(4), Part(0, 16, (7,)), Part(5))
+    for part, array in zip(parts, (small, large, there, half, none, other, jnp.ones(3, jnp.int32)), strict=True):
+        found = part.of(arrays)
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+
+
+def test_an_array_that_may_be_written_to_is_read_at_each_call(net):
+    kernel = np.array(net.first.kernel[...])
+    net.first.kernel.set_value(kernel)
+    check(net)
+    kernel *= 3
+    check(net)
 
 
 def test_what_a_call_writes_is_written_by_each(net):

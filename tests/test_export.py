@@ -123,7 +123,7 @@ def test_bad_artefacts(packed, monkeypatch):
          lambda: sparseflax.load_program(seal("network", {}, {}))),
         (ValueError, "has no program", lambda: sparseflax.load_program(seal("program", {}, {}))),
         (ValueError, "kernel 'sparseflax_conv_v0', this sparseflax has "
-         "'sparseflax_conv_v1 sparseflax_conv_int8_v2 sparseflax_program_v1'",
+         "'sparseflax_conv_v1 sparseflax_conv_int8_v2 sparseflax_program_v2'",
          lambda: sparseflax.load_program(edited(data, target="sparseflax_conv_v0"))),
         (ValueError, r'exported where the kernels are \["fast", "portable"\], here they are .*other_kernels=True',
          lambda: sparseflax.load_program(edited(data, kernels=other))),

@@ -19,7 +19,7 @@ from sparseflax.conv.int8 import Quantization, pack_int8
 from sparseflax.conv.int8_primitive import Rescale
 from sparseflax.conv.window import Window
 from sparseflax.network.formulas import BINARY
-from sparseflax.network.program import Program, Step, run_program
+from sparseflax.network.program import Part, Program, Step, run_program
 from tests import reference
 
 pytestmark = pytest.mark.skipif(not ffi.available, reason="the native kernel is not available")
@@ -58,8 +58,13 @@ def check(*calls, shared=(), rtol=0.0, atol=0.0, first=False):
     return both
 
 
+def own(count):
+    """Shared operands, each an array of its own."""
+    return tuple(map(Part, range(count)))
+
+
 def one(step, *sizes, chunk=1, uint8=()):
-    return Program(sizes, (step,), (len(sizes),), len(step.shared), chunk, uint8=uint8)
+    return Program(sizes, (step,), (len(sizes),), own(len(step.shared)), chunk, uint8=uint8)
 
 
 STEPS = {
@@ -207,9 +212,9 @@ def test_a_function_that_follows_a_convolution(name, kind, channels):
                "dense": reference.integers(draw, channels, 7)}
     size, out = (4, 5, channels), conv.size
     function = Step("map", out, (1,), (), (name,), FUNCTIONS[name])
-    alone = Program((size,), (conv, function), (2,), 2, 1)
-    beside = Program((size,), (conv, function, Step("concat", (*out[:2], 2 * out[2] + channels), (2, 0, 2))), (3,), 2, 1)
-    again = Program((size,), (conv, function, Step("combine", out, (1, 2), (), ("add", "same", False))), (3,), 2, 1)
+    alone = Program((size,), (conv, function), (2,), own(2), 1)
+    beside = Program((size,), (conv, function, Step("concat", (*out[:2], 2 * out[2] + channels), (2, 0, 2))), (3,), own(2), 1)
+    again = Program((size,), (conv, function, Step("combine", out, (1, 2), (), ("add", "same", False))), (3,), own(2), 1)
     shared = [weights[kind], reference.integers(draw, out[2])]
     x = images(5, 5, size)
     ffi.native.trace(True)
@@ -375,7 +380,7 @@ def programs(draw):
         steps.append(Step("dense", (3, 4, 5), (0,), (2,), ((1, 1), PIXELS, 1, None, False)))
     known = [len(inputs) + i for i, step in enumerate(steps) if step.op != "reshape"]
     outputs = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
-    return Program(tuple(inputs), tuple(steps), tuple(outputs), 3, draw(st.integers(1, 3)))
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), own(3), draw(st.integers(1, 3)))
 
 
 DRAW = np.random.default_rng(0)
@@ -436,7 +441,7 @@ def byte_programs(draw):
         rescale = Rescale(3, 7, 9, -7.0, 248.0, False, 0.75, 0.3, 1.25)
         steps.append(Step("conv_int8", (3, 4, 8), (1, 1), (0, 1, 2, 3), (SAME, rescale), (), INT8.pattern, True))
     outputs = draw(st.lists(st.integers(2, 1 + len(steps)), min_size=1, max_size=3, unique=True))
-    return Program(((3, 4, 8),) * 2, tuple(steps), tuple(outputs), 5, draw(st.integers(1, 3)), uint8=(1,))
+    return Program(((3, 4, 8),) * 2, tuple(steps), tuple(outputs), own(5), draw(st.integers(1, 3)), uint8=(1,))
 
 
 KERNEL = reference.integers(DRAW, 3, 3, 8, 8) * np.repeat(DRAW.random((3, 3, 2, 8)) < 0.4, 4, axis=2).astype(np.float32)
@@ -457,13 +462,13 @@ def test_a_row_that_needs_all_rows_before_it():
     """Of a value that is looked at as channels: steps around the reshape must not run row by row together."""
     steps = (Step("map", (2, 3, 1), (0,), (), ("square",), (0.0, 0.0)), Step("reshape", (1, 1, 6), (2,)),
              Step("combine", (2, 3, 6), (1, 3), (), ("add", "image", False)))
-    check((Program(((2, 3, 1), (2, 3, 6)), steps, (4,), 0, 1), [images(0, 2, (2, 3, 1)), images(1, 2, (2, 3, 6))]))
+    check((Program(((2, 3, 1), (2, 3, 6)), steps, (4,), (), 1), [images(0, 2, (2, 3, 1)), images(1, 2, (2, 3, 6))]))
 
 
 def network():
     steps = (Step("conv", (3, 4, 5), (0,), (0, 1), (SAME, "relu", True, False), (), PACKED.pattern),
              Step("pool", (1, 1, 5), (1,), (), (True, (3, 4), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))))
-    return Program(((3, 4, 5),), steps, (2,), 2, 1)
+    return Program(((3, 4, 5),), steps, (2,), own(2), 1)
 
 
 def test_transformations():
@@ -483,10 +488,24 @@ def test_transformations():
         np.testing.assert_array_equal(run_program(replace(program, kernel=kernel), [x], SHARED)[0], want)
 
 
+def test_shared_operands_may_lie_in_one_array():
+    program, x, (values, bias) = network(), images(0, 3, (3, 4, 5)), SHARED
+    joined = jnp.concatenate([jnp.full(7, jnp.nan), values.reshape(-1), jnp.full(2, jnp.nan), bias])
+    parts = Part(0, 7, values.shape), Part(0, 9 + values.size, bias.shape)
+    for where, arrays in ((parts, [joined]), ((Part(1), parts[1]), [joined, values]), ((parts[0], Part(1)), [joined, bias])):
+        check((replace(program, shared=where), [x]), shared=arrays)
+    wanted = program.compute(x, *SHARED)[0]
+    np.testing.assert_array_equal(run_program(replace(program, shared=parts), [x], [joined])[0], wanted)
+
+
 def call(program, operands, sizes=None, **changed):
     sizes = sizes or [step.size for step in program.results()]
     results = [jax.ShapeDtypeStruct((operands[0].shape[0], *size), jnp.float32) for size in sizes]
     return jax.ffi.ffi_call(ffi.PROGRAM, results)(*operands, **{**program.encode(), **changed})
+
+
+def lying(*words):
+    return np.asarray(words, np.int64)
 
 
 def test_what_does_not_fit_is_refused():
@@ -502,6 +521,13 @@ def test_what_does_not_fit_is_refused():
                            (lambda: call(program, [x.astype(jnp.uint8), *SHARED]), "operand 0 does not fit"),
                            (lambda: call(program, [x, SHARED[0].astype(jnp.int32), SHARED[1]]), "operand 1 does not fit"),
                            (lambda: call(program, [x, *SHARED], kernel="none"), "kernel 'none' does not run"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(0, -1)), "an operand lies nowhere"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(2, -1, 1, -1)), "an operand lies in no array"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(-1, -1, 1, -1)), "an operand lies in no array"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(0, -2, 1, -1)), "an operand lies in no array"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(0, -1, 1, 1)), "operand 2 does not fit"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(0, 2**62, 1, 0)), "operand 1 does not fit"),
+                           (lambda: call(program, [x, *SHARED], parts=lying(0, -1, 0, -1)), "wrong number of operands"),
                            (lambda: call(program, [x, *SHARED], int8="none"), "kernel 'none' does not run")):
         with pytest.raises(Exception, match=expected):
             jax.block_until_ready(what())

@@ -161,7 +161,7 @@ def test_what_is_copied_of_a_concatenation():
     """An input lies elsewhere, a result of a step is written where it belongs."""
     halved = Step("map", (4, 4, 8), (0,), params=("clamp",), numbers=(0.5, 0.0, -math.inf, math.inf))
     joined = Step("concat", (4, 4, 24), (0, 2))
-    program = Program(((4, 4, 16), (4, 4, 8)), (replace(halved, args=(1,)), joined), (3,), 0, 1)
+    program = Program(((4, 4, 16), (4, 4, 8)), (replace(halved, args=(1,)), joined), (3,), (), 1)
     first, second = predict(program, [], 2, replace(HERE, threads=1))
     assert (first.op, second.op) == ("clamp", "concat")
     machine = replace(HERE, threads=1)

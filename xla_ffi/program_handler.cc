@@ -1,4 +1,4 @@
-// The border to XLA of a whole program: the images, then what all of them share; results like the images.
+// The border to XLA of a whole program: the images, then arrays that hold what all of them share; results like the images.
 #include <algorithm>
 #include <exception>
 #include <memory>
@@ -15,9 +15,17 @@ namespace ffi = xla::ffi;
 namespace sparseflax {
 namespace {
 
+// Where a shared operand lies: elements of an array from `first` on; all of the array, if that is -1.
+struct Part {
+  size_t array;
+  int64_t first;
+};
+
 struct ProgramState {
   static ffi::TypeId id;
   std::unique_ptr<Program> program;
+  std::vector<Part> parts;  // one for each shared operand
+  size_t arrays = 0;        // that there are for these
 };
 ffi::TypeId ProgramState::id = {};
 const auto kProgramInfo = ffi::MakeTypeInfo<ProgramState>();
@@ -25,7 +33,8 @@ const auto kProgramInfo = ffi::MakeTypeInfo<ProgramState>();
 ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("network program: " + what); }
 
 ffi::ErrorOr<std::unique_ptr<ProgramState>> Instantiate(ffi::Span<const int64_t> words, ffi::Span<const float> numbers,
-                                                        ffi::Span<const uint8_t> gaps, std::string_view kernel, std::string_view int8) {
+                                                        ffi::Span<const uint8_t> gaps, ffi::Span<const int64_t> parts,
+                                                        std::string_view kernel, std::string_view int8) {
   const Isa* isas[2] = {};
   for (const Element element : {Element::kFloat32, Element::kInt8}) {
     const std::string_view name = element == Element::kInt8 ? int8 : kernel;
@@ -40,6 +49,14 @@ ffi::ErrorOr<std::unique_ptr<ProgramState>> Instantiate(ffi::Span<const int64_t>
   state->program = Program::Make(words.begin(), static_cast<int64_t>(words.size()), numbers.begin(), static_cast<int64_t>(numbers.size()),
                                  gaps.begin(), static_cast<int64_t>(gaps.size()), isas[0], isas[1], &error);
   if (!error.empty()) return ffi::Unexpected(Invalid(error));
+  const size_t operands = state->program->shared.size();
+  if (parts.size() != 2 * operands) return ffi::Unexpected(Invalid("an operand lies nowhere"));
+  for (size_t i = 0; i < operands; ++i) {
+    const int64_t array = parts[2 * i], first = parts[2 * i + 1];
+    if (array < 0 || array >= static_cast<int64_t>(operands) || first < -1) return ffi::Unexpected(Invalid("an operand lies in no array"));
+    state->parts.push_back({static_cast<size_t>(array), first});
+    state->arrays = std::max(state->arrays, static_cast<size_t>(array) + 1);
+  }
   return state;
 }
 
@@ -55,21 +72,28 @@ bool Holds(const Buffer& buffer, int64_t n, const Sized& sized) {
 
 ffi::Error Execute(ProgramState* state, ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Program& program = *state->program;
-  const size_t images = program.inputs.size(), all = images + program.shared.size();
-  if (args.size() != all || rets.size() != program.outputs.size()) return Invalid("wrong number of operands");
+  const size_t images = program.inputs.size();
+  if (args.size() != images + state->arrays || rets.size() != program.outputs.size()) return Invalid("wrong number of operands");
   std::vector<const void*> inputs, shared;
   std::vector<void*> outputs;
+  std::vector<ffi::AnyBuffer> arrays;
   int64_t n = -1;
-  for (size_t i = 0; i < all; ++i) {
+  for (size_t i = 0; i < args.size(); ++i) {
     const auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
     if (i == 0) n = buffer->dimensions().size() > 0 ? buffer->dimensions()[0] : -1;
-    const Sized& sized = i < images ? program.inputs[i] : program.shared[i - images];
-    const bool fits = i < images ? Holds(*buffer, n, sized)
-                                 : buffer->element_type() == TypeOf(sized.type) && static_cast<int64_t>(buffer->element_count()) == sized.size;
-    if (!fits) return Invalid("operand " + std::to_string(i) + " does not fit");
+    if (i < images && !Holds(*buffer, n, program.inputs[i])) return Invalid("operand " + std::to_string(i) + " does not fit");
     if (reinterpret_cast<uintptr_t>(buffer->untyped_data()) % 4 != 0) return Invalid("an operand is not aligned to words of four bytes");
-    (i < images ? inputs : shared).push_back(buffer->untyped_data());
+    if (i < images) inputs.push_back(buffer->untyped_data());
+    else arrays.push_back(*buffer);
+  }
+  for (size_t i = 0; i < program.shared.size(); ++i) {
+    const Sized& wanted = program.shared[i];
+    const auto [array, first] = state->parts[i];
+    const int64_t count = static_cast<int64_t>(arrays[array].element_count());
+    const bool fits = first < 0 ? count == wanted.size : wanted.size <= count && first <= count - wanted.size;
+    if (arrays[array].element_type() != TypeOf(wanted.type) || !fits) return Invalid("operand " + std::to_string(images + array) + " does not fit");
+    shared.push_back(static_cast<const char*>(arrays[array].untyped_data()) + std::max<int64_t>(first, 0) * 4);
   }
   for (size_t i = 0; i < rets.size(); ++i) {
     auto buffer = rets.get<ffi::AnyBuffer>(i);
@@ -93,6 +117,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<ffi::Span<const int64_t>>("words")
                            .Attr<ffi::Span<const float>>("numbers")
                            .Attr<ffi::Span<const uint8_t>>("gaps")
+                           .Attr<ffi::Span<const int64_t>>("parts")
                            .Attr<std::string_view>("kernel")
                            .Attr<std::string_view>("int8"));
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,

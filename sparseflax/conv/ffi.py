@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 # our compatibility promise to exported programs
-TARGETS = TARGET, INT8_TARGET, PROGRAM = "sparseflax_conv_v1", "sparseflax_conv_int8_v2", "sparseflax_program_v1"
+TARGETS = TARGET, INT8_TARGET, PROGRAM = "sparseflax_conv_v1", "sparseflax_conv_int8_v2", "sparseflax_program_v2"
 
 
 def runtime_api() -> tuple[int, int]:

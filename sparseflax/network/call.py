@@ -7,7 +7,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,9 +15,12 @@ from flax import nnx
 from jax.core import Tracer
 
 from sparseflax.network.fuse import fuse
+from sparseflax.network.joined import join
+from sparseflax.network.program import Part
 
 Model = TypeVar("Model", bound=nnx.Module)
 ARRAYS = jax.Array, np.ndarray, np.generic
+RAW = operator.methodcaller("get_raw_value")
 KEPT = 32  # compiled calls of a module: of other flags each; jax.jit itself keeps those of other shapes
 
 
@@ -27,7 +30,7 @@ def fuse_call(model: Model, chunk: int = 1) -> Model:
     It stays an ordinary module: submodules, state, `nnx.split`, `nnx.jit` and `jax.jit(lambda m, x: m(x))` work as before, and
     what a call writes to Variables (statistics, caches) is kept. It is pickled and copied as its class is. A call outside of
     any trace, `model(x)`, is compiled when arguments of such shapes are met first; later ones hand over the weights as they are
-    by then, without a walk through the module.
+    by then, without a walk through the module, and small ones together.
 
     Args:
       model: what to change.
@@ -40,13 +43,18 @@ def fuse_call(model: Model, chunk: int = 1) -> Model:
     return model
 
 
+def is_fused(model: Any) -> bool:
+    """Whether it is an nnx module whose calls are fused."""
+    return getattr(model, "_is_fused", False)
+
+
 class _FusedType(type(nnx.Module)):
     """Of the classes made here, which no module has: so that `pickle` can say in a graphdef which one it was."""
 
 
 @functools.lru_cache
 def _fused(model_type: Any, chunk: int) -> type:
-    if getattr(model_type, "_is_fused", False):
+    if is_fused(model_type):
         return model_type
 
     class Fused(model_type, metaclass=_FusedType if issubclass(_FusedType, type(model_type)) else type(model_type)):
@@ -94,53 +102,101 @@ class _Calls:
     """Calls of one module, as long as it is made of the same parts: a walk through them costs more than a small network's call.
 
     Attributes:
-      parts: of its modules and containers, each: a view of what it holds, and what it held.
-      variables: whose values are the weights; arrays that are no Variable's are themselves.
+      parts, copies: what its modules and containers hold, and held.
+      leaves: Variables, whose values are the weights, and arrays that are no Variable's.
+      variables: the former.
+      held: what the last call handed over.
     """
 
     def __init__(self, model: Any, model_type: Any, chunk: int):
         self.graphdef, state = nnx.split(model)
         self.module = model_type, chunk
         _, self.tree = jax.tree.flatten(state)
-        self.variables: list[Any] = [variable for _, variable in nnx.to_flat_state(state)]
-        views = [part if isinstance(part, list) else part.values() if isinstance(part, dict) else vars(part).values()
-                 for _, part in nnx.iter_graph(model) if isinstance(part, (nnx.Pytree, list, dict))]
-        self.parts = [(view, list(view)) for view in views]
+        self.leaves: list[Any] = [leaf for _, leaf in nnx.to_flat_state(state)]
+        self.variables = [leaf for leaf in self.leaves if isinstance(leaf, nnx.Variable)]
+        self.parts: list[Any] = [part if isinstance(part, (list, dict)) else vars(part) for _, part in nnx.iter_graph(model)
+                                 if isinstance(part, (nnx.Pytree, list, dict))]
+        self.copies = [part.copy() for part in self.parts]
         key = id(model)
         self.model = weakref.ref(model, lambda _, calls=_calls: calls.pop(key, None))
-        # Not a method: the weights of a module that is gone should not wait for the garbage collector.
-        compiled = functools.partial(_compile, self.module, self.graphdef, self.tree)
-        self.compiled = functools.lru_cache(KEPT, typed=True)(compiled)
+        self.held: _Held | None = None
 
     def fit(self) -> bool:
-        """Whether the module is still made of these."""
-        return all(_same(now, held) for now, held in self.parts)
+        """Whether the module is still made of these: one comparison, which looks no further than at what is the very same."""
+        try:
+            return self.parts == self.copies
+        except Exception:  # of what was exchanged, as arrays have it
+            return False
 
     def __call__(self, leaves: Sequence[Any], tree: Any) -> tuple[Any, Any]:
         """What a call of such arguments returns, and what it writes to Variables."""
-        weights = jax.tree.leaves([each.get_raw_value() if isinstance(each, nnx.Variable) else each for each in self.variables])
+        values = list(map(RAW, self.variables))
         flags = [None if isinstance(leaf, ARRAYS) else leaf for leaf in leaves]
-        concrete = all(issubclass(kind, ARRAYS) and not issubclass(kind, Tracer) for kind in set(map(type, weights)))
-        if not (concrete and all(map(_has_hash, flags))):
-            return _run(*self.module, self.graphdef, jax.tree.unflatten(self.tree, weights), *jax.tree.unflatten(tree, leaves))
+        held = self.held
+        if held is None or not _same(values, held.values):
+            held = self._hold(values)
+        if held is None or not all(map(_has_hash, flags)):
+            weights = jax.tree.unflatten(self.tree, self._arrays(values))
+            return _run(*self.module, self.graphdef, weights, *jax.tree.unflatten(tree, leaves))
         arrays = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)]
-        return self.compiled(tree, *flags)(weights, arrays)
+        return held.compiled(tree, *flags)(held.weights, arrays)
+
+    def _arrays(self, values: list[Any]) -> list[Any]:
+        """Of all leaves, with these values of the Variables."""
+        rest = iter(values)
+        return jax.tree.leaves([next(rest) if isinstance(leaf, nnx.Variable) else leaf for leaf in self.leaves])
+
+    def _hold(self, values: list[Any]) -> _Held | None:
+        """What is handed over of these; None if some are no arrays, or traced."""
+        arrays = self._arrays(values)
+        if not all(issubclass(kind, ARRAYS) and not issubclass(kind, Tracer) for kind in set(map(type, arrays))):
+            return None
+        parts, weights = join(arrays)
+        if any(isinstance(array, np.ndarray) for array in arrays):  # which may be written to
+            values = [None]
+        if self.held is not None and self.held.parts == parts:
+            self.held = self.held._replace(values=values, weights=weights)
+        else:
+            # Not a method: the weights of a module that is gone should not wait for the garbage collector.
+            compiled = functools.partial(_compile, self.module, self.graphdef, self.tree, parts)
+            self.held = _Held(values, parts, weights, functools.lru_cache(KEPT, typed=True)(compiled))
+        return self.held
 
 
-def _compile(module: tuple[Any, int], graphdef: Any, parts: Any, tree: Any, *flags: Any) -> Callable[..., Any]:
+class _Held(NamedTuple):
+    """What a call hands over, all at once: other threads may call, too.
+
+    Attributes:
+      values: of the module's Variables; none where they have to be looked at each time.
+      parts, weights: their arrays, joined.
+      compiled: from the structure of the arguments, and those that are no arrays, to a jitted call of (weights, arrays).
+    """
+
+    values: list[Any]
+    parts: tuple[Part, ...]
+    weights: list[Any]
+    compiled: Callable[..., Callable[..., Any]]
+
+
+def _compile(module: tuple[Any, int], graphdef: Any, state: Any, parts: Sequence[Part], tree: Any, *flags: Any
+             ) -> Callable[..., Any]:
     """A jitted call of (weights, arrays), with the arguments that are no arrays."""
     @jax.jit
     def run(weights, arrays):
         rest = iter(arrays)
         leaves = [next(rest) if flag is None else flag for flag in flags]
-        return _run(*module, graphdef, jax.tree.unflatten(parts, weights), *jax.tree.unflatten(tree, leaves))
+        return _run(*module, graphdef, weights, *jax.tree.unflatten(tree, leaves),
+                    state_of=lambda weights: jax.tree.unflatten(state, [part.of(weights) for part in parts]))
 
     return run
 
 
-def _run(model_type: Any, chunk: int, graphdef: Any, state: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The fused call: what it returns, and what it writes to Variables."""
-    def call(state, args, kwargs):
+def _run(model_type: Any, chunk: int, graphdef: Any, weights: Any, args: Sequence[Any], kwargs: dict[str, Any],
+         state_of: Callable[[Any], Any] = lambda state: state) -> Any:
+    """The fused call: what it returns, and what it writes to Variables. Within it, where it is seen which array lies in which,
+    the module's state is made of its weights."""
+    def call(weights, args, kwargs):
+        state = state_of(weights)
         before = {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(state)}
         model: Any = nnx.merge(graphdef, state)
         y = model_type.__call__(model, *args, **kwargs)
@@ -148,7 +204,7 @@ def _run(model_type: Any, chunk: int, graphdef: Any, state: Any, args: Sequence[
         return y, nnx.from_flat_state([(path, leaf) for path, leaf in after
                                        if path not in before or not _same(jax.tree.leaves(leaf), before[path])])
 
-    return fuse(call, chunk)(state, args, kwargs)
+    return fuse(call, chunk)(weights, args, kwargs)
 
 
 def _has_hash(flag: Any) -> bool:

@@ -87,7 +87,8 @@ def _biased(region: Region, x: Any, bias: Any) -> Node | None:
     def change(conv: Node) -> Node | None:
         if conv.op == "conv_int8" or conv.activation is not None or conv.bias is not None or conv.size[2] % x.size[2]:
             return None
-        return replace(conv, bias=jnp.tile(jnp.reshape(bias, x.size[2]), conv.size[2] // x.size[2]))
+        flat, times = region.flat(bias), conv.size[2] // x.size[2]
+        return replace(conv, bias=flat if times == 1 else jnp.tile(flat, times))
 
     return _changed(region, x, change)
 
@@ -142,14 +143,14 @@ def _combine(region: Region, equation: Any, a: Any, b: Any) -> Node | None:
             return _clamped(region, equation, x, **line) if line else region.node(
                 equation, "combine", [x], params=(name, "number", swapped), numbers=[other])
         if math.prod(shape) == 1 and not isinstance(other, Node):
-            return region.node(equation, "combine", [x], [jnp.reshape(other, 1)], (name, "scalar", swapped))
+            return region.node(equation, "combine", [x], [region.flat(other)], (name, "scalar", swapped))
         if name == "mul" and (found := gate(region, x, other) or gate(region, other, x)):
             source, function, numbers = found
             return region.node(equation, "map", [source], params=[function], numbers=numbers)
         if shape == x.shape:
             return region.node(equation, "combine", [x, other], params=(name, "same", swapped))
         if shape == (1, *ones, made[-1]) and not isinstance(other, Node):
-            return region.node(equation, "combine", [x], [jnp.reshape(other, -1)], (name, "channel", swapped))
+            return region.node(equation, "combine", [x], [region.flat(other)], (name, "channel", swapped))
         if ones and shape == (x.shape[0], *ones, x.shape[-1]):
             return region.node(equation, "combine", [x, other], params=(name, "image", swapped))
         if len(shape) > 1 and shape == (*x.shape[:-1], 1):

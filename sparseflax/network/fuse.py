@@ -167,6 +167,8 @@ def _evaluate(jaxpr: Jaxpr, values: Sequence[Any], trace: _Trace) -> list[Any]:
                 if equation.primitive in REWRITES and not (trace.is_chained(operands[0]) and joins(equation)):
                     result = REWRITES[equation.primitive](equation, *operands)
             results = _bind(jaxpr, equation, operands) if result is None else [result]
+            if equation.primitive in (primitives.slice_p, primitives.reshape_p):
+                trace.region.lies_in(equation, operands[0], results[0])
             trace.chain(equation, operands, results)
         for variable, value in zip(equation.outvars, results, strict=True):
             write(variable, value)

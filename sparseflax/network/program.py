@@ -8,9 +8,10 @@ images.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,21 @@ def _filter(taps: tuple[int, int], window: Window) -> list[int]:
     return [*taps, *window.strides, top, left, *window.dilation]
 
 
+class Part(NamedTuple):
+    """Where a shared operand lies: in which array, from which element on, and its shape; None is all of the array as it is."""
+
+    array: int
+    first: int | None = None
+    shape: tuple[int, ...] | None = None
+
+    def of(self, arrays: Sequence[Any]) -> Any:
+        """The operand."""
+        array = arrays[self.array]
+        if self.first is None or self.shape is None:
+            return array
+        return jax.lax.slice(array, (self.first,), (self.first + math.prod(self.shape),)).reshape(self.shape)
+
+
 @dataclass(frozen=True)
 class Program:
     """Steps in the order in which they run.
@@ -170,7 +186,7 @@ class Program:
       inputs: sizes of the images that go in.
       steps: each reads inputs and the results of steps before it.
       outputs: numbers of the values that come out, none of them an input or a reshape.
-      shared: how many operands all images share.
+      shared: where each operand lies that all images share; several of them may lie in one array.
       chunk: images that a thread takes through all steps at a time.
       kernel, int8: instruction sets for all convolutions of float32 and in eight bits; None takes the best.
       uint8: which inputs are uint8, not float32.
@@ -179,7 +195,7 @@ class Program:
     inputs: tuple[Size, ...]
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
-    shared: int
+    shared: tuple[Part, ...]
     chunk: int
     kernel: str | None = None
     int8: str | None = None
@@ -190,15 +206,17 @@ class Program:
         return [self.steps[output - len(self.inputs)] for output in self.outputs]
 
     def compute(self, *operands: jax.Array) -> list[jax.Array]:
-        """All steps in plain JAX: (n, h, w, c) for each input, then the shared operands; to one array for each output."""
-        values, shared = list(operands[:len(self.inputs)]), operands[len(self.inputs):]
+        """All steps in plain JAX: (n, h, w, c) for each input, then the shared arrays; to one array for each output."""
+        values, arrays = list(operands[:len(self.inputs)]), operands[len(self.inputs):]
+        shared = [part.of(arrays) for part in self.shared]
         for step in self.steps:
             values.append(step.compute([values[arg] for arg in step.args], [shared[index] for index in step.shared]))
         return [values[output] for output in self.outputs]
 
     def encode(self) -> dict[str, Any]:
-        """What program_decode.cc decodes: `words`, the `numbers` and `gaps` that they point into, and the instruction sets."""
-        words = [VERSION, len(self.inputs), len(self.steps), len(self.outputs), self.shared, self.chunk]
+        """What program_decode.cc decodes: `words`, the `numbers` and `gaps` that they point into, `parts` for shared operands,
+        and the instruction sets."""
+        words = [VERSION, len(self.inputs), len(self.steps), len(self.outputs), len(self.shared), self.chunk]
         for number, size in enumerate(self.inputs):
             words += [*size, number in self.uint8]
         numbers, gaps, end = list[float](), list[np.ndarray](), 0
@@ -212,19 +230,21 @@ class Program:
             numbers += own
             gaps.append(gap)
             end += len(gap)
+        parts = [word for part in self.shared for word in (part.array, -1 if part.first is None else part.first)]
         return {"words": np.asarray([*words, *self.outputs], np.int64), "numbers": np.asarray(numbers, np.float32),
-                "gaps": np.concatenate(gaps), "kernel": self.kernel or "", "int8": self.int8 or ""}
+                "gaps": np.concatenate(gaps), "parts": np.asarray(parts, np.int64), "kernel": self.kernel or "",
+                "int8": self.int8 or ""}
 
 
-def run_program(program: Program, images: Sequence[jax.Array], shared: Sequence[jax.Array]) -> list[jax.Array]:
+def run_program(program: Program, images: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """The program's outputs (n, h, w, c).
 
     Args:
       program: what to run.
       images: (n, h, w, c) for each of its inputs, float32 or uint8.
-      shared: operands that all images share: values, biases, kernels, as its steps number them.
+      arrays: float32 or int32, in which the shared operands lie: values, biases, kernels.
     """
-    operands = vary_together([*images, *shared])
+    operands = vary_together([*images, *arrays])
     if images[0].shape[0] == 0:
         return program.compute(*operands)
     return _bind(*operands, program=program)

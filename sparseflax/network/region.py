@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.extend.core import primitives
 
 from sparseflax.conv.int8 import Quantization
 from sparseflax.conv.int8_primitive import BOUNDS
 from sparseflax.conv.packing import Pattern
 from sparseflax.conv.primitive import Activation
 from sparseflax.conv.window import Window
-from sparseflax.network.program import Program, Size, Step, run_program
+from sparseflax.network.program import Part, Program, Size, Step, run_program
 
 PIXELS = Window((1, 1), ((0, 0), (0, 0)), (1, 1))  # of single pixels
 CONVOLUTIONS = "conv", "dense", "depthwise", "conv_int8"
@@ -107,6 +108,22 @@ class Region:
         self._readers: dict[int, tuple[Node, int]] = {}
         self._rounded: dict[int, tuple[Node, Node]] = {}
         self.quantized: dict[tuple[int, Quantization], tuple[Any, Node]] = {}
+        self._parts: dict[int, tuple[Any, Any, int]] = {}  # arrays that lie in others: itself, the other, from where on
+
+    def lies_in(self, equation: Any, operand: Any, array: Any) -> None:
+        """Says of an equation's result, if it is a part of a 1-D array, that it is: a program reads it there."""
+        params = equation.params
+        if equation.primitive is primitives.slice_p and np.ndim(operand) == 1 and params["strides"] is None:
+            self._parts[id(array)] = array, operand, params["start_indices"][0]
+        elif equation.primitive is primitives.reshape_p and params["dimensions"] is None and id(operand) in self._parts:
+            self._parts[id(array)] = array, *self._parts[id(operand)][1:]
+
+    def flat(self, array: Any) -> jax.Array:
+        """An array as one of one dimension, which lies where it lies."""
+        flat = jnp.reshape(array, -1)
+        if id(array) in self._parts:
+            self._parts[id(flat)] = flat, *self._parts[id(array)][1:]
+        return flat
 
     def is_read(self, values: Iterable[Any]) -> None:
         """Says that a step that waits reads these values."""
@@ -207,11 +224,14 @@ class Region:
         steps = sorted(needed.values(), key=lambda node: node.number)
         values = {key: index for index, key in enumerate((*inputs, *map(id, steps)))}
         images = [self._done[key][1] if key in self._done else value for key, value in inputs.items()]
-        shared: dict[int, Any] = {}
+        arrays: dict[int, Any] = {}
+        shared: dict[Part, int] = {}
 
         def operand(array: Any) -> int:
-            shared[id(array)] = array
-            return list(shared).index(id(array))
+            _, whole, first = self._parts.get(id(array), (None, array, None))
+            arrays[id(whole)] = whole
+            shape = None if first is None else array.shape
+            return shared.setdefault(Part(list(arrays).index(id(whole)), first, shape), len(shared))
 
         made = tuple(node.step(lambda value: values[id(value)], operand) for node in steps)
         outputs = list({id(source): source for source in sources if id(source) in needed}.values())
@@ -219,8 +239,8 @@ class Region:
             sizes: Any = tuple(image.shape[1:] for image in images)
             uint8 = tuple(number for number, image in enumerate(images) if image.dtype == jnp.uint8)
             results = tuple(values[id(node)] for node in outputs)
-            program = Program(sizes, made, results, len(shared), self.chunk, self.kernel, self.int8, uint8)
-            for node, array in zip(outputs, run_program(program, images, list(shared.values())), strict=True):
+            program = Program(sizes, made, results, tuple(shared), self.chunk, self.kernel, self.int8, uint8)
+            for node, array in zip(outputs, run_program(program, images, list(arrays.values())), strict=True):
                 self._done[id(node)] = node, array
         for node, source in zip(wanted, sources, strict=True):
             self._done[id(node)] = node, self._done[id(source)][1].reshape(node.shape[0], *node.size)
