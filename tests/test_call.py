@@ -108,6 +108,7 @@ def test_small_weights_are_handed_over_together_and_a_program_reads_them_there()
     jaxpr = jax.make_jaxpr(held.compiled(jax.tree.structure(((x,), {})), None))(held.weights, [x])
     found = jax.tree.leaves(equations(jaxpr.jaxpr))
     assert [len(each.invars) for each in found if each.primitive.name == "sparse_program"] == [3]
+    assert len(jax.make_jaxpr(net)(x).consts) == 2  # of a trace that closes over the weights, or is exported
     apart = jax.jit(lambda net, x: net(x))(net, x)  # each an argument of its own
     np.testing.assert_array_equal(y, apart)
 
@@ -121,10 +122,14 @@ def equations(jaxpr):
 def test_which_weights_are_joined():
     small, large = jnp.ones((3, 5)), jnp.ones((1 << 14) + 1)
     there = jax.device_put(jnp.ones(4), jax.devices()[0])  # bound to a device
+    both = [jax.device_put(jnp.full(2, k, jnp.float32), jax.devices()[0]) for k in range(2)]
     half, none, other = jnp.ones(4, jnp.bfloat16), jnp.ones((0, 3)), np.arange(7, dtype=np.float32)
-    parts, arrays = join([small, large, there, half, none, other, jnp.ones(3, jnp.int32)])
-    assert parts == (Part(0, 0, (3, 5)), Part(1), Part(2), Part(3), Part(4), Part(0, 16, (7,)), Part(5))
-    for part, array in zip(parts, (small, large, there, half, none, other, jnp.ones(3, jnp.int32)), strict=True):
+    some = [small, large, half, none, other, jnp.ones(3, jnp.int32)]
+    parts, arrays = join(some)
+    assert parts == (Part(0, 0, (3, 5)), Part(1), Part(2), Part(3), Part(0, 16, (7,)), Part(4))
+    parts, arrays = join([*some, there, *both])
+    assert [part.array for part in parts] == [0, 2, 3, 4, 0, 5, 1, 1, 1] and arrays[1].committed and not arrays[0].committed
+    for part, array in zip(parts, [*some, there, *both], strict=True):
         found = part.of(arrays)
         assert found.dtype == array.dtype
         np.testing.assert_array_equal(found, array)

@@ -45,7 +45,7 @@ def fuse_call(model: Model, chunk: int = 1) -> Model:
 
 def is_fused(model: Any) -> bool:
     """Whether it is an nnx module whose calls are fused."""
-    return getattr(model, "_is_fused", False)
+    return hasattr(model, "_fused_from")
 
 
 class _FusedType(type(nnx.Module)):
@@ -58,7 +58,7 @@ def _fused(model_type: Any, chunk: int) -> type:
         return model_type
 
     class Fused(model_type, metaclass=_FusedType if issubclass(_FusedType, type(model_type)) else type(model_type)):
-        _is_fused, _chunk = True, chunk
+        _fused_from = model_type, chunk
 
         def __call__(self, *args, **kwargs):
             return _call(self, model_type, chunk, args, kwargs)
@@ -78,13 +78,18 @@ def _remake(chunk: int, make: Callable[..., Any], args: Sequence[Any]) -> Any:
     return fuse_call(make(*args), chunk)
 
 
-copyreg.pickle(_FusedType, lambda made: (_fused, (*made.__bases__, made._chunk)))  # type: ignore[arg-type]
+copyreg.pickle(_FusedType, lambda made: (_fused, made._fused_from))  # type: ignore[arg-type]
 
 def _call(model: Any, model_type: Any, chunk: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A fused call of `model`: in the trace that there is, or compiled."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     if any(isinstance(leaf, Tracer) for leaf in leaves):
-        y, written = _run(model_type, chunk, *nnx.split(model), args, kwargs)
+        graphdef, state = nnx.split(model)
+        arrays, parts = jax.tree.flatten(state)
+        if _concrete(arrays):  # constants of the trace, then
+            y, written = _run(model_type, chunk, graphdef, *_together(arrays, parts), args, kwargs)
+        else:
+            y, written = _run(model_type, chunk, graphdef, state, _itself, args, kwargs)
     else:
         calls = _calls.get(id(model))
         if calls is None or not calls.fit():
@@ -93,6 +98,17 @@ def _call(model: Any, model_type: Any, chunk: int, args: Sequence[Any], kwargs: 
     if written:
         nnx.update(model, written)
     return y
+
+
+def call_with_weights(model: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """A call of a fused module with these arguments, and with the weights that it has now: no later call asks for them again,
+    and what it would write to Variables is lost."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    calls = _Calls(model, *type(model)._fused_from)
+    held = calls.hold(list(map(RAW, calls.variables)))
+    assert held is not None
+    arrays, run = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)], held.compiled(tree, *map(_flag, leaves))
+    return lambda: run(held.weights, arrays)[0]
 
 
 _calls: dict[int, _Calls] = {}  # by the id of a living module, in which they would be part of its state
@@ -131,13 +147,12 @@ class _Calls:
     def __call__(self, leaves: Sequence[Any], tree: Any) -> tuple[Any, Any]:
         """What a call of such arguments returns, and what it writes to Variables."""
         values = list(map(RAW, self.variables))
-        flags = [None if isinstance(leaf, ARRAYS) else leaf for leaf in leaves]
-        held = self.held
+        flags, held = list(map(_flag, leaves)), self.held
         if held is None or not _same(values, held.values):
-            held = self._hold(values)
+            held = self.hold(values)
         if held is None or not all(map(_has_hash, flags)):
             weights = jax.tree.unflatten(self.tree, self._arrays(values))
-            return _run(*self.module, self.graphdef, weights, *jax.tree.unflatten(tree, leaves))
+            return _run(*self.module, self.graphdef, weights, _itself, *jax.tree.unflatten(tree, leaves))
         arrays = [leaf for leaf in leaves if isinstance(leaf, ARRAYS)]
         return held.compiled(tree, *flags)(held.weights, arrays)
 
@@ -146,10 +161,10 @@ class _Calls:
         rest = iter(values)
         return jax.tree.leaves([next(rest) if isinstance(leaf, nnx.Variable) else leaf for leaf in self.leaves])
 
-    def _hold(self, values: list[Any]) -> _Held | None:
+    def hold(self, values: list[Any]) -> _Held | None:
         """What is handed over of these; None if some are no arrays, or traced."""
         arrays = self._arrays(values)
-        if not all(issubclass(kind, ARRAYS) and not issubclass(kind, Tracer) for kind in set(map(type, arrays))):
+        if not _concrete(arrays):
             return None
         parts, weights = join(arrays)
         if any(isinstance(array, np.ndarray) for array in arrays):  # which may be written to
@@ -185,14 +200,27 @@ def _compile(module: tuple[Any, int], graphdef: Any, state: Any, parts: Sequence
     def run(weights, arrays):
         rest = iter(arrays)
         leaves = [next(rest) if flag is None else flag for flag in flags]
-        return _run(*module, graphdef, weights, *jax.tree.unflatten(tree, leaves),
-                    state_of=lambda weights: jax.tree.unflatten(state, [part.of(weights) for part in parts]))
+        return _run(*module, graphdef, weights, _apart(parts, state), *jax.tree.unflatten(tree, leaves))
 
     return run
 
 
-def _run(model_type: Any, chunk: int, graphdef: Any, weights: Any, args: Sequence[Any], kwargs: dict[str, Any],
-         state_of: Callable[[Any], Any] = lambda state: state) -> Any:
+def _together(arrays: Sequence[Any], state: Any) -> tuple[list[Any], Callable[[Any], Any]]:
+    """A state's arrays joined, and what makes the state of them again."""
+    parts, weights = join(arrays)
+    return weights, _apart(parts, state)
+
+
+def _apart(parts: Sequence[Part], state: Any) -> Callable[[Any], Any]:
+    return lambda weights: jax.tree.unflatten(state, [part.of(weights) for part in parts])
+
+
+def _itself(state: Any) -> Any:
+    return state
+
+
+def _run(model_type: Any, chunk: int, graphdef: Any, weights: Any, state_of: Callable[[Any], Any], args: Sequence[Any],
+         kwargs: dict[str, Any]) -> Any:
     """The fused call: what it returns, and what it writes to Variables. Within it, where it is seen which array lies in which,
     the module's state is made of its weights."""
     def call(weights, args, kwargs):
@@ -205,6 +233,16 @@ def _run(model_type: Any, chunk: int, graphdef: Any, weights: Any, args: Sequenc
                                        if path not in before or not _same(jax.tree.leaves(leaf), before[path])])
 
     return fuse(call, chunk)(weights, args, kwargs)
+
+
+def _flag(leaf: Any) -> Any:
+    """An argument that is no array; None for an array."""
+    return None if isinstance(leaf, ARRAYS) else leaf
+
+
+def _concrete(arrays: Sequence[Any]) -> bool:
+    """Whether all are arrays, and none is traced."""
+    return all(issubclass(kind, ARRAYS) and not issubclass(kind, Tracer) for kind in set(map(type, arrays)))
 
 
 def _has_hash(flag: Any) -> bool:

@@ -17,7 +17,7 @@ from sparseflax.conv.window import Window
 from sparseflax.cost.shape import ConvShape
 from sparseflax.cost.timing import medians
 from sparseflax.layers.planes import blocks, image_kernel, is_transposed, plane
-from sparseflax.network.call import is_fused
+from sparseflax.network.call import call_with_weights, is_fused
 from sparseflax.network.fuse import fuse
 
 QUIET = 2.0  # seconds before progress is shown
@@ -89,16 +89,17 @@ def called(model: Any, **call: Any) -> tuple[Callable[[Any, Any], Any], Any]:
 
 
 def program(model: Any, x: Any, **call: Any) -> Callable[[], Any]:
-    """The model's call in evaluation mode, complete when it returns: what a packed nnx module does when it is called; of others
-    one jitted program with its weights as operands.
+    """The model's call in evaluation mode, as one jitted program with its weights as operands; complete when it returns.
 
-    These are a plain list: a walk through Flax's state would add up to half a millisecond to each call.
+    The weights are a plain list: a walk through Flax's state would add up to half a millisecond to each call.
     """
     if is_fused(model):
         packed = nnx.clone(model)
         packed.eval()
-        x = jax.tree.map(jnp.asarray, x)
-        return lambda: jax.block_until_ready(packed(x, **call))
+        here, x = jax.device_put((nnx.state(packed), x), jax.devices("cpu")[0])
+        nnx.update(packed, here)
+        run_packed = call_with_weights(packed, x, **call)
+        return lambda: jax.block_until_ready(run_packed())
     function, weights = called(model, **call)
     leaves, tree = jax.tree.flatten(weights)
     run = jax.jit(lambda leaves, x: function(jax.tree.unflatten(tree, leaves), x))
