@@ -138,7 +138,8 @@ class _Calls:
         self.held: _Held | None = None
 
     def fit(self) -> bool:
-        """Whether the module is still made of these: one comparison, which looks no further than at what is the very same."""
+        """Whether the module is still made of these, or of numbers and texts that equal them: one comparison, which looks no
+        further where something is the very same."""
         try:
             return self.parts == self.copies
         except Exception:  # of what was exchanged, as arrays have it
