@@ -85,11 +85,12 @@ def _call(model: Any, model_type: Any, chunk: int, args: Sequence[Any], kwargs: 
     leaves, tree = jax.tree.flatten((args, kwargs))
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         graphdef, state = nnx.split(model)
-        arrays, parts = jax.tree.flatten(state)
+        arrays, structure = jax.tree.flatten(state)
+        weights, state_of = state, _itself
         if _concrete(arrays):  # constants of the trace, then
-            y, written = _run(model_type, chunk, graphdef, *_together(arrays, parts), args, kwargs)
-        else:
-            y, written = _run(model_type, chunk, graphdef, state, _itself, args, kwargs)
+            parts, weights = join(arrays)
+            state_of = _apart(parts, structure)
+        y, written = _run(model_type, chunk, graphdef, weights, state_of, args, kwargs)
     else:
         calls = _calls.get(id(model))
         if calls is None or not calls.fit():
@@ -206,13 +207,8 @@ def _compile(module: tuple[Any, int], graphdef: Any, state: Any, parts: Sequence
     return run
 
 
-def _together(arrays: Sequence[Any], state: Any) -> tuple[list[Any], Callable[[Any], Any]]:
-    """A state's arrays joined, and what makes the state of them again."""
-    parts, weights = join(arrays)
-    return weights, _apart(parts, state)
-
-
 def _apart(parts: Sequence[Part], state: Any) -> Callable[[Any], Any]:
+    """What makes a state of this structure of its joined arrays again."""
     return lambda weights: jax.tree.unflatten(state, [part.of(weights) for part in parts])
 
 
