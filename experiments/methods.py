@@ -136,6 +136,12 @@ class Task:
         return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole,
                             best_effort=self.best_effort, precision=self.precision)
 
+    def guide_by_damage(self) -> prune.Guidance:
+        """The performance model's, with what pruning each layer does to the outputs measured on the images."""
+        damage = prune.damage(self.model, self.batches[:1], self.shapes, block=self.block)
+        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole,
+                            best_effort=self.best_effort, precision=self.precision, damage=damage)
+
     def matched(self, allocate: Callable[[float], prune.Guidance]) -> prune.Guidance:
         """The guide without a performance model that is predicted to reach the requested speedup with the most weights.
 
@@ -193,7 +199,7 @@ class Method(NamedTuple):
     @property
     def guided(self) -> bool:
         """Whether the performance model says how far each layer is pruned."""
-        return self.guide is Task.guide
+        return self.guide in (Task.guide, Task.guide_by_damage)
 
 
 # The first layer stays dense, as it does where these allocations were published. The guide decides for itself.
@@ -277,6 +283,7 @@ METHODS: dict[str, Method] = {
     "one-shot": Method(uniform, _one_shot, trains=False),
     "OBS one-shot": Method(uniform, _obs, trains=False),
     "OBS one-shot, guided": Method(Task.guide, _obs, twin="OBS one-shot", trains=False),
+    "OBS one-shot, guided, by damage": Method(Task.guide_by_damage, _obs, trains=False),
     "OBS one-shot, guided, blocks": Method(Task.guide, _obs, trains=False, block=LANES),
     "OBS one-shot, guided, int8": Method(Task.guide, _obs, trains=False, block=LANES, precision="int8"),
     "OBS, then trained": Method(uniform, _obs_then_trained),

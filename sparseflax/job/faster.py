@@ -1,6 +1,6 @@
 """Here is my network, here are some pictures: make it so many times as fast.
 
-    read -> measure -> aim -> prune layer by layer -> correct -> train, if asked -> pack -> measure -> report
+    read -> measure -> look -> aim -> prune layer by layer -> correct -> train, if asked -> pack -> measure -> report
 
 Everything that takes long is kept in the job's folder, and not done again.
 """
@@ -30,7 +30,7 @@ from sparseflax.job.layers import Grams
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
 from sparseflax.job.times import times
-from sparseflax.job.tries import Job, Score, aim, call, delivered, enough, guide_for, tries
+from sparseflax.job.tries import Job, Score, aim, call, delivered, enough, guide_for, look, tries
 from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.measure import measure
 
@@ -122,6 +122,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, grams, finetune, seconds,
               folder)
     compare(said[1], said[1], job.labels)  # refuses labels of something else before anything is pruned
+    job = look(job)
     asked = whole.dense_seconds / (1e-3 * milliseconds) if milliseconds else speedup
     if asked is not None:
         job = aim(job, asked)

@@ -81,8 +81,12 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, fo
                     write_layer(name, density, prune_layer(modules[name], found[name], some[name], density, count))
         for (name, density), count in counts.items():
             if not count:
-                state = one_shot(nnx.state(model, nnx.Param), constant({name: density}))
-                write_layer(name, density, kernels(state)[name])
+                write_layer(name, density, by_magnitude(found[name], density))
+
+
+def by_magnitude(kernel: Any, density: float) -> Any:
+    """The kernel with only the largest of its weights."""
+    return one_shot({"layer": {"kernel": kernel}}, constant({"layer": density}))["layer"]["kernel"]
 
 
 def assembled(model: nnx.Module, guide: Guidance, folder: Path) -> Any:

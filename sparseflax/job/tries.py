@@ -18,6 +18,7 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import seal, unseal
 from sparseflax.job.afresh import afresh
+from sparseflax.job.damage import damage
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import whole_of
 from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
@@ -30,6 +31,7 @@ from sparseflax.network.planned import Plan
 from sparseflax.prune.aim import aimed
 from sparseflax.prune.allocate import guided
 from sparseflax.prune.correct import Statistics, correct, statistics
+from sparseflax.prune.damage import Damage
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.measure import pruned
 from sparseflax.prune.whole import Whole
@@ -38,6 +40,7 @@ STATISTICS = 64  # pictures in a batch by which outputs are corrected, of so man
 STATISTICS_PIXELS = 1 << 19
 ENOUGH = 1 << 21  # pixels of either in all, of at least LEAST pictures: a large one shows a layer many positions
 LEAST = 32
+LOOKED = 8  # pictures by which it is seen what pruning a layer does to the outputs, and as many more as a batch has
 SEEN = 2  # positions for each input of a layer, without which its weights are not known to be superfluous
 POINTS = 1.0  # lost, above which it is said what less speed would cost, where nothing else was asked for
 CURVE = 5  # speeds on it
@@ -63,6 +66,7 @@ class Job:
       minutes: of training.
       seconds: of measuring, before and after.
       out: the folder.
+      damage: what pruning each layer does to the outputs, once that is known.
     """
 
     model: nnx.Module
@@ -80,6 +84,7 @@ class Job:
     minutes: float
     seconds: float
     out: Path
+    damage: Damage | None = None
 
     @functools.cached_property
     def examples(self) -> list[np.ndarray]:
@@ -136,6 +141,14 @@ def tries(job: Job, asked: float | None, points: float | None) -> list[Tried]:
     return sorted(tried, key=lambda one: one.speedup)
 
 
+def look(job: Job) -> Job:
+    """The job, with what pruning each layer does that may be pruned; kept in the folder."""
+    dense = pack_model(job.model, plan(job.model, job.x, job.machine).all_dense, job.x)
+    shapes = {name: job.shapes[name] for name in guide_for(job, math.inf).densities}
+    several = -(-LOOKED // len(job.examples[0]))
+    return replace(job, damage=damage(job.model, dense, job.examples[:several], shapes, job.grams, job.out / "damage.json"))
+
+
 def aim(job: Job, asked: float) -> Job:
     """The job, its network's measurement put right for this speedup; kept in the folder."""
     def reached(guide: Guidance) -> float:
@@ -165,7 +178,7 @@ def guide_for(job: Job, speedup: float) -> Guidance:
         return rows < SEEN * inputs(shape)
 
     return guided(job.shapes, job.machine, speedup=speedup, whole=job.whole, best_effort=True,
-                  exclude=hardly_seen)
+                  exclude=hardly_seen, damage=job.damage)
 
 
 def enough(pictures: Pictures) -> Pictures:

@@ -4,6 +4,7 @@ from sparseflax.prune.acdc import acdc as acdc
 from sparseflax.prune.allocate import guided as guided
 from sparseflax.prune.budget import budget as budget
 from sparseflax.prune.correct import correct as correct
+from sparseflax.prune.damage import damage as damage
 from sparseflax.prune.fixed import fixed as fixed
 from sparseflax.prune.guide import Guidance as Guidance
 from sparseflax.prune.guide import LayerGuide as LayerGuide

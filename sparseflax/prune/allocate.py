@@ -14,6 +14,8 @@ time per damage, its worth, at the margin:
 
     (dt/dd) / (1 / (m d^2)) = price
 
+Where it was measured what pruning each layer does to the network's outputs (`prune.damage`), the sum is of that.
+
 Where the useful ranges end before the network is fast enough, lower_l is min_density for all: the time saved below them is
 little for the damage, but it was asked for.
 """
@@ -34,6 +36,7 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.model import Work, conv_seconds, dense_seconds, useful_range
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.plan import MARGIN
+from sparseflax.prune.damage import Damage, Lost, assumed, known
 from sparseflax.prune.guide import LEAST, Guidance, LayerGuide, Layers, named
 from sparseflax.prune.whole import Whole
 
@@ -53,6 +56,7 @@ def guided(
     whole: Whole | None = None,
     best_effort: bool = False,
     precision: Literal["float32", "int8"] = "float32",
+    damage: Damage | None = None,
 ) -> Guidance:
     """The densities at which the network runs `speedup` times as fast as dense, at the least damage.
 
@@ -72,6 +76,8 @@ def guided(
         `speedup=math.inf` asks for as much as there is.
       precision: in which layers will run, but for those that take less time dense in float32. Densities for int8 are those of
         blocks of four input channels, which the method has to prune by (`block=4`).
+      damage: what pruning each layer does to the outputs, from `prune.damage`; layers that it lacks stay dense. None takes
+        1 / (m d) of every layer.
 
     Raises:
       ValueError: for a time that is not positive and finite, for a speedup below 1 or out of reach (saying the highest, and
@@ -94,7 +100,9 @@ def guided(
     names, here = list(shapes), machine
     work, machine = work_in(precision, shapes.values(), machine)
     # Of a stack each layer does its damage.
-    inputs = np.array([shape.weights / shape.oc / shape.layers**2 for shape in shapes.values()])
+    lost = assumed(np.array([shape.weights / shape.oc / shape.layers**2 for shape in shapes.values()]))
+    if damage is not None:
+        lost = known([damage.get(name, ((0.5,), (1.0,))) for name in names])
     predicted = np.asarray(dense_seconds(work, machine), float)
     whole = whole or Whole(float(predicted.sum()), dense_scale=1.0)
     scale, total = whole.scale, whole.dense_seconds
@@ -110,9 +118,11 @@ def guided(
 
     excluded, dense_because = named(exclude, names), dict[int, str]()
     for floor in (np.clip(lower, min_density, one), np.minimum(min_density, one)):
-        curves = _curves(work, inputs, machine, scale, floor, one)
+        curves = _curves(work, lost, machine, scale, floor, one)
         least, fastest = _settle(0.0, curves)
         dense_because = {i: "excluded" for i, name in enumerate(names) if name in excluded}
+        dense_because |= {i: "what pruning it would do was not measured" for i, name in enumerate(names)
+                          if damage is not None and name not in damage and i not in dense_because}
         dense_because |= {i: f"no speedup potential, at best {dense[i] / fastest[i]:.2f}x" for i in range(len(names))
                           if i not in dense_because and fastest[i] >= bearable[i]}
         pruned = np.array([i not in dense_because for i in range(len(names))])
@@ -154,7 +164,7 @@ def guided(
         why = "no speedup asked for" if goal >= total else f"packed it is {total / unpruned:.3g}x faster unpruned"
         dense_because |= {i: why for i in np.flatnonzero(pruned)}
     else:
-        density, given_back = _least_damage(curves, dense, bearable, inputs, pruned, goal - whole.other(goal))
+        density, given_back = _least_damage(curves, dense, bearable, lost, pruned, goal - whole.other(goal))
         dense_because |= given_back
     sparse, slope = (values[0] for values in _seconds_and_slope(work, jnp.asarray(density[None], jnp.float32), machine))
     times = np.where(density < 1, scale * np.asarray(sparse, float), dense)
@@ -187,7 +197,7 @@ def _where(shapes: Mapping[str, ConvShape], best: np.ndarray, shortest: float) -
 
 
 def _least_damage(
-    curves: np.ndarray, dense: np.ndarray, bearable: np.ndarray, inputs: np.ndarray, pruned: np.ndarray, budget: float
+    curves: np.ndarray, dense: np.ndarray, bearable: np.ndarray, lost: Lost, pruned: np.ndarray, budget: float
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Densities (layers,) at which all layers take `budget` seconds, and why some that could be pruned (bools) are not.
 
@@ -198,7 +208,7 @@ def _least_damage(
     def solve(pruned: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         density, seconds = np.ones(len(dense)), dense.copy()
         price, density[pruned], seconds[pruned] = _solve(curves[pruned], budget - dense[~pruned].sum())
-        return price, density, seconds, (1 / density - 1) / inputs
+        return price, density, seconds, lost(density)[0]
 
     given_back = {}
     price, density, seconds, damage = solve(pruned)
@@ -223,12 +233,12 @@ def _least_damage(
             price, density, seconds, damage = solution
 
 
-def _curves(work: Work, inputs: np.ndarray, machine: Machine, scale: float, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
+def _curves(work: Work, lost: Lost, machine: Machine, scale: float, floor: np.ndarray, top: np.ndarray) -> np.ndarray:
     """What each layer can choose from, (layers, 3, GRID): log density from floor to top (layers,), seconds, worth."""
     log_density = np.linspace(np.log(floor), np.log(top), GRID)
     density = jnp.asarray(np.exp(log_density), jnp.float32)
     seconds, slope = _seconds_and_slope(work, density, machine)
-    worth = scale * np.asarray(slope, float) * np.asarray(density, float) ** 2 * inputs
+    worth = scale * np.asarray(slope, float) / lost(np.asarray(density, float))[1]
     # Where the time is not convex, the densities between are never the best: skip them.
     return np.stack([log_density, scale * np.asarray(seconds, float), np.maximum.accumulate(worth)]).transpose(2, 0, 1)
 
@@ -254,8 +264,10 @@ def _solve(curves: np.ndarray, budget: float) -> tuple[float, np.ndarray, np.nda
     """The highest price at which these layers take at most `budget` seconds together, their densities and seconds."""
     if not len(curves):
         return 0.0, np.empty(0), np.empty(0)
-    low, high = 0.0, curves[:, 2].max()
+    # In logarithms: the worth of a layer's last weights is many orders of magnitude above that of its first.
+    worth = curves[:, 2][curves[:, 2] > 0]
+    low, high = (math.log(worth.min()) - 1, math.log(worth.max())) if len(worth) else (-math.inf, -math.inf)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _settle(middle, curves)[1].sum() <= budget else (low, middle)
-    return low, *_settle(low, curves)
+        low, high = (middle, high) if _settle(math.exp(middle), curves)[1].sum() <= budget else (low, middle)
+    return math.exp(low), *_settle(math.exp(low), curves)
