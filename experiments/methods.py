@@ -28,6 +28,7 @@ from sparseflax.cost.model import conv_seconds
 from sparseflax.cost.shape import ConvShape
 from sparseflax.network.plan import MARGIN
 from sparseflax.prune.allocate import REACH
+from sparseflax.prune.damage import Damage
 
 MIN_DENSITY = 0.01  # of a layer, for guided and unguided methods alike
 L1 = 5e-3  # first strength of the lasso, per learning rate, for some hundred updates; it adapts, tenfold in 25
@@ -131,16 +132,14 @@ class Task:
     def ramp(self) -> optax.Schedule:
         return prune.ramp(0, self.ramp_steps, total=self.steps)
 
-    def guide(self) -> prune.Guidance:
+    def guide(self, damage: Damage | None = None) -> prune.Guidance:
         """The performance model's. Raises ValueError for a speedup out of reach."""
         return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole,
-                            best_effort=self.best_effort, precision=self.precision)
+                            best_effort=self.best_effort, precision=self.precision, damage=damage)
 
     def guide_by_damage(self) -> prune.Guidance:
-        """The performance model's, with what pruning each layer does to the outputs measured on the images."""
-        damage = prune.damage(self.model, self.batches[:1], self.shapes, block=self.block)
-        return prune.guided(self.shapes, self.machine, speedup=self.speedup, min_density=MIN_DENSITY, whole=self.whole,
-                            best_effort=self.best_effort, precision=self.precision, damage=damage)
+        """The same, with what pruning each layer does to the outputs measured on the images."""
+        return self.guide(prune.damage(self.model, self.batches[:1], self.shapes, block=self.block))
 
     def matched(self, allocate: Callable[[float], prune.Guidance]) -> prune.Guidance:
         """The guide without a performance model that is predicted to reach the requested speedup with the most weights.

@@ -89,8 +89,9 @@ SHAPES = {"wide": ConvShape(1, 14, 14, 256, 256, 3, 3, padding=((1, 1), (1, 1)))
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.floats(-6, 0), st.floats(0.5, 3)), min_size=2, max_size=2), st.sampled_from([1.5, 2.0, 2.5]))
+@given(st.lists(st.tuples(st.floats(-4, 0), st.floats(1, 3)), min_size=2, max_size=2), st.sampled_from([1.5, 2.0, 2.5]))
 def test_the_guide_finds_the_least_sum_of_it(curves, speedup):
+    """Of powers that the fit is exact for: 1 and higher, and no measurement below what counts as none."""
     machine = XEON_E5_2697V4
     known = dict(zip(SHAPES, curves, strict=True))
 

@@ -20,9 +20,16 @@ from sparseflax.prune.mask import kernels
 from sparseflax.prune.obs import prune_layer
 
 
-def damage(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shapes: Mapping[str, ConvShape], grams: Grams,
-           file: Path) -> Damage:
-    """{layer: (densities, damage)}, as measured when the file was made; by magnitude where surgery is not affordable.
+def damage_of(path: Path, measure: Callable[[], Mapping[str, list[float]]]) -> Damage:
+    """{layer: (densities, damage)}, as measured when the file was made."""
+    if not path.exists():
+        write_json(path, measure())
+    return {name: (DENSITIES, errors) for name, errors in json.loads(path.read_text()).items()}
+
+
+def measured(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shapes: Mapping[str, ConvShape],
+             grams: Grams) -> dict[str, list[float]]:
+    """Of each layer, at DENSITIES; by magnitude where surgery is not affordable.
 
     Args:
       model: the network.
@@ -30,15 +37,7 @@ def damage(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shapes
       examples: batches of inputs.
       shapes: of the layers to measure.
       grams: of the network.
-      file: of what was measured.
     """
-    if not file.exists():
-        write_json(file, _measured(model, dense, examples, shapes, grams))
-    return {name: (DENSITIES, errors) for name, errors in json.loads(file.read_text()).items()}
-
-
-def _measured(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shapes: Mapping[str, ConvShape],
-              grams: Grams) -> dict[str, list[float]]:
     found, modules = dict[str, list[float]](), {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     reference, own = Reference(dense, examples), kernels(nnx.state(dense, nnx.Param))
     operable = {name: shape for name, shape in shapes.items() if surgery_flops(shape, max(DENSITIES), 1) <= AFFORDABLE}

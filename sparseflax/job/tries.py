@@ -18,7 +18,7 @@ from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
 from sparseflax.files.safetensors import seal, unseal
 from sparseflax.job.afresh import afresh
-from sparseflax.job.damage import damage
+from sparseflax.job.damage import damage_of, measured
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
 from sparseflax.job.folder import whole_of
 from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
@@ -143,10 +143,13 @@ def tries(job: Job, asked: float | None, points: float | None) -> list[Tried]:
 
 def look(job: Job) -> Job:
     """The job, with what pruning each layer does that may be pruned; kept in the folder."""
-    dense = pack_model(job.model, plan(job.model, job.x, job.machine).all_dense, job.x)
-    shapes = {name: job.shapes[name] for name in guide_for(job, math.inf).densities}
-    several = -(-LOOKED // len(job.examples[0]))
-    return replace(job, damage=damage(job.model, dense, job.examples[:several], shapes, job.grams, job.out / "damage.json"))
+    def measure() -> dict[str, list[float]]:
+        dense = pack_model(job.model, plan(job.model, job.x, job.machine).all_dense, job.x)
+        shapes = {name: job.shapes[name] for name in guide_for(job, math.inf).densities}
+        several = -(-LOOKED // len(job.examples[0]))
+        return measured(job.model, dense, job.examples[:several], shapes, job.grams)
+
+    return replace(job, damage=damage_of(job.out / "damage.json", measure))
 
 
 def aim(job: Job, asked: float) -> Job:
