@@ -31,6 +31,7 @@ from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
 from sparseflax.job.times import times
 from sparseflax.job.tries import Job, Score, aim, call, delivered, enough, guide_for, look, tries
+from sparseflax.layers.shifted import shifted
 from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.measure import measure
 
@@ -115,9 +116,10 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     machine = machine_of(folder)
     whole = whole_of(folder / "whole.json", lambda: afresh(measure, model, x, machine, seconds=seconds))
     seen, unseen = pictures.share()
-    said = outputs(model, seen, batch) if finetune else None, outputs(model, unseen, batch)
+    dense = shifted(model)
+    said = outputs(dense, seen, batch) if finetune else None, outputs(dense, unseen, batch)
     right = None if classes is None else classes[-len(unseen):]
-    before = None if score is None else score(call(model))
+    before = None if score is None else score(call(dense))
     grams = _grams(model, enough(seen)[:SURGERY])
     job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, grams, finetune, seconds,
               folder)

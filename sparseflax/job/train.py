@@ -14,6 +14,7 @@ from flax import nnx
 from sparseflax.cost.progress import progress
 from sparseflax.job.fidelity import Outputs
 from sparseflax.job.pictures import Pictures
+from sparseflax.layers.shifted import shifted
 from sparseflax.prune.fixed import fixed
 
 BATCH = 32
@@ -35,7 +36,7 @@ def finetune(model: nnx.Module, pictures: Pictures, original: Outputs, minutes: 
     """
     copy: Any = nnx.clone(model)
     copy.eval()
-    graph, params, rest = nnx.split(copy, nnx.Param, ...)
+    graph, params, rest = nnx.split(shifted(copy), nnx.Param, ...)
     scales = [float(np.square(array).mean()) or 1.0 for array in original.arrays]
     first = original.arrays[0]
     chances = len(scales) == 1 and first.ndim > 1 and bool((first >= 0).all() and np.allclose(first.sum(-1), 1, atol=1e-3))

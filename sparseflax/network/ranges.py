@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from sparseflax.conv.int8 import Quantization
 from sparseflax.layers.int8 import Int8Conv, in_int8
+from sparseflax.layers.shifted import shifted
 from sparseflax.network.fold import Folded, with_norm
 from sparseflax.network.survey import join
 
@@ -162,7 +163,7 @@ def _holding(ranges: list[tuple[float, float]]) -> Quantization | None:
 
 def _run(model: Any, norms: Mapping[str, str | None], watch: Callable[[str, Any], Callable], batches: Any, call: Any) -> None:
     """Runs the folded model on the batches with its layers watched; shared ones once for all their places."""
-    watched = replaced(model, norms, lambda path, layer: _Watched(layer, watch(path, layer)))
+    watched = shifted(replaced(model, norms, lambda path, layer: _Watched(layer, watch(path, layer))))
     for batch in batches:
         watched(batch, **call)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparseflax.layers.shifted import shifted
 from sparseflax.prune.watch import watched
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -39,7 +40,7 @@ def correct(model: Model, original: Model | Statistics, batches: Sequence[Any], 
       Nagel et al., "Data-free quantization" (2019), for the means; Frantar and Alistarh, "Optimal brain compression" (NeurIPS
       2022), for both.
     """
-    copy: Any = nnx.clone(model)
+    copy: Any = shifted(model)
     copy.eval()
     names = list(layers)
     wanted = original if isinstance(original, Mapping) else statistics(original, batches, names)
@@ -67,7 +68,10 @@ def correct(model: Model, original: Model | Statistics, batches: Sequence[Any], 
             weights.set_value((weights[...] * scale.reshape(shape)).astype(weights.dtype))
         bias: Any = layer.bias
         bias.set_value(((bias[...] - mean) * scale + target).astype(bias.dtype))
-    return copy
+    corrected = nnx.clone(model)
+    corrected.eval()
+    nnx.update(corrected, nnx.state(copy))
+    return corrected
 
 
 def statistics(model: nnx.Module, batches: Iterable[Any], layers: Iterable[str]) -> Statistics:
@@ -87,6 +91,7 @@ def _change(moments: Iterable[Any], wanted: tuple[np.ndarray, np.ndarray]) -> li
 
 def _outputs(model: Any, names: list[str], batches: Iterable[Any]) -> dict[str, list[Any]]:
     seen: dict[str, list[Any]] = defaultdict(list)
+    model = shifted(model)
 
     def run(name: str, _: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         y = call(*args, **kwargs)

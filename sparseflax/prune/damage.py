@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import tree_map_with_path
 
+from sparseflax.layers.shifted import shifted
 from sparseflax.prune.guide import constant
 from sparseflax.prune.mask import kernels, layer_of
 from sparseflax.prune.obs import obs
@@ -81,7 +82,7 @@ class Reference:
             self._params = variables["params"]
             self._run = jax.jit(lambda params, x: module.apply({**variables, "params": params}, x, **call))
         else:
-            copy = nnx.clone(model)
+            copy = shifted(model)
             copy.eval()
             graph, self._params, rest = nnx.split(copy, nnx.Param, ...)
             self._run = jax.jit(lambda params, x: nnx.merge(graph, params, rest)(x))

@@ -39,6 +39,7 @@ from threadpoolctl import threadpool_limits
 from sparseflax.conv.window import each
 from sparseflax.cost.cpu import client_threads
 from sparseflax.layers.planes import blocks, images, is_transposed, plane, unplane
+from sparseflax.layers.shifted import shifted
 from sparseflax.prune.guide import Guidance
 from sparseflax.prune.watch import watched
 
@@ -228,7 +229,7 @@ def hessians(model: nnx.Module, names: Iterable[str], batches: Iterable[Any],
       ValueError: for a layer that does not exist, is of another class, or never ran.
       TypeError: for a model that compiles its layers, whose inputs cannot be seen.
     """
-    found, names = dict[str, np.ndarray](), list(names)
+    model, found, names = shifted(model), dict[str, np.ndarray](), list(names)
     modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     if wrong := sorted(name for name in names if not isinstance(modules.get(name), (nnx.Conv, nnx.ConvTranspose, nnx.Linear))):
         raise ValueError(f"no nnx.Conv, ConvTranspose or Linear in the model at {wrong}, wanted the guide's layers")

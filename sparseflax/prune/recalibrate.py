@@ -13,6 +13,8 @@ from flax import nnx
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sparseflax.layers.shifted import shifted
+
 Model = TypeVar("Model", bound=nnx.Module | tuple[nn.Module, Any])
 SEEN = "recalibrated"  # a collection of our own, for what the batches' statistics were
 
@@ -45,7 +47,7 @@ def recalibrate(model: Model, batches: Iterable[Any], **call: Any) -> Model:
         return _linen(*model, batches, call)  # type: ignore[return-value]
     copy: Any = nnx.clone(model)
     copy.eval()
-    probe = nnx.clone(copy)
+    probe = shifted(copy)
     if not _norms(copy):
         raise ValueError(f"found no nnx.BatchNorm in {type(model).__name__}: it has no statistics to recalibrate")
     for norm in _norms(probe):
