@@ -58,6 +58,8 @@ def main() -> None:
     faster.add_argument("--points", type=float, help="that may be lost, percent: of the same top answers, with --labels of "
                         "accuracy, of relative error where there are no answers")
     faster.add_argument("--labels", metavar="FILE", help="lines picture,class")
+    faster.add_argument("--precision", choices=("float32", "int8"), default="float32",
+                        help="int8: in eight bits what is faster so, pruned in blocks of four (default: %(default)s)")
     faster.add_argument("--finetune", type=float, default=0.0, metavar="MINUTES",
                         help="of training against the original's outputs, for each network that is tried (default: none)")
     faster.add_argument("--out", metavar="DIR", help="(default: the network's name and -faster)")

@@ -5,8 +5,10 @@ import json
 import re
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import sparseflax
 from sparseflax import __main__ as commands
@@ -17,6 +19,7 @@ from sparseflax.job.fidelity import Outputs, compare
 from sparseflax.job.pictures import read_labels, read_pictures
 from sparseflax.onnx import load_onnx
 from sparseflax.prune import aim
+from sparseflax.prune.mask import kernels
 from sparseflax.prune.whole import Whole
 from tests.machines import HERE
 
@@ -72,7 +75,7 @@ def write_pictures(folder, count=COUNT, side=SIDE):
 def known():
     """Known constants instead of a measurement: what is pruned must not depend on how busy this machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        def predicted(model, x, machine, *, seconds):
+        def predicted(model, x, machine, *, seconds, rounded):
             plan = sparseflax.plan(model, x, machine)
             return Whole(plan.dense_seconds, dense_scale=1.0)
 
@@ -164,6 +167,27 @@ def test_a_score_of_the_users_own(given, tmp_path):
     assert found["fidelity"]["measure"] == "score" and found["fidelity"]["original_score"] == 90
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Its score went from 90.00 % to" in page and f"{found['highest']['speedup']:.2f}x" in page
+
+
+def test_in_eight_bits(given, tmp_path):
+    """Pruned by blocks of four, its ranges found by the pictures; written, read, and as close as its error says."""
+    network, pictures = given
+    out = tmp_path / "out"
+    found = sparseflax.faster(network, pictures, speedup=2, precision="int8", out=out, seconds=0.01)
+    packed, plan = sparseflax.load(out / "network.safetensors", load_onnx(network))
+    rounded = {row.path: row for row in plan.layers if row.inputs is not None}
+    assert rounded and {row["path"] for row in found["layers"] if row["int8"]} == rounded.keys()
+    said = f"{len(rounded)} of its {len(plan.layers)} layers in eight bits"
+    assert said in (out / "report.html").read_text()
+    own = kernels(nnx.state(load_onnx(out / "pruned.onnx"), nnx.Param))
+    pruned = [np.asarray(own[path]) for path, row in rounded.items() if row.density < 1]
+    assert pruned
+    for kernel in pruned:  # of 32 and 48 input channels
+        blocks = (kernel.reshape(*kernel.shape[:-2], -1, 4, kernel.shape[-1]) != 0).sum(-2)
+        assert set(np.unique(blocks)) == {0, 4}
+    unseen = jnp.asarray(read_pictures(pictures, (SIDE, SIDE, 3)).share()[1].inputs(slice(None)))
+    y, wanted = packed(unseen), load_onnx(network)(unseen)
+    assert np.linalg.norm(y - wanted) / np.linalg.norm(wanted) == pytest.approx(found["fidelity"]["error"], rel=1e-3)
 
 
 def test_the_report_needs_nothing_beside_it(finished):
@@ -274,6 +298,7 @@ def test_how_far_outputs_are_from_the_original():
     ({"speedup": 2, "milliseconds": 1}, "speedup=2, milliseconds=1"),
     ({"speedup": 0.5}, "speedup=0.5, wanted at least 1"),
     ({"points": -1}, "wanted positive finite numbers, got {'points': -1}"),
+    ({"speedup": 2, "precision": "int4"}, "precision='int4', wanted 'float32' or 'int8'"),
     ({"speedup": 2, "batch": 0}, "batch=0, finetune=0.0, wanted at least 1 image")])
 def test_wishes_that_cannot_be(given, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -105,8 +105,8 @@ def test_pictures_are_written_once(tmp_path):
 
 
 def test_ten_folds_are_one_line(monkeypatch, tmp_path):
-    def told(fold, folder):
-        assert folder == tmp_path / f"fold{fold}"
+    def told(fold, folder, precision):
+        assert precision == "float32" and folder == tmp_path / f"fold{fold}"
         engines = {"onnxruntime": 2e-3} if fold else {"onnxruntime": 2e-3, "openvino": 1e-3}
         return {"layer": "digits", "network": "digits.onnx", "before": {"accuracy": 97.0 + fold % 2},
                 "after": {"accuracy": 97.0}, "kept": 20 + fold, "weights": 100,
@@ -115,9 +115,9 @@ def test_ten_folds_are_one_line(monkeypatch, tmp_path):
                 "pictures": {"seen": 750}, "cpu": "a CPU", "threads": 2, "isa": "avx2", "versions": {}, "date": "2026-01-01",
                 "commit": "abc"}
 
-    monkeypatch.setattr(digits, "story", lambda folder, fold, asked: fold)
+    monkeypatch.setattr(digits, "story", lambda folder, fold, asked, over: fold)
     monkeypatch.setattr(digits, "tell", told)
-    line = digits.tenfold(tmp_path)
+    line = digits.tenfold(tmp_path, "float32")
     assert line["before"] == {"accuracy": 97.5} and line["after"] == {"accuracy": 97.0} and line["kept"] == 24.5
     assert line["seconds"] == pytest.approx({"dense": 4e-3, "folded": 3e-3, "packed": 5.5e-4, "onnxruntime": 2e-3})
     text = stories_table([line])
@@ -133,9 +133,9 @@ def test_all_folds_ask_for_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(digits, "afresh", lambda *_: taken)
     (tmp_path / "digits.onnx").write_bytes(b"")
     asked = tmp_path / "asked.json"
-    assert digits.speedup_over_engines(tmp_path / "digits.onnx", np.zeros(1), asked) == pytest.approx(6.6)
+    assert digits.speedup_over_engines(tmp_path / "digits.onnx", np.zeros(1), asked, 2.2) == pytest.approx(6.6)
     monkeypatch.setattr(digits, "afresh", None)
-    assert digits.speedup_over_engines(tmp_path / "digits.onnx", np.zeros(1), asked) == pytest.approx(6.6)
+    assert digits.speedup_over_engines(tmp_path / "digits.onnx", np.zeros(1), asked, 2.2) == pytest.approx(6.6)
 
 
 def test_the_table_says_which_engine_was_the_fastest():

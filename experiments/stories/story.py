@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -19,6 +19,7 @@ from sparseflax.onnx import load_onnx
 
 POINTS = 1.0  # that may be lost, where a story's options say nothing else
 Call = Callable[[Any], Any]  # of a network
+Precision = Literal["float32", "int8"]
 
 
 class Story(NamedTuple):
@@ -41,20 +42,23 @@ class Story(NamedTuple):
     input: np.ndarray
 
 
-def tell(story: Story, folder: Path) -> Line:
-    """Makes the network faster in the folder; a line of the results.
+def tell(story: Story, folder: Path, precision: Precision) -> Line:
+    """Makes the network faster in the folder, in that precision; a line of the results.
 
     Raises:
       ImportError, OSError, ValueError: as `sparseflax.faster`.
     """
-    found = sparseflax.faster(story.network, story.pictures, out=folder / "faster", **{"points": POINTS, **story.options})
+    found = sparseflax.faster(story.network, story.pictures, out=folder / "faster", precision=precision,
+                               **{"points": POINTS, **story.options})
     dense = load_onnx(story.network)
     packed, plan = sparseflax.load(folder / "faster" / "network.safetensors", load_onnx(story.network))
     before, after = story.judge(_call(dense)), story.judge(_call(packed))
     kept = ("seconds", "failed", "speedup", "weights", "kept", "pictures", "curve", "highest", "fidelity", "shortfall")
     engines = [package for package in ("onnxruntime", "openvino") if importlib.util.find_spec(package)]
     return {
-        "set": "stories", "layer": story.name, "network": story.network.name, "n": found["batch"], "threads": found["threads"],
+        "set": "stories", "layer": story.name if precision == "float32" else f"{story.name}, {precision}",
+        "precision": precision, "int8": sum(row.inputs is not None for row in plan.layers), "layers": len(plan.layers),
+        "network": story.network.name, "n": found["batch"], "threads": found["threads"],
         "isa": ffi.isa(), "before": before, "after": after, "where": _where(packed, plan, story.input),
         **{key: found[key] for key in kept},
     } | provenance(["flax", "jax", "jaxlib", "numpy", *engines])

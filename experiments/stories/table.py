@@ -47,8 +47,9 @@ def _says(line: Line) -> str:
     measures = ", ".join(f"{name} {before:.2f} → {line['after'][name]:.2f} %" for name, before in line["before"].items())
     highest, pictures = line["highest"], line["pictures"]
     bound = f": then {highest['where']}" if highest["where"] else ""
-    return (f"`{line['network']}`, pruned by {pictures['seen']} pictures: {measures}. Of its time now {where}. The most that "
-            f"the performance model grants, whatever it costs, is {highest['speedup']:.2f} times as fast as JAX's dense "
+    bits = f" {line['int8']} of its {line['layers']} layers are in eight bits." if line.get("int8") else ""
+    return (f"`{line['network']}`, pruned by {pictures['seen']} pictures: {measures}.{bits} Of its time now {where}. The most "
+            f"that the performance model grants, whatever it costs, is {highest['speedup']:.2f} times as fast as JAX's dense "
             f"one{bound}.")
 
 

@@ -28,7 +28,7 @@ def damage_of(path: Path, measure: Callable[[], Mapping[str, list[float]]]) -> D
 
 
 def measured(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shapes: Mapping[str, ConvShape],
-             grams: Grams) -> dict[str, list[float]]:
+             grams: Grams, block: int = 1) -> dict[str, list[float]]:
     """Of each layer, at DENSITIES; by magnitude where surgery is not affordable.
 
     Args:
@@ -37,6 +37,7 @@ def measured(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shap
       examples: batches of inputs.
       shapes: of the layers to measure.
       grams: of the network.
+      block: neighbouring input channels that are pruned together.
     """
     found, modules = dict[str, list[float]](), {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     reference, own = Reference(dense, examples), kernels(nnx.state(dense, nnx.Param))
@@ -49,7 +50,8 @@ def measured(model: nnx.Module, dense: nnx.Module, examples: Iterable[Any], shap
 
         for some in grams.some(operable):
             for name, gram in some.items():
-                measure(name, lambda d, name=name, gram=gram: prune_layer(modules[name], own[name], gram, d, rounds=1))
+                measure(name, lambda d, name=name, gram=gram: prune_layer(modules[name], own[name], gram, d, rounds=1,
+                                                                          block=block))
         for name in shapes.keys() - operable.keys():
-            measure(name, functools.partial(by_magnitude, own[name]))
+            measure(name, functools.partial(by_magnitude, own[name], block=block))
     return found

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -30,8 +30,9 @@ from sparseflax.job.layers import Grams
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
 from sparseflax.job.times import times
-from sparseflax.job.tries import Job, Score, aim, call, delivered, enough, guide_for, look, tries
+from sparseflax.job.tries import Job, Score, aim, call, delivered, enough, guide_for, look, to_round_by, tries
 from sparseflax.layers.shifted import shifted
+from sparseflax.network.plan import plan
 from sparseflax.network.shapes import conv_shapes
 from sparseflax.prune.measure import measure
 
@@ -42,9 +43,9 @@ SECONDS = 15.0  # of measuring, before and after
 
 def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup: float | None = None,
            milliseconds: float | None = None, points: float | None = None, labels: str | PathLike[str] | None = None,
-           score: Score | None = None, finetune: float = 0.0, out: str | PathLike[str] | None = None, batch: int = 1,
-           size: tuple[int, int] | None = None, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
-           seconds: float = SECONDS) -> dict[str, Any]:
+           score: Score | None = None, precision: Literal["float32", "int8"] = "float32", finetune: float = 0.0,
+           out: str | PathLike[str] | None = None, batch: int = 1, size: tuple[int, int] | None = None,
+           mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,), seconds: float = SECONDS) -> dict[str, Any]:
     """Prunes a network, without labels, so that it becomes faster on this machine; writes it and a report into a folder.
 
         sparseflax.faster("network.onnx", "pictures", speedup=2)
@@ -64,6 +65,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
       labels: a file of lines "picture,class", class a number from 0.
       score: how good a network is in percent, by a measure of your own, such as the boxes that it finds: a function of its
         call, which takes a batch of inputs (batch, h, w, c) and returns what the network does. Has a name that says which.
+      precision: "int8" runs in eight bits what is faster so, which loses something of its own, and prunes blocks of four input
+        channels; ranges are those of the pictures.
       finetune: minutes of training against the original's outputs, for each network that is tried.
       out: the folder; None is the network's name and "-faster".
       batch: images in a call.
@@ -91,6 +94,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
         raise ValueError(f"speedup={speedup}, wanted at least 1, the dense network's")
     if batch < 1 or not 0 <= finetune < math.inf:
         raise ValueError(f"batch={batch}, finetune={finetune}, wanted at least 1 image and no less than 0 minutes")
+    if precision not in ("float32", "int8"):
+        raise ValueError(f"precision={precision!r}, wanted 'float32' or 'int8'")
     path = Path(network)
     content = path.read_bytes()
     model, file = load_onnx(path), _proto(path)
@@ -107,22 +112,27 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     claim(folder, wishes | {
         "network": f"{path.name} {hashlib.sha256(content).hexdigest()[:16]}", "pictures": pictures.digest, "batch": batch,
         "labels": None if classes is None else hashlib.sha256(classes.tobytes()).hexdigest()[:16], "finetune": finetune,
-        "score": getattr(score, "__qualname__", None), "threads": client_threads(), "sparseflax": version("sparseflax")})
+        "precision": precision, "score": getattr(score, "__qualname__", None), "threads": client_threads(),
+        "sparseflax": version("sparseflax")})
     if (folder / "result.json").exists() and (folder / "report.html").exists():
         return json.loads((folder / "result.json").read_text())
     for note in pictures.notes:
         print(note, flush=True)
 
     machine = machine_of(folder)
-    whole = whole_of(folder / "whole.json", lambda: afresh(measure, model, x, machine, seconds=seconds))
     seen, unseen = pictures.share()
+    rounded = None
+    if precision == "int8":
+        print("finding the ranges of eight bits", flush=True)
+        rounded = plan(model, x, machine, precision="int8", examples=to_round_by(seen))
+    whole = whole_of(folder / "whole.json", lambda: afresh(measure, model, x, machine, seconds=seconds, rounded=rounded))
     dense = shifted(model)
     said = outputs(dense, seen, batch) if finetune else None, outputs(dense, unseen, batch)
     right = None if classes is None else classes[-len(unseen):]
     before = None if score is None else score(call(dense))
     grams = _grams(model, enough(seen)[:SURGERY])
     job = Job(model, x, seen, unseen, said, right, score, before, shapes, machine, whole, grams, finetune, seconds,
-              folder)
+              folder, rounded)
     compare(said[1], said[1], job.labels)  # refuses labels of something else before anything is pruned
     job = look(job)
     asked = whole.dense_seconds / (1e-3 * milliseconds) if milliseconds else speedup
@@ -134,8 +144,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     taken = afresh(times, model, x, machine, [one.packed for one in tried], seconds, content)
     save(folder / "network.safetensors", chosen.packed, chosen.plan)
     unwritten = _write_onnx(folder / "pruned.onnx", file, model, chosen.model)
-    found = report.result(job, path.name, wishes | {"finetune": finetune}, pictures.notes, chosen, tried, taken, unwritten,
-                          guide_for(job, math.inf))
+    wishes |= {"finetune": finetune, "precision": precision}
+    found = report.result(job, path.name, wishes, pictures.notes, chosen, tried, taken, unwritten, guide_for(job, math.inf))
     write_atomically(folder / "report.html", report.render(found))
     write_json(folder / "result.json", found)
     return found

@@ -49,7 +49,7 @@ class Grams:
             yield here
 
 
-def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, folder: Path) -> None:
+def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, folder: Path, block: int = 1) -> None:
     """Prunes every layer of the guides to every density they have for it, where that is not in the folder yet.
 
     Args:
@@ -57,6 +57,7 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, fo
       guides: say which layers, and how far.
       grams: of the network.
       folder: gets a file for each layer and density, whole or not at all.
+      block: neighbouring input channels that are pruned together, for all of a folder the same.
     """
     wanted = {(name, density): layer.shape for guide in guides for name, layer in guide.layers.items()
               if (density := layer.density) < 1 and layer.shape is not None and not _file(folder, name, density).exists()}
@@ -78,15 +79,16 @@ def prune_layers(model: nnx.Module, guides: Iterable[Guidance], grams: Grams, fo
         for some in grams.some({key[0]: shape for key, shape in wanted.items() if counts[key]}):
             for (name, density), count in counts.items():
                 if count and name in some:
-                    write_layer(name, density, prune_layer(modules[name], found[name], some[name], density, count))
+                    kernel = prune_layer(modules[name], found[name], some[name], density, count, block=block)
+                    write_layer(name, density, kernel)
         for (name, density), count in counts.items():
             if not count:
-                write_layer(name, density, by_magnitude(found[name], density))
+                write_layer(name, density, by_magnitude(found[name], density, block))
 
 
-def by_magnitude(kernel: Any, density: float) -> Any:
-    """The kernel with only the largest of its weights."""
-    return one_shot({"layer": {"kernel": kernel}}, constant({"layer": density}))["layer"]["kernel"]
+def by_magnitude(kernel: Any, density: float, block: int = 1) -> Any:
+    """The kernel with only the largest of its weights, or blocks."""
+    return one_shot({"layer": {"kernel": kernel}}, constant({"layer": density}), block=block)["layer"]["kernel"]
 
 
 def assembled(model: nnx.Module, guide: Guidance, folder: Path) -> Any:

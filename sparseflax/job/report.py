@@ -58,7 +58,8 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
         "curve": [{"asked": one.speedup, "speedup": dense / seconds, "seconds": seconds, **_fidelity(one.fidelity),
                    "chosen": one is chosen} for one, seconds in zip(tried, times.packed, strict=True)],
         "layers": [{"path": row.path, "shape": str(row.shape or "x".join(map(str, row.kernel_shape))), "density": row.density,
-                    "choice": row.choice, "dense": row.dense_seconds, "sparse": row.sparse_seconds, "reason": row.reason,
+                    "choice": row.choice, "int8": row.inputs is not None, "dense": row.dense_seconds,
+                    "sparse": row.sparse_seconds, "reason": row.reason,
                     "guide": rows[row.path].reason if row.path in rows else ""} for row in chosen.plan.layers],
         "pruned_onnx": unwritten or "pruned.onnx",
     }
@@ -72,9 +73,11 @@ def headline(result: Mapping[str, Any]) -> str:
                          *([f"at most {asked['points']:g} points lost"] if asked["points"] else [])])
     before, now = _ms(min(result["seconds"]["dense"], result["seconds"]["folded"])), _ms(result["seconds"]["packed"])
     kept, lost = 100 * result["kept"] / result["weights"], _lost(fidelity)
+    rounded = sum(row["int8"] for row in result["layers"])
+    bits = f" and {rounded} of its {len(result['layers'])} layers in eight bits" if rounded else ""
     text = (f"Asked for {wish}: {result['network']} now takes {now} where it took {before}, {result['speedup']:.2f} times as "
-            f"fast, with {kept:.0f} % of its weights. {lost[0].upper()}{lost[1:]} on {result['pictures']['unseen']} pictures "
-            "it was not pruned by.")
+            f"fast, with {kept:.0f} % of its weights{bits}. {lost[0].upper()}{lost[1:]} on {result['pictures']['unseen']} "
+            "pictures it was not pruned by.")
     if asked["points"] and fidelity["points"] + fidelity["doubt"] > asked["points"]:
         text += (f" No network that was tried is sure to keep to {asked['points']:g} points{_doubted(fidelity)}: this is "
                  "the one that loses least.")
@@ -101,8 +104,9 @@ def render(result: Mapping[str, Any]) -> str:
     rows = _speeds(result)
     parts = ["<h2>Time of a call</h2>", bars(rows, [PACKED]),
              _note(f"Batch {result['batch']}, {result['threads']} threads, on {result['machine']}. Medians of calls of "
-                   "whole networks, in turn, float32 all; the dense network as JAX runs it jitted, as it is and with norms "
-                   "folded. " + " ".join(f"{name} was left out: {why}." for name, why in result["failed"].items())),
+                   f"whole networks, in turn, float32 all{_rounded(result)}; the dense network as JAX runs it jitted, as it is "
+                   "and with norms folded. " +
+                   " ".join(f"{name} was left out: {why}." for name, why in result["failed"].items())),
              "<h2>What it costs</h2>", table(("", ""), _fidelity_rows(result))]
     if len(result["curve"]) > 1:
         points = [(one["speedup"], one["points"]) for one in result["curve"]]
@@ -120,16 +124,17 @@ def render(result: Mapping[str, Any]) -> str:
                                                          zip(worst["before"], worst["after"], strict=True)]))
     parts += ["<h2>Layer by layer</h2>",
               table(("layer", "shape", "density", "runs", "dense us", "sparse us", "how far it was pruned", "how it runs"),
-                    [(row["path"], row["shape"], f"{row['density']:.3f}", row["choice"], _us(row["dense"]), _us(row["sparse"]),
-                      row["guide"], row["reason"]) for row in result["layers"]]),
-              _note("Microseconds as predicted by the performance model. Layers were pruned by optimal brain surgery on what "
-                    "they see of the pictures, then the outputs of each were given their mean and spread back."),
+                    [(row["path"], row["shape"], f"{row['density']:.3f}", row["choice"] + " int8" * row["int8"],
+                      _us(row["dense"]), _us(row["sparse"]), row["guide"], row["reason"]) for row in result["layers"]]),
+              _note("Microseconds as predicted by the performance model, in float32. Layers were pruned by optimal brain "
+                    "surgery on what they see of the pictures, then the outputs of each were given their mean and spread "
+                    "back."),
               "<h2>The pictures</h2>", "<ul>",
               *(f"<li>{html.escape(note)}</li>" for note in result["pictures"]["notes"]),
               "</ul>",
               "<h2>What is in this folder</h2>", "<pre>" + html.escape(_USE.format(network=result["network"])) + "</pre>",
-              _note("pruned.onnx is the file with its weights replaced, for engines that read ONNX: none of those above uses "
-                    "zeros, so none becomes faster by it." if result["pruned_onnx"] == "pruned.onnx" else
+              _note("pruned.onnx is the file with its weights replaced, in float32, for engines that read ONNX: none of those "
+                    "above uses zeros, so none becomes faster by it." if result["pruned_onnx"] == "pruned.onnx" else
                     f"There is no pruned.onnx: {result['pruned_onnx']}."),
               _note(", ".join(f"{name} {text}" for name, text in result["versions"].items()) + f", {result['date']}.")]
     return page(f"{result['network']}, faster", headline(result), "\n".join(parts))
@@ -141,6 +146,10 @@ from sparseflax.onnx import load_onnx
 
 model, plan = sparseflax.load("network.safetensors", load_onnx("{network}"))
 y = jax.jit(lambda model, x: model(x))(model, x)                # x (n, h, w, c), scaled as above"""
+
+
+def _rounded(result: Mapping[str, Any]) -> str:
+    return " but for this network's layers in eight bits" if any(row["int8"] for row in result["layers"]) else ""
 
 
 def _speeds(result: Mapping[str, Any]) -> list[tuple[str, float, str]]:

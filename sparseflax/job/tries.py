@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from sparseflax.conv.int8 import LANES
 from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.shape import ConvShape
@@ -26,7 +27,7 @@ from sparseflax.job.pictures import Pictures
 from sparseflax.job.times import times
 from sparseflax.job.train import finetune as train
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import plan
+from sparseflax.network.plan import plan, rounded_as
 from sparseflax.network.planned import Plan
 from sparseflax.prune.aim import aimed
 from sparseflax.prune.allocate import guided
@@ -41,6 +42,7 @@ STATISTICS_PIXELS = 1 << 19
 ENOUGH = 1 << 21  # pixels of either in all, of at least LEAST pictures: a large one shows a layer many positions
 LEAST = 32
 LOOKED = 8  # pictures by which it is seen what pruning a layer does to the outputs, and as many more as a batch has
+EXAMPLES = 256  # pictures by which ranges of eight bits are found
 SEEN = 2  # positions for each input of a layer, without which its weights are not known to be superfluous
 POINTS = 1.0  # lost, above which it is said what less speed would cost, where nothing else was asked for
 CURVE = 5  # speeds on it
@@ -66,6 +68,7 @@ class Job:
       minutes: of training.
       seconds: of measuring, before and after.
       out: the folder.
+      rounded: the dense network's plan in eight bits, if the packed one is to run what is faster so; or None.
       damage: what pruning each layer does to the outputs, once that is known.
     """
 
@@ -84,7 +87,18 @@ class Job:
     minutes: float
     seconds: float
     out: Path
+    rounded: Plan | None = None
     damage: Damage | None = None
+
+    @property
+    def precision(self) -> Literal["float32", "int8"]:
+        """Of what is pruned."""
+        return "float32" if self.rounded is None else "int8"
+
+    @property
+    def block(self) -> int:
+        """Neighbouring input channels that are pruned together."""
+        return 1 if self.rounded is None else LANES
 
     @functools.cached_property
     def examples(self) -> list[np.ndarray]:
@@ -147,7 +161,7 @@ def look(job: Job) -> Job:
         dense = pack_model(job.model, plan(job.model, job.x, job.machine).all_dense, job.x)
         shapes = {name: job.shapes[name] for name in guide_for(job, math.inf).densities}
         several = -(-LOOKED // len(job.examples[0]))
-        return measured(job.model, dense, job.examples[:several], shapes, job.grams)
+        return measured(job.model, dense, job.examples[:several], shapes, job.grams, job.block)
 
     return replace(job, damage=damage_of(job.out / "damage.json", measure))
 
@@ -155,8 +169,11 @@ def look(job: Job) -> Job:
 def aim(job: Job, asked: float) -> Job:
     """The job, its network's measurement put right for this speedup; kept in the folder."""
     def reached(guide: Guidance) -> float:
-        network = pruned(job.model, guide.densities)
-        packed = pack_model(network, plan(network, job.x, job.machine), job.x)
+        network = pruned(job.model, guide.densities, job.block)
+        planned = plan(network, job.x, job.machine)
+        if job.rounded is not None:
+            planned = rounded_as(planned, job.rounded)
+        packed = pack_model(network, planned, job.x)
         taken = afresh(times, job.model, job.x, job.machine, [packed], job.seconds / 4)
         return taken.faster_dense / taken.packed[0]
 
@@ -181,7 +198,7 @@ def guide_for(job: Job, speedup: float) -> Guidance:
         return rows < SEEN * inputs(shape)
 
     return guided(job.shapes, job.machine, speedup=speedup, whole=job.whole, best_effort=True,
-                  exclude=hardly_seen, damage=job.damage)
+                  exclude=hardly_seen, precision=job.precision, damage=job.damage)
 
 
 def enough(pictures: Pictures) -> Pictures:
@@ -190,10 +207,15 @@ def enough(pictures: Pictures) -> Pictures:
     return pictures[:max(LEAST, ENOUGH // (h * w))]
 
 
+def to_round_by(pictures: Pictures) -> np.ndarray:
+    """Inputs by which ranges of eight bits are found."""
+    return pictures.inputs(slice(EXAMPLES))
+
+
 def _pruned(job: Job, guides: Mapping[float, Guidance]) -> list[Tried]:
     """A network for each guide, as it was made before or made now."""
     layers = job.out / "layers"
-    prune_layers(job.model, guides.values(), job.grams, layers)
+    prune_layers(job.model, guides.values(), job.grams, layers, job.block)
     networks = []
     for speedup, guide in guides.items():
         file = job.out / "networks" / f"{speedup:.3f}.safetensors"
@@ -205,6 +227,8 @@ def _pruned(job: Job, guides: Mapping[float, Guidance]) -> list[Tried]:
             write_atomically(file, seal("weights", _arrays(model), {}))
         model = _with_arrays(job.model, unseal("weights", file.read_bytes())[0])
         chosen = plan(model, job.x, job.machine)
+        if job.rounded is not None:  # what is left in a layer is rounded by what it sees now
+            chosen = plan(model, job.x, job.machine, precision="auto", examples=to_round_by(job.seen))
         packed = pack_model(model, chosen, job.x)
         said = outputs(packed, job.unseen, len(job.x))
         fidelity = compare(said, job.said[1], job.labels)

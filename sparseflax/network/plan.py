@@ -108,6 +108,18 @@ def in_eight_bits(plan: Plan, model: Any, x: Any, examples: Any, faster: bool = 
     return replace(plan, layers=tuple(rows))
 
 
+def rounded_as(plan: Plan, other: Plan) -> Plan:
+    """A plan in float32 with layers in eight bits where another plan of the network has them so and that is faster.
+
+    By the ranges of the other, and so without examples: for whoever wants to know how fast a network is, and not what it says.
+    """
+    rounded = {row.path: Rounded(row.inputs, row.error, row.correction, "int8", 1.0, row.outputs)
+               for row in other.layers if row.inputs is not None}
+    rows = [_in_int8(row, rounded[row.path]._replace(density=row.density), plan.machine, faster=True)
+            if row.path in rounded else row for row in plan.layers]
+    return replace(plan, layers=tuple(rows))
+
+
 def elsewhere(machine: Machine) -> str | None:
     """Which machine that is and which one this is, if they differ in processor, kernel or threads; else None."""
     there, here = (machine.name, machine.isa, machine.threads), (processor(), ffi.isa(), client_threads())

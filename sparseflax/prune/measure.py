@@ -6,18 +6,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparseflax.conv.int8 import LANES
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine
 from sparseflax.cost.progress import progress
 from sparseflax.cost.timing import medians
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
-from sparseflax.network.plan import MARGIN, elsewhere, plan
+from sparseflax.network.plan import MARGIN, elsewhere, plan, rounded_as
 from sparseflax.network.planned import Plan
 from sparseflax.network.shapes import conv_shapes
+from sparseflax.prune import blocks
 from sparseflax.prune.aim import AIMS, aimed
 from sparseflax.prune.allocate import guided
 from sparseflax.prune.guide import Guidance
@@ -34,7 +37,7 @@ BURST = 0.01  # seconds for which a network runs before it is another one's turn
 
 
 def measure(model: Any, x: Any, machine: Machine | None = None, *, speedup: float | None = None, seconds: float = 15.0,
-            min_density: float = 0.01, **call: Any) -> Whole:
+            min_density: float = 0.01, rounded: Plan | None = None, **call: Any) -> Whole:
     """Times the network, dense and packed, with weights removed by magnitude; let nothing else run meanwhile.
 
         whole = prune.measure(model, x, machine, speedup=2.5)
@@ -51,6 +54,8 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, speedup: floa
       speedup: that the guide will be asked for; None for a measurement that serves any, less closely.
       seconds: of measuring, compiling apart; with a `speedup` as many again at most.
       min_density: of a layer, as the guide will be told.
+      rounded: a plan of the network in eight bits, `plan(..., precision="int8")`, for a guide of that precision: packed
+        networks run the same layers so, where that is faster, and are pruned in blocks of four.
       **call: further keyword arguments of the call, e.g. `train=False`.
 
     Raises:
@@ -63,7 +68,7 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, speedup: floa
         raise ValueError(f"speedup must be at least 1 (the dense network), or None, got {speedup}")
     if machine is not None and elsewhere(machine):
         raise ValueError(f"a network is timed on this machine, but {elsewhere(machine)}: leave `whole` out of the guide for it")
-    network = _Network(model, x, machine or detect_machine(), min_density, call)
+    network = _Network(model, x, machine or detect_machine(), min_density, rounded, call)
     whole = _explained(network, seconds)
     if speedup is None:
         return whole
@@ -78,19 +83,25 @@ def measure(model: Any, x: Any, machine: Machine | None = None, *, speedup: floa
 class _Network:
     """One that is measured, and its dense forms as programs: as it is, and with batch norms folded."""
 
-    def __init__(self, model: Any, x: Any, machine: Machine, min_density: float, call: Mapping[str, Any]):
-        self.model, self.x, self.machine, self.min_density, self.call = model, x, machine, min_density, call
-        self.plan = plan(model, x, machine, **call).all_dense
+    def __init__(self, model: Any, x: Any, machine: Machine, min_density: float, rounded: Plan | None,
+                 call: Mapping[str, Any]):
+        self.model, self.x, self.machine, self.call = model, x, machine, call
+        self.min_density, self.rounded = min_density, rounded
+        dense = plan(model, x, machine, **call).all_dense
+        self.plan = dense if rounded is None else rounded_as(dense, rounded)
         self.shapes = conv_shapes(model, x, **call)
-        self.dense = [program(form, x, **call) for form in (model, pack_model(model, self.plan, x, fuse=False, **call))]
+        self.dense = [program(form, x, **call) for form in (model, pack_model(model, dense, x, fuse=False, **call))]
 
     def guide(self, whole: Whole, speedup: float) -> Guidance:
-        return guided(self.shapes, self.machine, speedup=speedup, min_density=self.min_density, whole=whole, best_effort=True)
+        return guided(self.shapes, self.machine, speedup=speedup, min_density=self.min_density, whole=whole, best_effort=True,
+                      precision="float32" if self.rounded is None else "int8")
 
     def packed(self, guide: Guidance) -> tuple[Plan, Callable[[], Any]]:
         """With the guide's densities: its plan, and the program."""
-        network = pruned(self.model, guide.densities)
+        network = pruned(self.model, guide.densities, 1 if self.rounded is None else LANES)
         chosen = plan(network, self.x, self.machine, **self.call)
+        if self.rounded is not None:
+            chosen = rounded_as(chosen, self.rounded)
         return chosen, self.program(network, chosen)
 
     def program(self, network: Any, chosen: Plan) -> Callable[[], Any]:
@@ -105,7 +116,7 @@ def _explained(network: _Network, seconds: float) -> Whole:
         # What a process does first is slower: its memory is not mapped yet, and its threads sleep.
         medians(programs, turn, BURST)
         *dense_times, time = medians(programs, turn, BURST)
-        dense, unpruned = min(dense_times), Packed(layers, 0.0, time)
+        dense, unpruned = min(dense_times), Packed(*_parts(network.plan), time)
         longest = min(dense, time)
         advance(1, f"dense {1e3 * dense:.3g} ms")
 
@@ -116,9 +127,8 @@ def _explained(network: _Network, seconds: float) -> Whole:
             chosen, one = network.packed(guide)
             programs.append(one)
             *dense_times, time = medians([*network.dense, one], turn, BURST)
-            sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
             # Over the dense time of the same moment: a machine that others use changes its speed.
-            networks.append(Packed(chosen.seconds - sparse, sparse, dense * time / min(dense_times)))
+            networks.append(Packed(*_parts(chosen), dense * time / min(dense_times)))
             advance(1 + len(networks), f"packed {1e3 * networks[-1].seconds:.3g} ms")
             return networks[-1]
 
@@ -142,12 +152,22 @@ def _explained(network: _Network, seconds: float) -> Whole:
     return fit(min(times[:2]), again)
 
 
-def pruned(model: Any, densities: Mapping[str, float]) -> Any:
-    """A copy of the model, in evaluation mode, with the largest weights of every layer that has a density {layer: density}."""
+def _parts(chosen: Plan) -> tuple[float, float]:
+    """Predicted seconds of a plan's dense layers, and of its sparse ones."""
+    sparse = sum(layer.seconds for layer in chosen.layers if layer.choice == "sparse")
+    return chosen.seconds - sparse, sparse
+
+
+def pruned(model: Any, densities: Mapping[str, float], block: int = 1) -> Any:
+    """A copy of the model, in evaluation mode, with the largest weights of every layer that has a density {layer: density}.
+
+    Or with the largest blocks of so many neighbouring input channels.
+    """
     def largest(kernel: Any, density: float) -> Any:
-        mask, lost = np.ones(kernel.size, bool), int((1 - density) * kernel.size)
-        mask[np.abs(np.asarray(kernel, np.float32)).argpartition(lost, axis=None)[:lost]] = False
-        return mask.reshape(kernel.shape)
+        size = np.asarray(blocks.norms(kernel, block), np.float32)
+        mask, lost = np.ones(size.size, bool), int((1 - density) * size.size)
+        mask[size.argpartition(lost, axis=None)[:lost]] = False
+        return blocks.spread(jnp.asarray(mask.reshape(size.shape)), kernel.shape, block)
 
     def smaller(params: Any) -> Any:
         found = kernels(params)
