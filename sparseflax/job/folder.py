@@ -11,7 +11,7 @@ from sparseflax.calibration.calibrate import calibrate
 from sparseflax.conv import ffi
 from sparseflax.cost import profile
 from sparseflax.cost.atomic import write_atomically
-from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.cpu import client_threads, instruction_set, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine, from_dict, to_dict
 from sparseflax.job.afresh import afresh
@@ -47,9 +47,10 @@ def machine_of(out: Path) -> Machine:
     path = out / "machine.json"
     if not path.exists():
         try:
-            machine = profile.load(processor(), ffi.isa(), client_threads())
+            machine = profile.load(processor(), instruction_set(), client_threads())
         except profile.Unusable as error:
-            print(f"calibrating, which takes a minute: {error.why}", flush=True)
+            if ffi.kernels():
+                print(f"calibrating, which takes a minute: {error.why}", flush=True)
             machine = afresh(calibrate) if ffi.kernels() else detect_machine()
         write_json(path, to_dict(machine))
     return from_dict(json.loads(path.read_text()))

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from sparseflax.conv import ffi
 from sparseflax.conv.packing import PackedKernel
-from sparseflax.cost.cpu import client_threads, processor
+from sparseflax.cost.cpu import client_threads, instruction_set, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.int8 import int8_seconds
 from sparseflax.cost.machine import Machine
@@ -122,7 +122,7 @@ def rounded_as(plan: Plan, other: Plan) -> Plan:
 
 def elsewhere(machine: Machine) -> str | None:
     """Which machine that is and which one this is, if they differ in processor, kernel or threads; else None."""
-    there, here = (machine.name, machine.isa, machine.threads), (processor(), ffi.isa(), client_threads())
+    there, here = (machine.name, machine.isa, machine.threads), (processor(), instruction_set(), client_threads())
     name = "{} ({}, {} threads)".format
     return None if there == here else f"for {name(*there)}, this is {name(*here)}"
 

@@ -3,8 +3,7 @@
     q, s, z = DynamicQuantizeLinear(x)            or   q = QuantizeLinear(x, s, z)
     y = Cast(ConvInteger(q, w, z, w_zero)) * (s * w_scale)
 
-is Conv(x, DequantizeLinear(w, w_scale, w_zero)) of an x that is rounded by the range that it has, or by s and z. What is then
-added to each channel is its bias.
+is Conv(x, DequantizeLinear(w, w_scale, w_zero)) of an x that is rounded by the range that it has, or by s and z.
 """
 
 from __future__ import annotations
@@ -41,20 +40,13 @@ def on_floats(graph: Graph) -> Graph:
     makers = {name: node for node in graph.nodes if not node.domain for name in node.outputs if name}
     uses = Counter([*(name for node in graph.nodes for name in node.inputs), *graph.outputs])
     constants, nodes, replaced = dict(graph.constants), list[Node](), set[str]()
-    convolutions = dict[str, tuple[Node, np.ndarray]]()  # without a bias, and their weights, by their output
     for node in graph.nodes:
-        found, biased = _layer(node, makers, uses, constants), _biased(node, convolutions, makers, constants)
-        if found is not None:
+        found = _layer(node, makers, uses, constants)
+        if found is None:
+            nodes.append(node)
+        else:
             nodes += found[0]
             replaced |= found[1]
-            _, weights, layer = found[0]
-            if layer.op == "Conv" and uses[layer.outputs[0]] == 1:
-                convolutions[layer.outputs[0]] = layer, constants[weights.inputs[0]]
-        elif biased is not None:
-            nodes.remove(biased[0])
-            nodes.append(biased[1])
-        else:
-            nodes.append(node)
     wanted, kept = set(graph.outputs), list[Node]()  # others may still take what layers were made of
     for node in reversed(nodes):
         if not replaced.intersection(node.outputs) or wanted.intersection(node.outputs):
@@ -120,27 +112,3 @@ def _weight_scale(scales: str, x_scale: str, makers: Mapping[str, Node], constan
     if layer.op == "MatMulInteger":
         return own if scale.shape in ((), (1,), weights.shape[1:]) and weights.ndim == 2 else None
     return own if scale.size == 1 and scale.ndim <= weights.ndim else None
-
-
-def _biased(total: Node, convolutions: Mapping[str, tuple[Node, np.ndarray]], makers: Mapping[str, Node],
-            constants: dict[str, np.ndarray]) -> tuple[Node, Node] | None:
-    """One of the convolutions, and the same with the constants that an Add adds to its channels; None for another node."""
-    if total.op != "Add" or total.domain or len(total.inputs) != 2:
-        return None
-    for y, added in (total.inputs, total.inputs[::-1]):
-        if y not in convolutions:
-            continue
-        (convolution, weights), maker = convolutions[y], makers.get(added)
-        shape = [1, len(weights), *[1] * (weights.ndim - 2)]
-        if maker is not None and maker.op == "Reshape" and len(maker.inputs) == 2:
-            added, sizes = maker.inputs
-            if np.ravel(constants.get(sizes, ())).tolist() not in (shape, [1, -1, *shape[2:]]):
-                continue
-        elif added not in constants or list(constants[added].shape) != shape:
-            continue
-        bias = constants.get(added)
-        if bias is not None and bias.dtype == np.float32 and bias.size == len(weights):
-            constants[f"{convolution.name}.b"] = bias.reshape(-1)
-            inputs = *convolution.inputs, f"{convolution.name}.b"
-            return convolution, convolution._replace(inputs=inputs, outputs=total.outputs)
-    return None

@@ -85,6 +85,26 @@ def layer(node: Node, constants: Constants, image: int | None = None, scales: Sc
     return found
 
 
+def with_bias(module: Any, features: bool, added: np.ndarray) -> bool:
+    """Gives a layer what is added to each of its channels, or features, as its bias; whether it is that, and it has none yet.
+
+    Args:
+      module: it; it is changed.
+      features: whether they are on ONNX's last axis, and not on axis 1.
+      added: the constant.
+    """
+    module = getattr(module, "layer", module)  # of one that rounds its input
+    if not isinstance(module, nnx.Conv | nnx.ConvTranspose | nnx.Linear) or module.bias is not None or added.dtype.kind != "f":
+        return False
+    *kernel, oc = module.kernel.shape
+    # A matrix may be multiplied by a single vector: more dimensions than that has would add one to the output.
+    wanted = (oc,) if features else (1, oc, *[1] * (len(kernel) - 1))
+    if not 0 < added.ndim <= len(wanted) or (*wanted[:len(wanted) - added.ndim], *added.shape) != wanted:
+        return False
+    module.bias, module.use_bias = nnx.Param(jax.device_put(np.ascontiguousarray(added.reshape(oc), np.float32))), True
+    return True
+
+
 def _conv(node: Node, given: list[Any], _: Any) -> Layer:
     kernel, bias = _kernel(node, given)
     oc, icg, *size = kernel.shape

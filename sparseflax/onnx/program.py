@@ -15,7 +15,7 @@ from sparseflax.onnx.flattened import flattened
 from sparseflax.onnx.graph import Body, Graph, Node, Shape
 from sparseflax.onnx.grouped import grouped
 from sparseflax.onnx.integer import RoundsToRange, on_floats
-from sparseflax.onnx.layers import FEATURES, Layer, call, layer
+from sparseflax.onnx.layers import FEATURES, Layer, call, layer, with_bias
 from sparseflax.onnx.older import CONTRIBUTED, QUANTIZED, SHARED, newer
 from sparseflax.onnx.ops import OPERATORS, control, elementwise, movement, quantized, reduction
 from sparseflax.onnx.ops.elementwise import dtype_of
@@ -147,6 +147,7 @@ def build(graph: Graph) -> Built:
     # What is rounded by its range, by the name that it has then: a layer does that itself.
     ranged = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.op == "RoundedToItsRange"}
     layers, steps, absent = dict[str, Any](), list[Step](), set[str]()
+    uses = Counter([*(name for node in graph.nodes for name in node.inputs), *graph.outputs])
     for older in graph.nodes:
         if not _is_known(older):
             absent.update(older.outputs)
@@ -177,6 +178,8 @@ def build(graph: Graph) -> Built:
                 if made > 2 * MOST:
                     raise ValueError(f"the graph computes constants of {made} numbers up to {node}, wanted {2 * MOST} at most: "
                                      "it was damaged, export it again")
+            elif (biased := _biased(node, steps, layers, constants, uses)) is not None:
+                steps[biased] = steps[biased]._replace(node=steps[biased].node._replace(outputs=node.outputs))
             else:
                 if node.op in (*SHARED, "RoundedToItsRange") and node.inputs[0] in rows:
                     rows |= dict.fromkeys(node.outputs, rows[node.inputs[0]])
@@ -220,6 +223,20 @@ def _is_known(node: Node) -> bool:
     if node.domain:
         return node.domain == "com.microsoft" and node.op in (*MICROSOFT, *SHARED)
     return node.op not in MICROSOFT and any(node.op in known for known in (OPERATORS, control.OPERATORS, QUANTIZED))
+
+
+def _biased(node: Node, steps: Sequence[Step], layers: Mapping[str, Any], constants: Mapping[str, np.ndarray],
+            uses: Counter[str]) -> int | None:
+    """The number of the step whose layer has taken what an Add adds to its output as its bias; None for another node."""
+    if (node.op, node.domain, len(node.inputs)) != ("Add", "", 2):
+        return None
+    for y, added in (node.inputs, node.inputs[::-1]):
+        if added not in constants or uses[y] != 1:
+            continue
+        for number, (made, name, *_) in enumerate(steps):
+            if name is not None and made.outputs == (y,):
+                return number if with_bias(layers[name], made.op in FEATURES, constants[added]) else None
+    return None
 
 
 def _step(node: Node, found: Layer | None, layers: dict[str, Any], flat: Mapping[str, int]) -> Step:
