@@ -49,6 +49,14 @@ want = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers
 assert np.array_equal(jax.jit(sf.sparse_conv)(x, sf.pack(kernel)), want)
 assert ffi.TARGET not in jax.jit(sf.sparse_conv).lower(x, sf.pack(kernel)).as_text()
 assert ffi.kernels() == [] and ffi.isa() == "xla" and not ffi.available
+from flax import nnx
+machine = sf.detect_machine()
+assert "python -m sparseflax calibrate" not in machine.source
+model = nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0)))
+whole = sf.prune.measure(model, x, machine, speedup=2, seconds=0.1)
+guide = sf.prune.guided(sf.conv_shapes(model, x), machine, speedup=2, whole=whole, best_effort=True)
+packed = sf.pack_model(model, sf.plan(model, x, machine))
+assert np.allclose(packed(x), model(x), atol=1e-5)
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from sparseflax.conv import ffi
 from sparseflax.cost import cpu, profile
 from sparseflax.cost.estimate import estimate_machine
 from sparseflax.cost.machine import Machine
@@ -41,7 +42,7 @@ def _detect(threads: int, seconds: float, isa: str) -> Machine:
     try:
         return profile.load(cpu.processor(), isa, threads)
     except profile.Unusable as error:
-        return estimate_machine(threads, seconds, isa, str(error))
+        return estimate_machine(threads, seconds, isa, str(error) if ffi.kernels() else error.why)
 
 
 def forget() -> None:
