@@ -229,6 +229,51 @@ def test_a_function_that_follows_a_convolution(name, kind, channels):
             assert (times[1] == 0) == (program is not again) and times[0] > 0
 
 
+def traced(programs, inputs, shared):
+    """Of each program whose outputs are checked: the numbers of the steps that took time of their own."""
+    ffi.native.trace(True)
+    kept = check(*((program, inputs) for program in programs), shared=shared)
+    times = ffi.native.trace(False)  # of the programs that are there
+    del kept
+    return [{number for words, each in times if words == program.encode()["words"].tolist()
+             for number, time in enumerate(each) if time} for program in programs]
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float32", "bytes"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 5, 5), (5, 9, 37), (9, 8, 64)])
+def test_a_function_and_a_rounding_that_follow_a_depthwise_convolution(size, stride, uint8):
+    """Nothing in float32 is written then but two rows in turn; where something else reads what lies between, it is."""
+    h, w, c = size
+    window = Window((stride, stride), ((1, 1), (1, 1)), (1, 1))
+    out = (-(-h // stride), -(-w // stride), c)
+    conv = Step("depthwise", out, (0,), (0, 1), ((3, 3), window, Quantization(1.0, 100) if uint8 else None, None, None, True))
+    function = Step("map", out, (1,), (), ("clamp",), (0.5, 1.0, -30.0, 40.0))
+    rounding = Step("quantize", out, (2,), (), (Quantization(0.25, 128),), uint8=True)
+    beside = Step("concat", (*out[:2], 2 * c), (3, 3), uint8=True)
+    again = Step("combine", out, (1, 2), (), ("add", "same", False)), Step("combine", out, (2, 2), (), ("add", "same", False))
+    programs = [Program((size,), (conv, function, rounding, *more), outputs, own(2), 1, uint8=(0,) if uint8 else ())
+                for more, outputs in [((), (3,)), ((beside,), (4,)), (again[:1], (3, 4)), (again[1:], (3, 4)), ((), (2, 3))]]
+    draw = np.random.default_rng(3)
+    shared = [reference.integers(draw, 3, 3, 1, c), reference.integers(draw, c)]
+    # The second place of a concatenation is a copy. Steps that run pixel by pixel count as the first of them.
+    took = traced(programs, [images(5, 5, size, uint8=uint8)], shared)
+    assert took == [{0}, {0, 3}, {0, 1}, {0, 2}, {0, 2}]
+
+
+@pytest.mark.parametrize("factors", [(1, 2), (2, 1), (2, 2), (3, 5)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 4, 5), (4, 3, 300)])
+def test_what_is_done_to_an_enlarged_image_pixel_by_pixel(size, factors):
+    """Nothing of it is written but a strip; strips of a row begin anywhere in it."""
+    (h, w, c), (fh, fw) = size, factors
+    large = (fh * h, fw * w, c)
+    steps = (Step("upsample", large, (0,), (), factors), Step("combine", large, (2, 1), (), ("add", "same", False)),
+             Step("quantize", large, (3,), (), (Quantization(0.5, 128),), uint8=True))
+    program = Program((size, large), steps, (4,), (), 1)
+    (took,) = traced([program], [images(0, 3, size), images(1, 3, large)], [])
+    assert took == {0}
+
+
 @pytest.mark.parametrize("name", ["max", "min", "add", "mul"])
 def test_what_is_not_finite(name):
     odd = np.asarray([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0], np.float32)
@@ -405,7 +450,7 @@ def byte_programs(draw):
         (h, w, c), uint8 = known[x]
         beside = [i for i, (size, kind) in enumerate(known) if size[:2] == (h, w) and kind == uint8]
         alike = [i for i in beside if known[i][0][2] == 8]
-        op = draw(st.sampled_from(["conv", "depthwise", "concat", "slice", "pool", "rounding", "add"]))
+        op = draw(st.sampled_from(["conv", "depthwise", "concat", "slice", "pool", "rounding", "add", "map"]))
         if op == "conv" and uint8 and c == 8:
             residual, to_float = draw(st.booleans()), draw(st.booleans())
             inner = draw(st.sampled_from([None, (-30.0, 60.0, 0.001, 0.5)])) if residual else None
@@ -430,6 +475,8 @@ def byte_programs(draw):
             step = Step("dequantize" if uint8 else "quantize", (h, w, c), (x,), (), (Quantization(0.5, 30),), uint8=not uint8)
         elif op == "add" and not uint8:
             step = Step("combine", (h, w, c), (x, x), (), ("add", "same", False))
+        elif op == "map" and not uint8:
+            step = Step("map", (h, w, c), (x,), (), ("clamp",), (0.5, 1.0, -3.0, 400.0))
         else:
             continue
         if step.size[2] < 40:

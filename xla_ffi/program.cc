@@ -85,8 +85,8 @@ std::vector<Program::Described> Program::Describe(int64_t n, int64_t threads) co
         channel += c;
       }
     }
-    if (Stays(i) && step.op == Op::kMap) {
-      each.first = step.args[0] - inputs_;  // the convolution that does it
+    if (Stays(i) && (step.op == Op::kMap || step.done)) {  // the convolution that does it
+      each.first = (step.done ? steps_[static_cast<size_t>(step.args[0] - inputs_)].args[0] : step.args[0]) - inputs_;
     } else if (Stays(i) || (step.op == Op::kConcat && each.copied == 0)) {
       each.runs = 0;
     }

@@ -43,7 +43,8 @@ struct Step {
   std::unique_ptr<Conv> conv;  // of a kConv or kConvInt8
   size_t segment = 0, begin = 0, end = 0;  // which it belongs to; the steps with which it runs pixel by pixel
   int64_t slots = 0;                       // of the values between these, if it is the first of them
-  size_t then = 0;                         // a map that a convolution does to its result at once; 0 for none
+  size_t then = 0, rounds = 0;             // the map and the rounding of it that a convolution does to its result at once; 0 for none
+  bool done = false;                       // whether it is such a rounding
 };
 
 class Program {

@@ -10,7 +10,8 @@ constexpr int64_t kHeavy = 256 << 10;  // bytes of weights, and offsets, from wh
 
 }  // namespace
 
-// Convolutions whose result nothing reads but a map do that at once, while what they wrote is in a cache: their result lies where the map's does.
+// Convolutions whose result nothing reads but a map do that at once, while what they wrote is in a cache: their result lies where the map's does,
+// or nowhere, if that is read by a rounding alone.
 void Program::Follow() {
   std::vector<int64_t> reads(values_.size());
   std::vector<size_t> reader(values_.size());
@@ -25,6 +26,14 @@ void Program::Follow() {
     if (y.place == Place::kOutput || steps_[map].op != Op::kMap || !Follows(static_cast<Unary>(steps_[map].params[0]))) continue;
     steps_[i].then = map;
     y.parent = static_cast<int64_t>(map) + inputs_;
+    // What a depthwise convolution's is rounded to is all that is kept of it.
+    Value& mapped = values_[map + static_cast<size_t>(inputs_)];
+    if (op != Op::kDepthwise || mapped.place == Place::kOutput || reads[map + static_cast<size_t>(inputs_)] != 1) continue;
+    const size_t rounds = reader[map + static_cast<size_t>(inputs_)];
+    if (steps_[rounds].op != Op::kQuantize) continue;
+    steps_[i].rounds = rounds;
+    steps_[rounds].done = true;
+    mapped.place = Place::kSlot;
   }
 }
 
@@ -79,7 +88,7 @@ int64_t Program::Root(int64_t value) const {
 bool Program::Stays(size_t step) const {
   const Op op = steps_[step].op;
   const int64_t y = static_cast<int64_t>(step) + inputs_, x = steps_[step].args[0];
-  return op == Op::kReshape || (op == Op::kWindow && values_[static_cast<size_t>(y)].parent == x) || (op == Op::kMap && values_[static_cast<size_t>(x)].parent == y);
+  return steps_[step].done || op == Op::kReshape || (op == Op::kWindow && values_[static_cast<size_t>(y)].parent == x) || (op == Op::kMap && values_[static_cast<size_t>(x)].parent == y);
 }
 
 // Whether what a concatenation has from a channel on was written there already.
@@ -88,10 +97,14 @@ bool Program::Lies(size_t concat, int64_t arg, int64_t channel) const {
   return value.parent == static_cast<int64_t>(concat) + inputs_ && value.channel == channel;
 }
 
-// Whether each pixel of its result is made of the same pixels of others.
+// Whether each pixel of its result is made of the same pixels of others, or is one of a smaller image.
 bool Program::Pixelwise(size_t step) const {
   const Op op = steps_[step].op;
   if (Stays(step)) return false;
+  if (op == Op::kUpsample) {
+    const Value &x = values_[static_cast<size_t>(steps_[step].args[0])], &y = values_[step + static_cast<size_t>(inputs_)];
+    return y.type == Type::kFloat32 && x.c == y.c && x.h * x.w < y.h * y.w;  // smaller, so that no step that it runs with makes it
+  }
   return op == Op::kCombine || op == Op::kMap || op == Op::kChannelSum || op == Op::kReduce || op == Op::kQuantize || op == Op::kDequantize;
 }
 
@@ -169,6 +182,7 @@ void Program::Lay() {
       root.last = std::max(root.last, static_cast<int64_t>(step.end) - 1);
     };
     use(i + inputs);
+    if (step.rounds > 0) use(static_cast<int64_t>(step.rounds) + inputs);
     for (const int64_t arg : step.args) use(arg);
   }
   struct Taken {

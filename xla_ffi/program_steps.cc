@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace sparseflax {
@@ -185,6 +186,15 @@ void Program::RunPixelwise(size_t first, const Call& call, const Steps& loops, i
           case Op::kMap: loops.map({x, y, FunctionOf(step)}, 0, 1); break;
           case Op::kChannelSum: loops.channel_sum({x, y, p[0], p[1]}, 0, 1); break;
           case Op::kReduce: loops.reduce({x, y, p[0] != 0}, 0, 1); break;
+          case Op::kUpsample: {
+            const Image& from = work.x.image;
+            const float* const pixels = from.Row(row / h * from.h + row % h / p[0]);
+            for (int64_t k = 0, at = j / p[1], left = p[1] - j % p[1]; k < count; ++k) {
+              std::copy_n(pixels + at * from.pixel, from.c, y.data + k * y.pixel);
+              if (--left == 0) ++at, left = p[1];
+            }
+            break;
+          }
           default: {
             const Other kind = static_cast<Other>(p[1]);
             Image b = work.b.Strip<float>(row, j, count);
@@ -215,6 +225,10 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
     const Function function = step.then > 0 ? FunctionOf(steps_[step.then]) : Function{};
     const Function* const then = step.then > 0 ? &function : nullptr;
     const auto spread = [&](int64_t floats, const auto& f) { ForRows(call.executor, rows, call.count * floats, f); };
+    const auto pixelwise = [&] {
+      spread(y.h * y.w * std::max(x.c, y.c) * static_cast<int64_t>(step.end - i), [&](int64_t row, int64_t end) { RunPixelwise(i, call, loops, row, end); });
+      i = step.end - 1;
+    };
     switch (step.op) {
       case Op::kConv: {
         Buffers b{x.data, operand(0), p[15] != 0 ? operand(1) : zeros_.data(), nullptr, y.data, nullptr, x.pixel, y.pixel, then};
@@ -236,12 +250,26 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
       }
       case Op::kDepthwise: {
         const auto bytes_at = [&](size_t at) { return Quantization{step.numbers[at], static_cast<int32_t>(step.numbers[at + 1])}; };
-        const Quantization from = p[10] != 0 ? bytes_at(0) : Quantization{}, to = bytes ? bytes_at(p[10] != 0 ? 2 : 0) : Quantization{};
+        const Quantization from = p[10] != 0 ? bytes_at(0) : Quantization{};
+        Quantization to = bytes ? bytes_at(p[10] != 0 ? 2 : 0) : Quantization{};
+        Bytes rounded{};
+        if (step.rounds > 0) {
+          const std::vector<float>& numbers = steps_[step.rounds].numbers;
+          to = {numbers[0], static_cast<int32_t>(numbers[1])};
+          rounded = At<uint8_t>(call, static_cast<int64_t>(step.rounds) + inputs_);
+        }
         const auto convolve = [&](const auto& in, const auto& out, auto loop) {
           const Filter f{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
           const float* const bias = p[9] != 0 ? operand(1) : nullptr;
           spread(y.h * y.w * y.c * p[0] * p[1], [&](int64_t row, int64_t end) {
-            loop({in, out, f, operand(0), bias, static_cast<int>(p[8]), from, to, then}, row, end);
+            auto y_or_strip = out;
+            if constexpr (std::is_same_v<std::decay_t<decltype(out)>, Image>) {
+              if (rounded.data != nullptr) {
+                thread_local Arena arena;
+                y_or_strip = {reinterpret_cast<float*>(arena.Get(static_cast<size_t>(2 * y.w * y.c * 4))), y.h, y.w, y.c, y.c};
+              }
+            }
+            loop({in, y_or_strip, f, operand(0), bias, static_cast<int>(p[8]), from, to, then, rounded}, row, end);
           });
         };
         const Bytes x_bytes = At<uint8_t>(call, step.args[0]), y_bytes = At<uint8_t>(call, result);
@@ -270,8 +298,7 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
       case Op::kMap:
       case Op::kQuantize:
       case Op::kDequantize:
-        spread(y.h * y.w * std::max(x.c, y.c) * static_cast<int64_t>(step.end - i), [&](int64_t row, int64_t end) { RunPixelwise(i, call, loops, row, end); });
-        i = step.end - 1;
+        pixelwise();
         break;
       case Op::kWindow:
         spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
@@ -280,6 +307,10 @@ std::string Program::RunSteps(const Segment& segment, const Call& call) const {
         });
         break;
       case Op::kUpsample:
+        if (Pixelwise(i)) {
+          pixelwise();
+          break;
+        }
         spread(y.h * y.w * y.c, [&](int64_t row, int64_t end) {
           if (!bytes) return UpsampleRows<float>({x, y, p[0], p[1]}, row, end);
           UpsampleRows<uint8_t>({At<uint8_t>(call, step.args[0]), At<uint8_t>(call, result), p[0], p[1]}, row, end);

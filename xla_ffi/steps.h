@@ -59,6 +59,7 @@ struct Depthwise {
   int activation;         // 0 none, 1 relu, 2 relu6
   Quantization from, to;  // of bytes
   const Function* then = nullptr;  // a function that Follows, done after the activation to a result in float32; or null
+  Bytes rounded = {};              // what that is then rounded to, by `to`, y holding two rows of it in turn; or no data
 };
 
 // y[i,j,o] = act( sum_{r,s,c} x[i*sh + r*dh, j*sw + s*dw, g*icg + c] * kernel[r,s,c,o] + bias[o] ), g = o / (channels of y / groups),
