@@ -63,6 +63,7 @@ def main() -> None:
     faster.add_argument("--finetune", type=float, default=0.0, metavar="MINUTES",
                         help="of training against the original's outputs, for each network that is tried (default: none)")
     faster.add_argument("--out", metavar="DIR", help="(default: the network's name and -faster)")
+    faster.add_argument("--like", metavar="DIR", help="of a job for a network of the same layers, whose measurements are taken")
     faster.add_argument("--batch", type=int, default=1, help="images in a call (default: %(default)s)")
     faster.add_argument("--size", type=_sizes, metavar="H,W", help="of the pictures, where the network leaves it open")
     for name, default in (("mean", (0.0,)), ("std", (1.0,))):

@@ -31,9 +31,9 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 CHANNELS, CLASSES, SIDE, COUNT = (3, 32, 48), 5, 8, 64
 
 
-def write_network(path, *, shape=(1, 3, SIDE, SIDE), convolutions=True):
+def write_network(path, *, shape=(1, 3, SIDE, SIDE), convolutions=True, seed=0):
     """Two convolutions, the first with its batch norm, a transposed one, and a classifier; or the classifier alone."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     weights, nodes, at = {}, [], "x"
     for i, (ic, oc) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False)) if convolutions else ():
         weights[f"w{i}"] = draw.standard_normal((oc, ic, 3, 3)) * (2 / (9 * ic)) ** 0.5
@@ -148,6 +148,33 @@ def test_what_is_missed_is_aimed_at_again(given, monkeypatch, tmp_path, first):
     assert kept == first_whole | {"dense_seconds": pytest.approx(dense)}
     (speed, missed), (_, met), (_, taken) = guides[:3]
     assert speed == 2 and (met.seconds < missed.seconds) == (first > 1) and taken.densities == met.densities
+
+
+def test_what_was_measured_for_a_network_of_the_same_layers_is_taken_over(given, finished, monkeypatch, tmp_path):
+    _, pictures = given
+    again = write_network(tmp_path / "again.onnx", seed=1)
+    with monkeypatch.context() as patch:
+        for module, function in ((job, "measure"), (tries, "measured"), (tries, "aimed")):  # nothing is measured but the end
+            patch.setattr(module, function, None)
+        found = sparseflax.faster(again, pictures, speedup=2, out=tmp_path / "out", like=finished[0], seconds=0.01)
+    kept = [json.loads((folder / "whole.json").read_text()) for folder in (finished[0], tmp_path / "out")]
+    assert kept[0] == kept[1] and {row["path"]: row["density"] for row in found["layers"]} == {
+        row["path"]: row["density"] for row in finished[1]["layers"]}
+    pruned, before = (kernels(nnx.state(load_onnx(path), nnx.Param)) for path in (tmp_path / "out" / "pruned.onnx", again))
+    for row in found["layers"]:  # the weights are its own, though
+        kept_here = np.asarray(pruned[row["path"]]) != 0
+        assert row["density"] == 1 or 0 < kept_here.mean() < 1
+        assert np.corrcoef(pruned[row["path"]][kept_here], before[row["path"]][kept_here])[0, 1] > 0.5
+    # asked for something else, it aims anew
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "measure", None)
+        patch.setattr(tries, "measured", None)
+        sparseflax.faster(again, pictures, speedup=1.5, out=tmp_path / "slower", like=finished[0], seconds=0.01)
+    with pytest.raises(ValueError, match=r"with layers '\w+' instead of '\w+', precision 'float32' instead of 'int8'"):
+        sparseflax.faster(write_network(tmp_path / "other.onnx", shape=(1, 3, 16, 16)), pictures, speedup=2,
+                          precision="int8", out=tmp_path / "int8", like=finished[0])
+    with pytest.raises(ValueError, match="holds no job: wanted the folder of one for a network of the same layers"):
+        sparseflax.faster(again, pictures, speedup=2, out=tmp_path / "none", like=tmp_path)
 
 
 def test_a_score_of_the_users_own(given, tmp_path):

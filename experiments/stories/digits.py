@@ -15,7 +15,7 @@ from experiments.benchmark.results import Line
 from experiments.data import Dataset
 from experiments.export_onnx import to_onnx
 from experiments.models import ResNet
-from experiments.stories.story import Call, Precision, Story, tell, write_pictures
+from experiments.stories.story import JOB, Call, Precision, Story, tell, write_pictures
 from sparseflax.cost.atomic import write_atomically
 from sparseflax.cost.detect import detect_machine
 from sparseflax.job.afresh import afresh
@@ -34,8 +34,8 @@ STEPS, BATCH, RATE, DECAY = 200, 64, 0.05, 5e-4
 
 def tenfold(folder: Path, precision: Precision) -> Line:
     """A line of the results, of all folds: means and medians of theirs, and each under "folds"."""
-    asked, folders = folder / "asked.json", [folder / f"fold{fold}" for fold in range(FOLDS)]
-    lines = [tell(story(each, fold, asked, OVER[precision]), each, precision) for fold, each in enumerate(folders)]
+    folders = [folder / f"fold{fold}" for fold in range(FOLDS)]
+    lines = [tell(story(each, fold, folders[0], OVER[precision]), each, precision) for fold, each in enumerate(folders)]
     first, seconds = lines[0], [line["seconds"] for line in lines]
     means = {when: {measure: statistics.mean(line[when][measure] for line in lines) for measure in first[when]}
              for when in ("before", "after")}
@@ -46,13 +46,13 @@ def tenfold(folder: Path, precision: Precision) -> Line:
         "kept": statistics.mean(line["kept"] for line in lines), "folds": folds}
 
 
-def story(folder: Path, fold: int, asked: Path, over: float) -> Story:
+def story(folder: Path, fold: int, first: Path, over: float) -> Story:
     """A fold's, its network trained and written into the folder with its pictures.
 
     Args:
       folder: of the fold.
       fold: from 0; its tenth of the pictures judges.
-      asked: file of the speedup that all folds ask for, which the first one finds.
+      first: folder of the first one: it finds the speedup that all ask for, and what is measured there they take over.
       over: the fastest dense engine, so many times as fast.
     """
     images, labels = mnist()
@@ -80,8 +80,8 @@ def story(folder: Path, fold: int, asked: Path, over: float) -> Story:
     def judge(call: Call) -> dict[str, float]:
         return {"accuracy": accuracy(call, unseen, wanted)}
 
-    options = {"speedup": speedup_over_engines(network, inputs[:1], asked, over), "points": WHATEVER, "score": chosen_by,
-               "finetune": MINUTES, "seconds": SECONDS}
+    options = {"speedup": speedup_over_engines(network, inputs[:1], first / "asked.json", over), "points": WHATEVER,
+               "score": chosen_by, "finetune": MINUTES, "seconds": SECONDS, "like": first / JOB if fold else None}
     return Story("digits", network, pictures, options, judge, inputs[:1])
 
 

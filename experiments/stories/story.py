@@ -17,6 +17,7 @@ from experiments.benchmark.where import where_time_goes
 from sparseflax.conv import ffi
 from sparseflax.onnx import load_onnx
 
+JOB = "faster"  # the folder of a story's job, in the story's
 POINTS = 1.0  # that may be lost, where a story's options say nothing else
 Call = Callable[[Any], Any]  # of a network
 Precision = Literal["float32", "int8"]
@@ -48,10 +49,10 @@ def tell(story: Story, folder: Path, precision: Precision) -> Line:
     Raises:
       ImportError, OSError, ValueError: as `sparseflax.faster`.
     """
-    found = sparseflax.faster(story.network, story.pictures, out=folder / "faster", precision=precision,
+    found = sparseflax.faster(story.network, story.pictures, out=folder / JOB, precision=precision,
                                **{"points": POINTS, **story.options})
     dense = load_onnx(story.network)
-    packed, plan = sparseflax.load(folder / "faster" / "network.safetensors", load_onnx(story.network))
+    packed, plan = sparseflax.load(folder / JOB / "network.safetensors", load_onnx(story.network))
     before, after = story.judge(_call(dense)), story.judge(_call(packed))
     kept = ("seconds", "failed", "speedup", "weights", "kept", "pictures", "curve", "highest", "fidelity", "shortfall")
     engines = [package for package in ("onnxruntime", "openvino") if importlib.util.find_spec(package)]

@@ -25,7 +25,7 @@ from sparseflax.files.store import save
 from sparseflax.job import report
 from sparseflax.job.afresh import afresh
 from sparseflax.job.fidelity import compare, outputs
-from sparseflax.job.folder import claim, machine_of, whole_of, write_json
+from sparseflax.job.folder import CONFIG, WHOLE, claim, machine_of, take_over, whole_of, write_json
 from sparseflax.job.layers import Grams
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
@@ -44,7 +44,8 @@ SECONDS = 15.0  # of measuring, before and after
 def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup: float | None = None,
            milliseconds: float | None = None, points: float | None = None, labels: str | PathLike[str] | None = None,
            score: Score | None = None, precision: Literal["float32", "int8"] = "float32", finetune: float = 0.0,
-           out: str | PathLike[str] | None = None, batch: int = 1, size: tuple[int, int] | None = None,
+           out: str | PathLike[str] | None = None, like: str | PathLike[str] | None = None, batch: int = 1,
+           size: tuple[int, int] | None = None,
            mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,), seconds: float = SECONDS) -> dict[str, Any]:
     """Prunes a network, without labels, so that it becomes faster on this machine; writes it and a report into a folder.
 
@@ -69,6 +70,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
         channels; ranges are those of the pictures.
       finetune: minutes of training against the original's outputs, for each network that is tried.
       out: the folder; None is the network's name and "-faster".
+      like: the folder of an earlier job for a network of the same layers, such as this one before it was trained further: what
+        they take and what pruning each of them loses is taken from there, and only the end is measured.
       batch: images in a call.
       size: (h, w) of the pictures, where the network leaves it open; None takes that of most of them.
       mean, std: inputs are (pixel / 255 - mean) / std, one number or one for each channel.
@@ -107,13 +110,16 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
                          "packed by SparseDense.from_dense")
     classes = None if labels is None else read_labels(Path(labels), pictures.names)
     folder = Path(f"{path.stem}-faster") if out is None else Path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds files, and none that says of which job: give another --out")
     claim(folder, wishes | {
         "network": f"{path.name} {hashlib.sha256(content).hexdigest()[:16]}", "pictures": pictures.digest, "batch": batch,
         "labels": None if classes is None else hashlib.sha256(classes.tobytes()).hexdigest()[:16], "finetune": finetune,
         "precision": precision, "score": getattr(score, "__qualname__", None), "threads": client_threads(),
+        "layers": hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()[:16],
         "sparseflax": version("sparseflax")})
+    if like is not None:
+        take_over(folder, Path(like))
     if (folder / "result.json").exists() and (folder / "report.html").exists():
         return json.loads((folder / "result.json").read_text())
     for note in pictures.notes:
@@ -125,7 +131,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     if precision == "int8":
         print("finding the ranges of eight bits", flush=True)
         rounded = plan(model, x, machine, precision="int8", examples=to_round_by(seen))
-    whole = whole_of(folder / "whole.json", lambda: afresh(measure, model, x, machine, seconds=seconds, rounded=rounded))
+    whole = whole_of(folder / WHOLE, lambda: afresh(measure, model, x, machine, seconds=seconds, rounded=rounded))
     dense = shifted(model)
     said = outputs(dense, seen, batch) if finetune else None, outputs(dense, unseen, batch)
     right = None if classes is None else classes[-len(unseen):]

@@ -17,6 +17,9 @@ from sparseflax.cost.machine import Machine, from_dict, to_dict
 from sparseflax.job.afresh import afresh
 from sparseflax.prune.whole import Whole
 
+CONFIG, MACHINE, WHOLE, DAMAGE, AIMED = (f"{name}.json" for name in ("config", "machine", "whole", "damage", "aimed"))
+ALIKE = "layers", "threads", "precision", "sparseflax"  # of the settings: what was measured is the same if these are
+
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Makes a job's folder, or finds it made by the same settings.
@@ -28,7 +31,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     Raises:
       ValueError: it holds another job.
     """
-    path = out / "config.json"
+    path = out / CONFIG
     if not path.exists():
         write_json(path, dict(settings))
         return
@@ -39,12 +42,30 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{out} holds a run with {', '.join(different)}: give another --out, or delete the folder")
 
 
+def take_over(out: Path, like: Path) -> None:
+    """Takes what was measured in the folder of a job for the same layers, where this one has not measured it.
+
+    Raises:
+      ValueError: that folder holds no job, or one for something else.
+    """
+    if not (like / CONFIG).exists():
+        raise ValueError(f"{like} holds no job: wanted the folder of one for a network of the same layers")
+    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (out, like))
+    different = [f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in ALIKE if theirs.get(key) != ours[key]]
+    if different:
+        raise ValueError(f"{like} holds a job with {', '.join(different)}: wanted one for a network of the same layers")
+    same = all(theirs.get(key) == ours[key] for key in ("speedup", "milliseconds"))
+    for name in (MACHINE, WHOLE, DAMAGE, *[AIMED] * same):
+        if (like / name).exists() and not (out / name).exists():
+            write_atomically(out / name, (like / name).read_bytes())
+
+
 def machine_of(out: Path) -> Machine:
     """This machine, as measured when the job began: the guide has to stay the same when the job goes on.
 
     Where nothing is stored of it that may be believed, it is calibrated.
     """
-    path = out / "machine.json"
+    path = out / MACHINE
     if not path.exists():
         try:
             machine = profile.load(processor(), instruction_set(), client_threads())

@@ -21,7 +21,7 @@ from sparseflax.files.safetensors import seal, unseal
 from sparseflax.job.afresh import afresh
 from sparseflax.job.damage import damage_of, measured
 from sparseflax.job.fidelity import Fidelity, Outputs, batches, compare, outputs
-from sparseflax.job.folder import whole_of
+from sparseflax.job.folder import AIMED, DAMAGE, whole_of
 from sparseflax.job.layers import Grams, assembled, inputs, prune_layers
 from sparseflax.job.pictures import Pictures
 from sparseflax.job.times import times
@@ -163,7 +163,7 @@ def look(job: Job) -> Job:
         several = -(-LOOKED // len(job.examples[0]))
         return measured(job.model, dense, job.examples[:several], shapes, job.grams, job.block)
 
-    return replace(job, damage=damage_of(job.out / "damage.json", measure))
+    return replace(job, damage=damage_of(job.out / DAMAGE, measure))
 
 
 def aim(job: Job, asked: float) -> Job:
@@ -180,7 +180,7 @@ def aim(job: Job, asked: float) -> Job:
     def guide(whole: Whole) -> Guidance:
         return guide_for(replace(job, whole=whole), asked)
 
-    return replace(job, whole=whole_of(job.out / "aimed.json", lambda: aimed(job.whole, asked, guide, reached)))
+    return replace(job, whole=whole_of(job.out / AIMED, lambda: aimed(job.whole, asked, guide, reached)))
 
 
 def delivered(tried: list[Tried], asked: float | None, points: float | None) -> Tried:
