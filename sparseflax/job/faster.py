@@ -143,7 +143,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     job = look(job)
     asked = whole.dense_seconds / (1e-3 * milliseconds) if milliseconds else speedup
     if asked is not None:
-        job = aim(job, asked)
+        job = aim(job, asked, in_seconds=milliseconds is not None)
     tried = tries(job, asked, points)
     chosen = delivered(tried, asked, points)
 

@@ -166,8 +166,14 @@ def look(job: Job) -> Job:
     return replace(job, damage=damage_of(job.out / DAMAGE, measure))
 
 
-def aim(job: Job, asked: float) -> Job:
-    """The job, its network's measurement put right for this speedup; kept in the folder."""
+def aim(job: Job, asked: float, in_seconds: bool = False) -> Job:
+    """The job, its network's measurement put right for this speedup; kept in the folder.
+
+    Args:
+      job: before.
+      asked: over the dense network as it is measured then, in turn with the packed one;
+      in_seconds: or as it was measured at first: where a time was asked for, the dense network's is no part of it.
+    """
     def reached(guide: Guidance) -> float:
         network = pruned(job.model, guide.densities, job.block)
         planned = plan(network, job.x, job.machine)
@@ -175,7 +181,7 @@ def aim(job: Job, asked: float) -> Job:
             planned = rounded_as(planned, job.rounded)
         packed = pack_model(network, planned, job.x)
         taken = afresh(times, job.model, job.x, job.machine, [packed], job.seconds / 4)
-        return taken.faster_dense / taken.packed[0]
+        return (job.whole.dense_seconds if in_seconds else taken.faster_dense) / taken.packed[0]
 
     def guide(whole: Whole) -> Guidance:
         return guide_for(replace(job, whole=whole), asked)
