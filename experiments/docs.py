@@ -21,6 +21,7 @@ from experiments.benchmark.table import densities_table, layers_table, machines_
 from experiments.calibrate import check, figures, gpu, judgement, spdy, transfer
 from experiments.compare import figures as compare_figures
 from experiments.compare import page
+from experiments.compare import runs as compare_runs
 from experiments.stories.table import stories_table
 from sparseflax.cost.atomic import write_atomically
 
@@ -146,9 +147,10 @@ def trained_int8() -> str:
 
 
 def compared() -> str:
-    """Pruning methods, all of them on the first CPU; a table of each network for each CPU."""
+    """Pruning methods, all of them on the first CPU; a table of each network for each CPU, of the newest line of each run."""
     files = RESULTS / "compare.jsonl", *sorted(RESULTS.glob("compare_*.jsonl"))
-    return _by_cpu({lines[-1]["cpu"]: lines for lines in map(results.read, files)}, page.tables)
+    found = [list(compare_runs.lines(file).values()) for file in files]
+    return _by_cpu({lines[-1]["cpu"]: lines for lines in found}, page.tables)
 
 
 def density() -> str:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from test_report import MACHINE, Links
 
-from experiments import evaluate, train
+from experiments import docs, evaluate, train
 from experiments.benchmark import results
 from experiments.compare import __main__ as compare
 from experiments.compare import networks, page, runs, summary, timing, training
@@ -234,6 +234,13 @@ def test_a_point_is_the_mean_of_its_seeds():
     assert point.spread == pytest.approx(2) and point.lost == pytest.approx(1) and point.density == pytest.approx(0.1)
     assert point.seconds[1] == pytest.approx(0.5e-3)  # the geometric mean of 1, 0.25 and 0.5
     assert point.speedup() == pytest.approx(4) and point.speedup(16) == pytest.approx(4)
+
+
+def test_a_page_shows_the_newest_line_of_a_run(monkeypatch, tmp_path):
+    for ms in (1.0, 0.5):
+        results.append(tmp_path / "compare.jsonl", line(ms=ms))
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    assert docs.compared() == "## a CPU\n\n" + page.tables([line(ms=0.5)])
 
 
 def test_the_sentence_compares_the_fastest_of_equal_accuracy():
