@@ -29,7 +29,7 @@ PRUNING, CHOOSING = 400, 250  # pictures that it is pruned by, and those it is n
 MINUTES = 0.25  # of training against the original's outputs
 WHATEVER = 100.0  # points: a fold's network is as fast as asked, and ten tenths say what that costs
 WIDTHS = (64,), (128,), (256,)
-STEPS, BATCH, RATE, DECAY = 150, 64, 0.05, 5e-4
+STEPS, BATCH, RATE, DECAY = 200, 64, 0.05, 5e-4
 
 
 def tenfold(folder: Path, precision: Precision) -> Line:
