@@ -54,6 +54,18 @@ def as_array(given):
     return array.astype(wide.get(array.dtype.name, array.dtype))
 
 
+def defined(name, x):
+    """Where ONNX says what comes out: not where a number is cast to an integer of few bits that does not hold it.
+
+    There the expected values are what ml_dtypes happens to do: it wrapped around before 0.7, and since makes them 0.
+    """
+    few = re.search(r"cast\w*_to_(U?)INT([24])(?:_|$)", name)
+    if not few:
+        return np.s_[...]
+    low, count = 0 if few[1] else -(2 ** (int(few[2]) - 1)), 2 ** int(few[2])
+    return (x >= low) & (x < low + count)
+
+
 def node_tests():
     """Operator tests of one node whose first input is no text and not empty; the other inputs made constants."""
     with warnings.catch_warnings():
@@ -89,7 +101,7 @@ def test_operators_agree_with_the_tests_of_the_onnx_project(tmp_path):
     for tests, options in [(few_bits, AS_FOR_USERS), *(
             (others[start:start + AT_ONCE], {}) for start in range(0, len(others), AT_ONCE))]:
         names, models, inputs, right = zip(*tests, strict=True)
-        for name, model, ours, theirs in zip(names, models, compiled(models, inputs, options), right, strict=True):
+        for name, model, x, ours, theirs in zip(names, models, inputs, compiled(models, inputs, options), right, strict=True):
             ours = ours if isinstance(ours, tuple) else (ours,)
             for mine, their, image in zip(ours, theirs, model.program.images[1:], strict=False):
                 mine = np.asarray(mine)
@@ -97,8 +109,9 @@ def test_operators_agree_with_the_tests_of_the_onnx_project(tmp_path):
                 assert mine.shape == their.shape, name
                 # The ONNX project's own tolerances; numbers of 16 bits are computed as float32 here.
                 loose = "16" in name or "lppool" in name
-                np.testing.assert_allclose(mine.astype(np.float64), their.astype(np.float64), rtol=1e-2 if loose else 1e-3,
-                                           atol=1e-3 if loose else 1e-6, err_msg=name)
+                where = defined(name, x)
+                np.testing.assert_allclose(mine.astype(np.float64)[where], their.astype(np.float64)[where],
+                                           rtol=1e-2 if loose else 1e-3, atol=1e-3 if loose else 1e-6, err_msg=name)
     assert refused == REFUSED
     assert len(loaded) >= 300
 
