@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from flax import nnx
 
 import sparseflax
 from sparseflax import __main__ as commands
+from sparseflax.cost.profile import save_machine
 from sparseflax.job import faster as job
 from sparseflax.job import layers, tries
 from sparseflax.job import times as timing
@@ -178,6 +181,12 @@ def test_what_was_measured_for_a_network_of_the_same_layers_is_taken_over(given,
                           precision="int8", out=tmp_path / "int8", like=finished[0])
     with pytest.raises(ValueError, match="holds no job: wanted the folder of one for a network of the same layers"):
         sparseflax.faster(again, pictures, speedup=2, out=tmp_path / "none", like=tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(finished[0], elsewhere)
+    save_machine(elsewhere / "machine.json", replace(HERE, name="another CPU"))
+    with pytest.raises(ValueError, match=r"was measured for another CPU .*, this is .*: leave it out, and it is measured"):
+        sparseflax.faster(again, pictures, speedup=2, out=tmp_path / "here", like=elsewhere)
+    assert not (tmp_path / "here" / "whole.json").exists()
 
 
 def test_a_score_of_the_users_own(given, tmp_path):

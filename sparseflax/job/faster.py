@@ -45,8 +45,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
            milliseconds: float | None = None, points: float | None = None, labels: str | PathLike[str] | None = None,
            score: Score | None = None, precision: Literal["float32", "int8"] = "float32", finetune: float = 0.0,
            out: str | PathLike[str] | None = None, like: str | PathLike[str] | None = None, batch: int = 1,
-           size: tuple[int, int] | None = None,
-           mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,), seconds: float = SECONDS) -> dict[str, Any]:
+           size: tuple[int, int] | None = None, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
+           seconds: float = SECONDS) -> dict[str, Any]:
     """Prunes a network, without labels, so that it becomes faster on this machine; writes it and a report into a folder.
 
         sparseflax.faster("network.onnx", "pictures", speedup=2)

@@ -15,6 +15,7 @@ from sparseflax.cost.cpu import client_threads, instruction_set, processor
 from sparseflax.cost.detect import detect_machine
 from sparseflax.cost.machine import Machine, from_dict, to_dict
 from sparseflax.job.afresh import afresh
+from sparseflax.network.plan import elsewhere
 from sparseflax.prune.whole import Whole
 
 CONFIG, MACHINE, WHOLE, DAMAGE, AIMED = (f"{name}.json" for name in ("config", "machine", "whole", "damage", "aimed"))
@@ -46,7 +47,7 @@ def take_over(out: Path, like: Path) -> None:
     """Takes what was measured in the folder of a job for the same layers, where this one has not measured it.
 
     Raises:
-      ValueError: that folder holds no job, or one for something else.
+      ValueError: that folder holds no job, or one for something else, or on another machine.
     """
     if not (like / CONFIG).exists():
         raise ValueError(f"{like} holds no job: wanted the folder of one for a network of the same layers")
@@ -54,6 +55,8 @@ def take_over(out: Path, like: Path) -> None:
     different = [f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in ALIKE if theirs.get(key) != ours[key]]
     if different:
         raise ValueError(f"{like} holds a job with {', '.join(different)}: wanted one for a network of the same layers")
+    if (like / MACHINE).exists() and (where := elsewhere(_machine(like))):
+        raise ValueError(f"{like} was measured {where}: leave it out, and it is measured here")
     same = all(theirs.get(key) == ours[key] for key in ("speedup", "milliseconds"))
     for name in (MACHINE, WHOLE, DAMAGE, *[AIMED] * same):
         if (like / name).exists() and not (out / name).exists():
@@ -74,7 +77,11 @@ def machine_of(out: Path) -> Machine:
                 print(f"calibrating, which takes a minute: {error.why}", flush=True)
             machine = afresh(calibrate) if ffi.kernels() else detect_machine()
         write_json(path, to_dict(machine))
-    return from_dict(json.loads(path.read_text()))
+    return _machine(out)
+
+
+def _machine(out: Path) -> Machine:
+    return from_dict(json.loads((out / MACHINE).read_text()))
 
 
 def whole_of(path: Path, measure: Callable[[], Whole]) -> Whole:
