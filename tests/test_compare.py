@@ -254,8 +254,8 @@ def test_the_sentence_compares_the_fastest_of_equal_accuracy():
         "at batch 1. Between the measured points, at exactly 0.5 below dense: GMP, guided 3.33x dense, GMP, uniform 2.24x, a "
         "ratio of 1.48.")
     assert said[1].startswith("vgg: the same method with the guide and without: GMP, guided +0.51 points at 4x over GMP")
-    assert said[2] == ("vgg: at 4x GMP, guided keeps 10 % of each of the 1 layers it prunes, GMP, uniform keeps 10 % of each "
-                       "of the 1 layers it prunes. The less these differ, the less a guide can gain.")
+    assert said[2] == ("vgg: at 4x GMP, guided keeps 10 % of the 1 layers it prunes; GMP, uniform keeps 10 % of the 1 "
+                       "layers it prunes. The less these differ, the less a guide can gain.")
     assert said[3] == ("Requested speedups met within 10% as measured at batch 1: 1 of 2 by guided methods. "
                        "Not met: vgg, GMP, guided: 4x asked, 3.33x measured.")
     lost = summary.conclusions([line("GMP, uniform", ms=0.5), line("GMP, guided")])

@@ -166,17 +166,20 @@ def _comparison(found: list[Point], network: str) -> str:
 
 def _interpolated(found: list[Point], network: str, seeds: int) -> str:
     """The same at exactly EQUAL points below dense, where every method was timed at several speedups."""
-    best = []
-    for guided in (True, False):
-        methods = _by_method(point for point in found if (point.network, point.guided, point.seeds, point.precision) == (
-            network, guided, seeds, "float32"))
-        speedups = {method: equal_speedup(own) for method, own in methods.items() if len(own) > 1}
-        if not speedups:
-            return ""
-        best.append(max(speedups.items(), key=lambda item: item[1]))
-    (guided, fast), (unguided, slow) = best
+    best = [_between(found, network, guided, seeds) for guided in (True, False)]
+    if None in best:
+        return ""
+    (guided, fast), (unguided, slow) = filter(None, best)
     return (f" Between the measured points, at exactly {EQUAL} below dense: {guided} {fast:.2f}x dense, {unguided} {slow:.2f}x,"
             f" a ratio of {fast / slow:.2f}.")
+
+
+def _between(found: list[Point], network: str, guided: bool, seeds: int) -> tuple[str, float] | None:
+    """The float32 method that is fastest at exactly EQUAL points below dense, and that speedup."""
+    methods = _by_method(point for point in found if (point.network, point.guided, point.seeds, point.precision) == (
+        network, guided, seeds, "float32"))
+    speedups = {method: equal_speedup(own) for method, own in methods.items() if len(own) > 1}
+    return max(speedups.items(), key=lambda item: item[1], default=None)
 
 
 def _eight_bits(found: list[Point], network: str) -> list[str]:
@@ -231,21 +234,29 @@ def _twins(found: list[Point], network: str) -> list[str]:
 
 
 def _shares(found: list[Point], lines: Sequence[Line], network: str) -> list[str]:
-    """How far the guide of the fastest method departs from one density for all, which bounds what it can gain."""
-    guided = fastest(found, network, True)
-    twin = METHODS[guided.method].twin if guided else None
-    if not (guided and twin):
+    """How far the guides of the fastest methods depart from one density for all, which bounds what they can gain."""
+    point = fastest(found, network, True)
+    if not point:
         return []
-    kept = []
-    for method in (guided.method, twin):
+    other, unguided = (_between(found, network, guided, point.seeds) for guided in (True, False))
+    twin = unguided[0] if unguided else METHODS[point.method].twin
+    kept = dict[str, list[float]]()
+    for method in dict.fromkeys(method for method in (point.method, other and other[0], twin) if method):
         own = [line for line in lines if "times" in line and
-               (line["network"], line["method"], line["requested"]) == (network, method, guided.requested)]
-        pruned = [100 * density for density in layer_densities(own) if density < NEARLY_ALL]
-        if not pruned:
-            return []
-        ends = f"{min(pruned):.0f} to {max(pruned):.0f}" if max(pruned) - min(pruned) > 1 else f"{max(pruned):.0f}"
-        kept.append(f"{method} keeps {ends} % of each of the {len(pruned)} layers it prunes")
-    return [f"{network}: at {guided.requested:g}x {', '.join(kept)}. The less these differ, the less a guide can gain."]
+               (line["network"], line["method"], line["requested"]) == (network, method, point.requested)]
+        kept[method] = [100 * density for density in layer_densities(own) if density < NEARLY_ALL]
+    if not (twin and kept[point.method] and kept[twin]):
+        return []
+    said = "; ".join(f"{method} keeps {_listed(shares)} % of the {len(shares)} layers it prunes"
+                     for method, shares in kept.items() if shares)
+    return [f"{network}: at {point.requested:g}x {said}. The less these differ, the less a guide can gain."]
+
+
+def _listed(shares: list[float]) -> str:
+    """Percents in the order of the layers; of many, or of equal ones, the ends."""
+    if max(shares) - min(shares) <= 1:
+        return f"{max(shares):.0f}"
+    return f"{min(shares):.0f} to {max(shares):.0f}" if len(shares) > 9 else ", ".join(f"{share:.0f}" for share in shares)
 
 
 def _named(point: Point, batch: int = 1) -> str:
