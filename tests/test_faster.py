@@ -166,6 +166,8 @@ def test_what_was_measured_for_a_network_of_the_same_layers_is_taken_over(given,
     kept = [json.loads((folder / "whole.json").read_text()) for folder in (finished[0], tmp_path / "out")]
     assert kept[0] == kept[1] and {row["path"]: row["density"] for row in found["layers"]} == {
         row["path"]: row["density"] for row in finished[1]["layers"]}
+    assert found["pictures"]["notes"] == [*finished[1]["pictures"]["notes"], "What its layers take and what pruning them loses "
+                                          f"was measured by the job in {finished[0]}."]
     pruned, before = (kernels(nnx.state(load_onnx(path), nnx.Param)) for path in (tmp_path / "out" / "pruned.onnx", again))
     for row in found["layers"]:  # the weights are its own, though
         kept_here = np.asarray(pruned[row["path"]]) != 0
@@ -186,7 +188,7 @@ def test_what_was_measured_for_a_network_of_the_same_layers_is_taken_over(given,
     save_machine(elsewhere / "machine.json", replace(HERE, name="another CPU"))
     with pytest.raises(ValueError, match=r"was measured for another CPU .*, this is .*: leave it out, and it is measured"):
         sparseflax.faster(again, pictures, speedup=2, out=tmp_path / "here", like=elsewhere)
-    assert not (tmp_path / "here" / "whole.json").exists()
+    assert not any((tmp_path / name).exists() for name in ("int8", "none", "here"))  # no folder is left of what is refused
 
 
 def test_a_score_of_the_users_own(given, tmp_path):
@@ -208,8 +210,11 @@ def test_a_score_of_the_users_own(given, tmp_path):
     assert "Its score went from 90.00 % to" in page and f"{found['highest']['speedup']:.2f}x" in page
 
 
-def test_in_eight_bits(given, tmp_path):
-    """Pruned by blocks of four, its ranges found by the pictures; written, read, and as close as its error says."""
+def test_in_eight_bits(given, monkeypatch, tmp_path):
+    """Pruned by blocks of four, its ranges found by the pictures; written, read, and as close as its error says.
+
+    A network of the same layers takes over what was measured for it.
+    """
     network, pictures = given
     out = tmp_path / "out"
     found = sparseflax.faster(network, pictures, speedup=2, precision="int8", out=out, seconds=0.01)
@@ -227,6 +232,12 @@ def test_in_eight_bits(given, tmp_path):
     unseen = jnp.asarray(read_pictures(pictures, (SIDE, SIDE, 3)).share()[1].inputs(slice(None)))
     y, wanted = packed(unseen), load_onnx(network)(unseen)
     assert np.linalg.norm(y - wanted) / np.linalg.norm(wanted) == pytest.approx(found["fidelity"]["error"], rel=1e-3)
+    for module, function in ((job, "measure"), (tries, "measured"), (tries, "aimed")):
+        monkeypatch.setattr(module, function, None)
+    again = sparseflax.faster(write_network(tmp_path / "again.onnx", seed=1), pictures, speedup=2, precision="int8",
+                              out=tmp_path / "again", like=out, seconds=0.01)
+    assert [[row[key] for key in ("path", "density")] for row in again["layers"]] == [
+        [row[key] for key in ("path", "density")] for row in found["layers"]]
 
 
 def test_the_report_needs_nothing_beside_it(finished):

@@ -25,7 +25,7 @@ from sparseflax.files.store import save
 from sparseflax.job import report
 from sparseflax.job.afresh import afresh
 from sparseflax.job.fidelity import compare, outputs
-from sparseflax.job.folder import CONFIG, WHOLE, claim, machine_of, take_over, whole_of, write_json
+from sparseflax.job.folder import CONFIG, WHOLE, claim, keep, machine_of, measured_by, whole_of, write_json
 from sparseflax.job.layers import Grams
 from sparseflax.job.pictures import Pictures, read_labels, read_pictures
 from sparseflax.job.places import places, with_weights
@@ -112,17 +112,20 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     folder = Path(f"{path.stem}-faster") if out is None else Path(out)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds files, and none that says of which job: give another --out")
-    claim(folder, wishes | {
+    settings = wishes | {
         "network": f"{path.name} {hashlib.sha256(content).hexdigest()[:16]}", "pictures": pictures.digest, "batch": batch,
         "labels": None if classes is None else hashlib.sha256(classes.tobytes()).hexdigest()[:16], "finetune": finetune,
         "precision": precision, "score": getattr(score, "__qualname__", None), "threads": client_threads(),
         "layers": hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()[:16],
-        "sparseflax": version("sparseflax")})
-    if like is not None:
-        take_over(folder, Path(like))
+        "like": None if like is None else str(like), "sparseflax": version("sparseflax")}
+    measured = {} if like is None else measured_by(Path(like), settings)  # refused before the folder is made
+    claim(folder, settings)
+    keep(folder, measured)
     if (folder / "result.json").exists() and (folder / "report.html").exists():
         return json.loads((folder / "result.json").read_text())
-    for note in pictures.notes:
+    notes = [*pictures.notes, *([f"What its layers take and what pruning them loses was measured by the job in {like}."]
+                                if measured else [])]
+    for note in notes:
         print(note, flush=True)
 
     machine = machine_of(folder)
@@ -151,7 +154,7 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     save(folder / "network.safetensors", chosen.packed, chosen.plan)
     unwritten = _write_onnx(folder / "pruned.onnx", file, model, chosen.model)
     wishes |= {"finetune": finetune, "precision": precision}
-    found = report.result(job, path.name, wishes, pictures.notes, chosen, tried, taken, unwritten, guide_for(job, math.inf))
+    found = report.result(job, path.name, wishes, notes, chosen, tried, taken, unwritten, guide_for(job, math.inf))
     write_atomically(folder / "report.html", report.render(found))
     write_json(folder / "result.json", found)
     return found

@@ -43,24 +43,33 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{out} holds a run with {', '.join(different)}: give another --out, or delete the folder")
 
 
-def take_over(out: Path, like: Path) -> None:
-    """Takes what was measured in the folder of a job for the same layers, where this one has not measured it.
+def measured_by(like: Path, settings: Mapping[str, Any]) -> dict[str, bytes]:
+    """{file: what it holds} of what was measured for a job of the same layers, for `keep`.
+
+    Args:
+      like: the folder of that job.
+      settings: of this one.
 
     Raises:
       ValueError: that folder holds no job, or one for something else, or on another machine.
     """
     if not (like / CONFIG).exists():
         raise ValueError(f"{like} holds no job: wanted the folder of one for a network of the same layers")
-    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (out, like))
-    different = [f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in ALIKE if theirs.get(key) != ours[key]]
+    theirs = json.loads((like / CONFIG).read_text())
+    different = [f"{key} {theirs.get(key)!r} instead of {settings[key]!r}" for key in ALIKE if theirs.get(key) != settings[key]]
     if different:
         raise ValueError(f"{like} holds a job with {', '.join(different)}: wanted one for a network of the same layers")
     if (like / MACHINE).exists() and (where := elsewhere(_machine(like))):
         raise ValueError(f"{like} was measured {where}: leave it out, and it is measured here")
-    same = all(theirs.get(key) == ours[key] for key in ("speedup", "milliseconds"))
-    for name in (MACHINE, WHOLE, DAMAGE, *[AIMED] * same):
-        if (like / name).exists() and not (out / name).exists():
-            write_atomically(out / name, (like / name).read_bytes())
+    same = all(theirs.get(key) == settings[key] for key in ("speedup", "milliseconds"))
+    return {name: (like / name).read_bytes() for name in (MACHINE, WHOLE, DAMAGE, *[AIMED] * same) if (like / name).exists()}
+
+
+def keep(out: Path, measured: Mapping[str, bytes]) -> None:
+    """Writes into a job's folder what was measured for another, where this one has not measured it."""
+    for name, content in measured.items():
+        if not (out / name).exists():
+            write_atomically(out / name, content)
 
 
 def machine_of(out: Path) -> Machine:

@@ -29,7 +29,7 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
       job: that was done.
       name: of the network.
       wishes: what was asked.
-      notes: of the pictures.
+      notes: of the pictures, and of what was measured before.
       chosen: the network that is delivered.
       tried: all that were.
       times: of them, and of others.
