@@ -76,9 +76,9 @@ def write_network(path: Path) -> None:
 
 def write_quantized(folder: Path) -> None:
     """The same in eight bits."""
-    from experiments.baselines.quantized import quantized
+    from sparseflax.job.quantized import quantized
 
-    examples = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
+    examples = np.random.default_rng(0).standard_normal((4, 3, 32, 32), np.float32)
     (folder / "network.int8.onnx").write_bytes(quantized((folder / "network.onnx").read_bytes(), examples, 1))
 
 

@@ -14,17 +14,17 @@ needs = ("onnx", "onnxruntime")
 
 
 def rivals(problem: Problem, threads: int) -> list[Rival]:
-    run, outputs = onnx_runtime(conv_model(problem), nchw(problem.x), threads)
-    return [Rival("onnxruntime", run, lambda _: nhwc(outputs()[0]))]
+    engine = onnx_runtime(conv_model(problem), nchw(problem.x), threads)
+    return [Rival("onnxruntime", engine.run, lambda _: nhwc(engine.outputs()[0]))]
 
 
 def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
-    run, outputs = onnx_runtime(model, nchw(x), threads)
-    return [Rival("onnxruntime", run, lambda _: outputs()[0])]
+    engine = onnx_runtime(model, nchw(x), threads)
+    return [Rival("onnxruntime", engine.run, lambda _: engine.outputs()[0])]
 
 
 def network_int8(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
-    """The same for a file in eight bits, see quantized.py."""
+    """The same for a file in eight bits, see sparseflax/job/quantized.py."""
     return [replace(rival, name="onnxruntime int8", exact=False) for rival in network(model, x, threads)]
 
 

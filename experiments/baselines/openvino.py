@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.baselines import Rival, nchw, nhwc, oihw
 from experiments.layers import Problem
-from sparseflax.job.engines import openvino, openvino_package, openvino_request
+from sparseflax.job.engines import openvino, openvino_package, openvino_request, openvino_unasked
 
 needs = ("openvino",)
 
@@ -29,21 +29,13 @@ def rivals(problem: Problem, threads: int) -> list[Rival]:
 
 
 def network(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
-    run, outputs = openvino(model, nchw(x), threads)
-    pinned = Rival("openvino", run, lambda _: outputs()[0])
-    return [pinned, *_by_default(model, x, threads)]
+    taken = {"openvino": "f32"} | {f"openvino {unasked}": unasked for unasked in [openvino_unasked()] if unasked}
+    ready = {name: openvino(model, nchw(x), threads, precision) for name, precision in taken.items()}
+    return [Rival(name, engine.run, lambda _, outputs=engine.outputs: outputs()[0], exact=engine.exact)
+            for name, engine in ready.items()]
 
 
 def network_int8(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
-    """The same for a file in eight bits, see quantized.py."""
-    run, outputs = openvino(model, nchw(x), threads)
-    return [Rival("openvino int8", run, lambda _: outputs()[0], exact=False)]
-
-
-def _by_default(model: bytes, x: np.ndarray, threads: int) -> list[Rival]:
-    """In bfloat16 or float16, where this CPU has instructions for it and OpenVINO takes them unasked; else nobody."""
-    precision = openvino_package().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
-    if precision in ("f32", "dynamic", "undefined"):
-        return []
-    run, outputs = openvino(model, nchw(x), threads, precision=precision)
-    return [Rival(f"openvino {precision}", run, lambda _: outputs()[0], exact=False)]
+    """The same for a file in eight bits, see sparseflax/job/quantized.py."""
+    engine = openvino(model, nchw(x), threads)
+    return [Rival("openvino int8", engine.run, lambda _: engine.outputs()[0], exact=False)]

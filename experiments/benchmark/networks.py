@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from experiments.baselines import Rival, nhwc
-from experiments.baselines.quantized import quantized
+from experiments.baselines import Rival, nchw, nhwc
 from experiments.baselines.yardstick import time_network
 from experiments.benchmark.int8 import INT8
 from experiments.benchmark.layers import beside
@@ -22,6 +21,7 @@ from experiments.export_onnx import to_onnx
 from experiments.networks import Spec, pruned
 from sparseflax.conv import ffi
 from sparseflax.cost.machine import Machine
+from sparseflax.job.quantized import quantized
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import in_eight_bits, plan
@@ -100,7 +100,7 @@ def in_int8(model: nnx.Module, x: np.ndarray, file: bytes, planned: Plan, baseli
     packed = pack_model(model, in_eight_bits(planned, model, x, examples, faster=True))
     ours = Rival(INT8, program(packed, x), np.asarray, dense=False, exact=False)
     engines = [baseline.network_int8 for baseline in baselines if hasattr(baseline, "network_int8")]
-    file = quantized(file, examples, len(x)) if engines else file
+    file = quantized(file, nchw(examples), len(x)) if engines else file
     return [ours, *(rival for network in engines for rival in network(file, x, threads))]
 
 

@@ -16,8 +16,7 @@ import optax
 from flax import nnx
 
 from experiments import train
-from experiments.baselines import Rival
-from experiments.baselines.quantized import quantized
+from experiments.baselines import Rival, nchw
 from experiments.benchmark.int8 import INT8
 from experiments.benchmark.results import Line, versions
 from experiments.benchmark.table import OURS, markdown
@@ -30,6 +29,7 @@ from experiments.stories.digits import BATCH, DECAY, RATE, WIDTHS, mnist
 from sparseflax import prune
 from sparseflax.conv import ffi
 from sparseflax.cost.machine import Machine
+from sparseflax.job.quantized import quantized
 from sparseflax.network.measure import program
 from sparseflax.network.pack import pack_model
 from sparseflax.network.plan import in_eight_bits, plan
@@ -71,7 +71,7 @@ def measure(seeds: Sequence[int], n: int, baselines: Iterable[ModuleType], machi
         for name, model in ours.items():
             right.setdefault(name, []).append(train.accuracy(model, data.test_images, data.test_labels))
         contenders = {name: program(model, x) for name, model in ours.items()}
-        file = quantized(to_onnx(fold_only(pruned, planned), x), examples, n) if engines else b""
+        file = quantized(to_onnx(fold_only(pruned, planned), x), nchw(examples), n) if engines else b""
         for network in engines:
             for rival in network(file, x, threads):
                 contenders[rival.name] = rival.run

@@ -54,7 +54,8 @@ def tell(story: Story, folder: Path, precision: Precision) -> Line:
     dense = load_onnx(story.network)
     packed, plan = sparseflax.load(folder / JOB / "network.safetensors", load_onnx(story.network))
     before, after = story.judge(_call(dense)), story.judge(_call(packed))
-    kept = ("seconds", "failed", "speedup", "weights", "kept", "pictures", "curve", "highest", "fidelity", "shortfall")
+    kept = ("seconds", "coarser", "failed", "speedup", "weights", "kept", "pictures", "curve", "highest", "fidelity",
+            "shortfall")
     engines = [package for package in ("onnxruntime", "openvino") if importlib.util.find_spec(package)]
     return {
         "set": "stories", "layer": story.name if precision == "float32" else f"{story.name}, {precision}",

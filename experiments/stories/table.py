@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from experiments.benchmark.results import Line, versions
 from experiments.benchmark.table import markdown
+from sparseflax.job.report import engine_name
 
-ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-HEAD = ("", "dense, JAX, ms", "fastest dense engine, ms", "now, ms", "over JAX", "over that engine", "weights kept", "before",
-        "after", "points lost")
+ENGINES = "onnxruntime", "openvino"
+HEAD = ("", "dense, JAX, ms", "fastest dense engine, ms", "now, ms", "over JAX", "over that engine",
+        "over the fastest in fewer bits", "weights kept", "before", "after", "points lost")
 FOLD = ("fold", "before", "after", "points lost", "ms", "over JAX", "over the fastest engine", "weights kept")
 CURVE = ("asked", "ms", "over JAX", "over the fastest engine", "points lost, choosing")
 
@@ -29,17 +30,27 @@ def _row(line: Line) -> tuple[str, ...]:
     (dense, engine, name), now, measure = _dense(line), line["seconds"]["packed"], next(iter(line["before"]))
     before, after = line["before"][measure], line["after"][measure]
     return (line["layer"], f"{1e3 * dense:.2f}", f"{1e3 * engine:.2f} ({name})", f"{1e3 * now:.2f}", f"{dense / now:.2f}x",
-            f"**{engine / now:.2f}x**", f"{100 * line['kept'] / line['weights']:.0f} %", f"{before:.2f} % ({measure})",
-            f"{after:.2f} %", f"{before - after:.2f}")
+            f"**{engine / now:.2f}x**", _over_coarser(line), f"{100 * line['kept'] / line['weights']:.0f} %",
+            f"{before:.2f} % ({measure})", f"{after:.2f} %", f"{before - after:.2f}")
 
 
 def _dense(line: Line) -> tuple[float, float, str]:
     """Seconds of the faster dense form under JAX, of the fastest engine, and that one's name."""
     seconds = line["seconds"]
     dense = min(seconds["dense"], seconds["folded"])
-    found = {ENGINES[name]: seconds[name] for name in ENGINES if name in seconds} or {"JAX": dense}
+    found = {engine_name(name): seconds[name] for name in ENGINES if name in seconds} or {"JAX": dense}
     fastest = min(found, key=lambda name: found[name])
     return dense, found[fastest], fastest
+
+
+def _over_coarser(line: Line) -> str:
+    """Over the engine that is fastest in fewer bits than float32, where one was timed."""
+    coarser = line.get("coarser") or {}
+    if not coarser:
+        return ""
+    name = min(coarser, key=lambda name: coarser[name]["seconds"])
+    return (f"{coarser[name]['seconds'] / line['seconds']['packed']:.2f}x ({engine_name(name)}, off by "
+            f"{100 * coarser[name]['error']:.2g} %)")
 
 
 def _says(line: Line) -> str:

@@ -5,38 +5,68 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Ready = tuple[Callable[[], Any], Callable[[], list[np.ndarray]]]
+from sparseflax.job.quantized import quantized
 
 
-def engines(model: bytes, x: np.ndarray, threads: int) -> tuple[dict[str, Ready], dict[str, str]]:
-    """Those that are installed, ready to run a network.
+class Engine(NamedTuple):
+    """A network in another engine.
+
+    Attributes:
+      run: computes.
+      outputs: what it then has.
+      exact: False where it computes in fewer bits than float32.
+    """
+
+    run: Callable[[], Any]
+    outputs: Callable[[], list[np.ndarray]]
+    exact: bool = True
+
+
+def engines(model: bytes, x: np.ndarray, threads: int,
+            examples: np.ndarray | None = None) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Those that are installed, ready to run a network: in float32, and in fewer bits where they take them unasked.
 
     Args:
       model: the ONNX file's content.
       x: its input, in the file's own layout.
       threads: to run on.
+      examples: inputs by which its ranges are found, to have it in eight bits as well; or None.
 
     Returns:
-      {name: (run, outputs)}: a call of `run` computes, `outputs()` is what it then has; and {name: why it cannot run this}.
+      {name: engine}, and {name: why it cannot run this}.
     """
-    ready, failed = dict[str, Ready](), dict[str, str]()
-    for name, make in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
-        if importlib.util.find_spec(name) is None:
-            continue
+    @cache
+    def in_int8() -> bytes:
+        assert examples is not None
+        return quantized(model, examples, len(x))
+
+    ready, failed, makers = dict[str, Engine](), dict[str, str](), dict[str, Callable[[], Engine]]()
+    if importlib.util.find_spec("onnxruntime") is not None:
+        makers["onnxruntime"] = lambda: onnx_runtime(model, x, threads)
+        if examples is not None:
+            makers["onnxruntime int8"] = lambda: onnx_runtime(in_int8(), x, threads)._replace(exact=False)
+    if importlib.util.find_spec("openvino") is not None:
+        makers["openvino"] = lambda: openvino(model, x, threads)
+        if unasked := openvino_unasked():
+            makers[f"openvino {unasked}"] = lambda: openvino(model, x, threads, unasked)
+        if "onnxruntime int8" in makers:  # whose tool makes the file
+            makers["openvino int8"] = lambda: openvino(in_int8(), x, threads)._replace(exact=False)
+    for name, make in makers.items():
         try:
-            ready[name] = make(model, x, threads)
-            ready[name][0]()
+            ready[name] = make()
+            ready[name].run()
         except Exception as error:  # each has its own
             ready.pop(name, None)
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ready, failed
 
 
-def onnx_runtime(model: bytes, x: np.ndarray, threads: int) -> Ready:
+def onnx_runtime(model: bytes, x: np.ndarray, threads: int) -> Engine:
     """ONNX Runtime on its CPU provider, input and outputs bound: it fuses and blocks layouts itself."""
     import onnxruntime
 
@@ -53,17 +83,23 @@ def onnx_runtime(model: bytes, x: np.ndarray, threads: int) -> Ready:
     session.run_with_iobinding(binding)  # tells the shapes; from here on outputs lie where they lie
     for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
         binding.bind_ortvalue_output(output.name, value)
-    return lambda: session.run_with_iobinding(binding), binding.copy_outputs_to_cpu
+    return Engine(lambda: session.run_with_iobinding(binding), binding.copy_outputs_to_cpu)
 
 
-def openvino(model: bytes, x: np.ndarray, threads: int, precision: str = "f32") -> Ready:
+def openvino(model: bytes, x: np.ndarray, threads: int, precision: str = "f32") -> Engine:
     """OpenVINO's CPU plugin, one stream, inputs and outputs in place; a file in eight bits stays so."""
     package = openvino_package()
     network = package.Core().read_model(model, b"")
     network.reshape(list(x.shape))
     request = openvino_request(network, x, threads, precision)
-    return (lambda: request.infer(share_outputs=True),
-            lambda: [np.array(tensor.data) for tensor in request.output_tensors])
+    return Engine(lambda: request.infer(share_outputs=True),
+                  lambda: [np.array(tensor.data) for tensor in request.output_tensors], precision == "f32")
+
+
+def openvino_unasked() -> str:
+    """"bf16" or "f16", where this CPU has instructions for it and OpenVINO takes them unless told otherwise; else ""."""
+    precision = openvino_package().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    return "" if precision in ("f32", "dynamic", "undefined") else precision
 
 
 def openvino_request(network: Any, x: np.ndarray, threads: int, precision: str = "f32") -> Any:

@@ -150,7 +150,8 @@ def faster(network: str | PathLike[str], images: str | PathLike[str], *, speedup
     tried = tries(job, asked, points)
     chosen = delivered(tried, asked, points)
 
-    taken = afresh(times, model, x, machine, [one.packed for one in tried], seconds, content)
+    examples = None if rounded is None else to_round_by(enough(seen))  # for other engines' ranges
+    taken = afresh(times, model, x, machine, [one.packed for one in tried], seconds, content, examples)
     save(folder / "network.safetensors", chosen.packed, chosen.plan)
     unwritten = _write_onnx(folder / "pruned.onnx", file, model, chosen.model)
     wishes |= {"finetune": finetune, "precision": precision}

@@ -47,6 +47,7 @@ def result(job: Any, name: str, wishes: Mapping[str, Any], notes: Sequence[str],
         "versions": {package: version(package) for package in ("jax", "flax", "sparseflax")},
         "pictures": {"seen": len(job.seen), "unseen": len(job.unseen), "notes": list(notes)},
         "seconds": {"dense": times.dense, "folded": times.folded, "packed": times.packed[number], **times.engines},
+        "coarser": {name: {"seconds": seconds, "error": error} for name, (seconds, error) in times.coarser.items()},
         "failed": times.failed, "speedup": dense / times.packed[number], "shortfall": chosen.guide.shortfall,
         "highest": {"speedup": highest.speedup, "where": highest.shortfall.partition(": ")[2]},
         "weights": sum(row.shape.weights for row in chosen.plan.layers if row.shape), "kept": round(kept),
@@ -104,8 +105,9 @@ def render(result: Mapping[str, Any]) -> str:
     rows = _speeds(result)
     parts = ["<h2>Time of a call</h2>", bars(rows, [PACKED]),
              _note(f"Batch {result['batch']}, {result['threads']} threads, on {result['machine']}. Medians of calls of "
-                   f"whole networks, in turn, float32 all{_rounded(result)}; the dense network as JAX runs it jitted, as it is "
-                   "and with norms folded. " +
+                   f"whole networks, in turn, in float32 where nothing else is said{_rounded(result)}; the dense network as "
+                   "JAX runs it jitted, as it is and with norms folded. What an engine is off by is the largest error of an "
+                   "output over the largest output. " +
                    " ".join(f"{name} was left out: {why}." for name, why in result["failed"].items())),
              "<h2>What it costs</h2>", table(("", ""), _fidelity_rows(result))]
     if len(result["curve"]) > 1:
@@ -148,17 +150,26 @@ model, plan = sparseflax.load("network.safetensors", load_onnx("{network}"))
 y = jax.jit(lambda model, x: model(x))(model, x)                # x (n, h, w, c), scaled as above"""
 
 
+def engine_name(key: str) -> str:
+    """ "OpenVINO, bf16" of "openvino bf16"."""
+    name, _, precision = key.partition(" ")
+    return {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[name] + (f", {precision}" if precision else "")
+
+
 def _rounded(result: Mapping[str, Any]) -> str:
-    return " but for this network's layers in eight bits" if any(row["int8"] for row in result["layers"]) else ""
+    return ", this one's layers in eight bits apart" if any(row["int8"] for row in result["layers"]) else ""
 
 
 def _speeds(result: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """(who, seconds, in words) of all that were timed, the slowest first."""
     seconds = result["seconds"]
-    names = {"dense": "dense, JAX", "folded": "dense, JAX, norms folded", "packed": PACKED,
-             "onnxruntime": "dense, ONNX Runtime", "openvino": "dense, OpenVINO"}
-    rows = [(names[key], value, f"{_ms(value)}" + ("" if key == "packed" else f"  {value / seconds['packed']:.2f}x of it"))
+    names = {"dense": "dense, JAX", "folded": "dense, JAX, norms folded", "packed": PACKED}
+    rows = [(names.get(key) or f"dense, {engine_name(key)}", value,
+             f"{_ms(value)}" + ("" if key == "packed" else f"  {value / seconds['packed']:.2f}x of it"))
             for key, value in seconds.items()]
+    rows += [(f"dense, {engine_name(key)}", one["seconds"],
+              f"{_ms(one['seconds'])}  {one['seconds'] / seconds['packed']:.2f}x of it, off by {100 * one['error']:.2g} %")
+             for key, one in result.get("coarser", {}).items()]
     return sorted(rows, key=lambda row: -row[1])
 
 

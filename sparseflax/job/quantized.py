@@ -1,4 +1,4 @@
-"""A network's ONNX file in eight bits, as ONNX Runtime's own tool makes it: what an int8 rival is given."""
+"""A network's ONNX file in eight bits, as ONNX Runtime's own tool makes it: what other engines are given."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.baselines import nchw
-
 
 def quantized(model: bytes, examples: np.ndarray, batch: int) -> bytes:
     """The network with QuantizeLinear and DequantizeLinear pairs: uint8 activations, int8 weights by output channel.
 
     Args:
       model: its ONNX file, in float32.
-      examples: images (n, h, w, c) that ranges are taken from.
-      batch: of the file, a divisor of n.
+      examples: inputs that ranges are taken from, in the file's own layout.
+      batch: of the file; what is left over of the examples is not used.
+
+    Raises:
+      ImportError: onnx or onnxruntime is not installed.
     """
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self._batches = iter(np.split(nchw(examples), len(examples) // batch))
+            count = len(examples) // batch
+            self._batches = iter(np.split(examples[:count * batch], count))
 
         def get_next(self):
             images = next(self._batches, None)
-            return None if images is None else {"x": images}
+            return None if images is None else {name: images}
 
+    graph = onnx.load_model_from_string(model).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    name = next(entry.name for entry in graph.input if entry.name not in constants)
     with tempfile.TemporaryDirectory() as folder:
         plain, prepared, made = (Path(folder) / name for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
         plain.write_bytes(model)
