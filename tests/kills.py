@@ -59,8 +59,9 @@ def main() -> None:
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
             if (make := JOBS[name]) is None:
-                kills, times = args.times // 2, kill_calibrations(Path(folder) / "cache", args.times // 2, draw)
-                print(f"calibration: {kills} begun, {times} of them killed: all files whole", flush=True)
+                kills = args.times // 2
+                begun = kill_calibrations(Path(folder) / "cache", kills, draw)
+                print(f"calibration: {kills} kills of {begun} begun: all files whole", flush=True)
                 continue
             runs = kill_runs(make(Path(folder)), Path(folder), args.times, draw)
             print(f"{name}: {args.times} kills in {runs} runs: all files whole, all results the same", flush=True)
@@ -129,18 +130,21 @@ def kill_runs(job: Job, folder: Path, times: int, draw: random.Random) -> int:
 
 
 def kill_calibrations(cache: Path, times: int, draw: random.Random) -> int:
-    """Calibrations killed so often; after each, what is stored can be read. Returns how many were killed in time."""
+    """Calibrations killed so often; after each, what is stored can be read. Returns how many were begun."""
     code = "from sparseflax.calibration.calibrate import calibrate; calibrate(2.0)"
     command, environment = [sys.executable, "-W", "ignore", "-c", code], {"XDG_CACHE_HOME": str(cache)}
-    begun = time.monotonic()
-    survive(command, cache.parent, environment)
-    duration, killed = time.monotonic() - begun, 0
-    for number in range(times):  # every second one about when it stores
-        wait = duration * draw.uniform(0.9 if number % 2 else 0.0, 1.05)
-        killed += not survive(command, cache.parent, environment, wait)
+    killed, begun, wait, duration = 0, 0, None, 0.0
+    while killed < times:
+        start = time.monotonic()
+        if survive(command, cache.parent, environment, wait):
+            duration = time.monotonic() - start  # the first one's, or a later one's that was faster than it was to be killed
+        else:
+            killed += 1
+        begun += 1
         whole(cache)
         assert list(cache.rglob("*.json")), f"what was stored in {cache} is gone"
-    return killed
+        wait = duration * draw.uniform(0.9 if begun % 2 else 0.0, 1.05)  # every second one about when it stores
+    return begun
 
 
 def survive(command: Sequence[str], folder: Path, environment: dict[str, str], seconds: float | None = None) -> bool:

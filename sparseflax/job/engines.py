@@ -12,6 +12,8 @@ import numpy as np
 
 from sparseflax.job.quantized import quantized
 
+SAID = 300  # characters of an engine's error
+
 
 class Engine(NamedTuple):
     """A network in another engine.
@@ -62,7 +64,7 @@ def engines(model: bytes, x: np.ndarray, threads: int,
             ready[name].run()
         except Exception as error:  # each has its own
             ready.pop(name, None)
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
     return ready, failed
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+PER_CHANNEL = 13  # the operator set from which on a scale may be one for each output channel
 
 def quantized(model: bytes, examples: np.ndarray, batch: int) -> bytes:
     """The network with QuantizeLinear and DequantizeLinear pairs: uint8 activations, int8 weights by output channel.
@@ -20,6 +22,7 @@ def quantized(model: bytes, examples: np.ndarray, batch: int) -> bytes:
       ImportError: onnx or onnxruntime is not installed.
     """
     import onnx
+    import onnx.version_converter
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -32,13 +35,19 @@ def quantized(model: bytes, examples: np.ndarray, batch: int) -> bytes:
             images = next(self._batches, None)
             return None if images is None else {name: images}
 
-    graph = onnx.load_model_from_string(model).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    name = next(entry.name for entry in graph.input if entry.name not in constants)
+    file = onnx.load_model_from_string(model)
+    if any(opset.domain in ("", "ai.onnx") and opset.version < PER_CHANNEL for opset in file.opset_import):
+        file = onnx.version_converter.convert_version(file, PER_CHANNEL)
+    constants = {tensor.name for tensor in file.graph.initializer}
+    name = next(entry.name for entry in file.graph.input if entry.name not in constants)
     with tempfile.TemporaryDirectory() as folder:
         plain, prepared, made = (Path(folder) / name for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
-        plain.write_bytes(model)
-        quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
-        quantize_static(str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        plain.write_bytes(file.SerializeToString())
+        logging.disable(logging.WARNING)  # that a vector has no output channels
+        try:
+            quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+            quantize_static(str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        finally:
+            logging.disable(logging.NOTSET)
         return made.read_bytes()
