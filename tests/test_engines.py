@@ -37,7 +37,7 @@ def test_in_eight_bits(opset):
         assert engine.exact == (name in ("onnxruntime", "openvino"))
         off = np.abs(engine.outputs()[0] - right).max(axis=(0, 2, 3))
         # Rounded by half a step at most: 27 inputs of [0, 1], weights by the largest of their channel, what the convolution has
-        # and its mean by the largest of all, which is no more than the sum of a channel's weights. bfloat16 has eight bits, too.
+        # and its mean by the largest of all, at most the sum of a channel's weights. bfloat16 has eight bits, too.
         sums, largest = np.abs(KERNEL).sum(axis=(1, 2, 3)), np.abs(KERNEL).max(axis=(1, 2, 3))
         assert np.all(off <= (1e-5 * sums if engine.exact else sums / 510 + 27 * largest / 254 + 2 * sums.max() / 510))
 
